@@ -1,0 +1,14 @@
+"""MiniCPM-SALA in the released checkpoint format: configuration, layers, cache, model."""
+
+from .cache import SALACache
+from .config import MiniCPMSALAConfig
+from .modeling import MiniCPMSALAForCausalLM, MiniCPMSALAModel, MiniCPMSALAPreTrainedModel, describe_attention
+
+__all__ = [
+    "MiniCPMSALAConfig",
+    "MiniCPMSALAForCausalLM",
+    "MiniCPMSALAModel",
+    "MiniCPMSALAPreTrainedModel",
+    "SALACache",
+    "describe_attention",
+]

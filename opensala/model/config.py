@@ -1,0 +1,229 @@
+"""The configuration of MiniCPM-SALA, with the keys of the released `config.json`.
+
+Defaults are those of the released 9B model. Three keys are extensions that a released file does not have
+and that are written only when they are in use: `attn_qk_norm`, `attention_mode` and `sparse_config.lse`.
+Everything is checked when the object is made, so that a bad file is refused before any weight is read.
+"""
+
+import difflib
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..ops import BlockSpec
+from ..ops.sparse import LSE_KINDS
+
+SPARSE = "minicpm4"
+LIGHTNING = "lightning-attn"
+_SPELLINGS = {SPARSE: SPARSE, LIGHTNING: LIGHTNING, "lightning": LIGHTNING, "lightning_attn": LIGHTNING}
+ATTENTION_MODES = ("auto", "dense", "sparse")
+RELEASED_SPARSE_LAYERS = (0, 9, 16, 17, 22, 29, 30, 31)
+RELEASED_SPARSE_CONFIG = {
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "init_blocks": 1,
+    "block_size": 64,
+    "window_size": 2048,
+    "topk": 64,
+    "use_nope": False,
+    "dense_len": 8192,
+}
+_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+           "num_key_value_heads", "head_dim", "lightning_nh", "lightning_nkv", "lightning_head_dim",
+           "max_position_embeddings")
+_EXTENSION_DEFAULTS = {"attn_qk_norm": False, "attention_mode": "auto"}
+
+
+def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError naming the field, the value, what is allowed and the nearest allowed spelling."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{field} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{hint}")
+
+
+class MiniCPMSALAConfig(PreTrainedConfig):
+    """Configuration of a MiniCPM-SALA model (arXiv 2602.11761), keys as in the released `config.json`.
+
+    `mixer_types` names the token mixer of each layer: `"minicpm4"` (InfLLM-V2 sparse attention) or
+    `"lightning-attn"` (`"lightning"` and `"lightning_attn"` are accepted and normalised).
+    `attention_mode`: `auto` attends densely below `sparse_config["dense_len"]` tokens and sparsely from
+    there on; `dense` and `sparse` force one of them. `attn_qk_norm` adds a per-head RMSNorm on q and k of
+    the sparse layers. `sparse_config["lse"]` is `"coarse"` (released) or `"exact"`.
+
+    Raises:
+        ValueError: a field out of its range, naming the field, the value and what is allowed.
+    """
+
+    model_type = "minicpm_sala"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 73448
+    hidden_size: int = 4096
+    intermediate_size: int = 16384
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 2
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    mixer_types: list[str] | None = None
+    lightning_nh: int | None = None
+    lightning_nkv: int | None = None
+    lightning_head_dim: int | None = None
+    lightning_scale: str | float | int = "1/sqrt(d)"
+    lightning_use_rope: bool = True
+    attn_use_rope: bool = False
+    attn_use_output_gate: bool = True
+    attn_qk_norm: bool = False
+    use_output_gate: bool = True
+    use_output_norm: bool = True
+    qk_norm: bool = True
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float | int = 10000.0
+    max_position_embeddings: int = 524288
+    initializer_range: float = 0.1
+    scale_emb: float | int = 12
+    scale_depth: float | int = 1.4
+    dim_model_base: int | float = 256
+    mup_denominator: int | float = 32
+    sparse_config: dict[str, Any] | None = None
+    attention_mode: str = "auto"
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("layer_types", None)
+        rope_scaling = kwargs.pop("rope_scaling", None)
+        if rope_scaling is not None:
+            raise ValueError(f"rope_scaling must be null (the only kind MiniCPM-SALA uses), got {rope_scaling!r}")
+        for field in _COUNTS:
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self._divides("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.lightning_nh is None:
+            self.lightning_nh = self.num_attention_heads
+        if self.lightning_nkv is None:
+            self.lightning_nkv = self.num_key_value_heads
+        if self.lightning_head_dim is None:
+            self.lightning_head_dim = self.head_dim
+        if self.eos_token_id is None:
+            self.eos_token_id = [2, 73440] if self.vocab_size == 73448 else 2
+        if self.mixer_types is None and self.num_hidden_layers == 32:
+            self.mixer_types = [SPARSE if i in RELEASED_SPARSE_LAYERS else LIGHTNING for i in range(32)]
+        self._check_mixers()
+        self._check_sparse_config()
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Validate every field that a model is built from; ValueError for the first that does not fit."""
+        self._divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        self._divides("lightning_nh", self.lightning_nh, "lightning_nkv", self.lightning_nkv)
+        for field, used, dim in (("head_dim", self.attn_use_rope, self.head_dim),
+                                 ("lightning_head_dim", self.lightning_use_rope, self.lightning_head_dim)):
+            if used and dim % 2:
+                raise ValueError(f"{field} must be even for rotary positions, got {dim}")
+        if self.attention_dropout:
+            raise ValueError(f"attention_dropout must be 0 (the released model has none), got {self.attention_dropout}")
+        check_choice("attention_mode", self.attention_mode, ATTENTION_MODES)
+        if not (isinstance(self.lightning_scale, (int, float)) or self.lightning_scale in ("1/sqrt(d)", "1/d")):
+            raise ValueError(f"lightning_scale must be '1/sqrt(d)', '1/d' or a number, got {self.lightning_scale!r}")
+
+    @staticmethod
+    def _divides(name: str, value: int, by_name: str, by: int | None) -> None:
+        if not by or by < 1 or value % by:
+            raise ValueError(f"{name} = {value} must be a multiple of {by_name} = {by}")
+
+    def _check_mixers(self) -> None:
+        if self.mixer_types is None:
+            raise ValueError(f"mixer_types is missing: give {self.num_hidden_layers} entries, each {SPARSE!r} or {LIGHTNING!r}")
+        if len(self.mixer_types) != self.num_hidden_layers:
+            raise ValueError(f"mixer_types must have num_hidden_layers = {self.num_hidden_layers} entries, "
+                             f"got {len(self.mixer_types)}")
+        for i, name in enumerate(self.mixer_types):
+            check_choice(f"mixer_types[{i}]", name, tuple(_SPELLINGS))
+        self.mixer_types = [_SPELLINGS[name] for name in self.mixer_types]
+
+    def _check_sparse_config(self) -> None:
+        given = dict(self.sparse_config or {})
+        for key in given:
+            check_choice("a key of sparse_config", key, (*RELEASED_SPARSE_CONFIG, "lse"))
+        merged = {**RELEASED_SPARSE_CONFIG, **given}
+        if merged.get("lse", "coarse") == "coarse":
+            merged.pop("lse", None)
+        else:
+            check_choice("sparse_config.lse", merged["lse"], LSE_KINDS)
+        least = {"init_blocks": 0, "window_size": 0, "dense_len": 0}
+        for key, value in merged.items():
+            if key in ("use_nope", "lse"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least.get(key, 1):
+                raise ValueError(f"sparse_config.{key} must be a whole number of at least {least.get(key, 1)}, got {value!r}")
+        self._divides("sparse_config.block_size", merged["block_size"], "sparse_config.kernel_stride", merged["kernel_stride"])
+        self._divides("sparse_config.window_size", merged["window_size"], "sparse_config.block_size", merged["block_size"])
+        if merged["topk"] <= merged["init_blocks"]:
+            raise ValueError(f"sparse_config.topk must exceed init_blocks = {merged['init_blocks']} "
+                             f"(the blocks that are always taken must fit), got {merged['topk']}")
+        self.sparse_config = merged
+
+    @property
+    def block_spec(self) -> BlockSpec:
+        """The sizes of block selection, as the ops take them."""
+        assert self.sparse_config is not None, "filled in __post_init__"
+        return BlockSpec(**{name: self.sparse_config[name] for name in BlockSpec._fields})
+
+    @property
+    def dense_len(self) -> int:
+        """Sequence length (tokens) from which `auto` attends sparsely."""
+        assert self.sparse_config is not None, "filled in __post_init__"
+        return self.sparse_config["dense_len"]
+
+    @property
+    def lse(self) -> str:
+        assert self.sparse_config is not None, "filled in __post_init__"
+        return self.sparse_config.get("lse", "coarse")
+
+    @property
+    def lightning_scale_value(self) -> float:
+        """`lightning_scale` as a number."""
+        assert self.lightning_head_dim is not None, "filled in __post_init__"
+        named = {"1/sqrt(d)": 1 / math.sqrt(self.lightning_head_dim), "1/d": 1 / self.lightning_head_dim}
+        return named[self.lightning_scale] if isinstance(self.lightning_scale, str) else float(self.lightning_scale)
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on every mixer and feed-forward output: scale_depth / sqrt(layers)."""
+        return self.scale_depth / math.sqrt(self.num_hidden_layers)
+
+    @property
+    def logit_divisor(self) -> float:
+        return self.hidden_size / self.dim_model_base
+
+    def is_sparse(self, layer: int) -> bool:
+        assert self.mixer_types is not None, "filled in __post_init__"
+        return self.mixer_types[layer] == SPARSE
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `config.json` holds: every released key, extensions only when in use, so that any server
+        of the format reads the file the same way."""
+        written = super().to_diff_dict()
+        everything = self.to_dict()
+        for key in self.__class__.__annotations__:
+            if key in everything:
+                written[key] = everything[key]
+        written["rope_scaling"] = None
+        for key, default in _EXTENSION_DEFAULTS.items():
+            if written.get(key) == default:
+                del written[key]
+        return written

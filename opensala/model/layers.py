@@ -1,0 +1,53 @@
+"""The parts every decoder layer shares: RMSNorm, rotary positions, SwiGLU. No attention here."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .config import MiniCPMSALAConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension; statistics in float32 (float64 for float64)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return nn.functional.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+def rotary_angles(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin `[B, T, 1, dim]` of the half-rotation form, float32.
+
+    The angles are formed in float64: at position 10^6 a float32 product is already off by 0.06 rad.
+    """
+    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim)
+    angles = positions[..., None].double() * frequencies
+    angles = torch.cat([angles, angles], -1)[:, :, None]
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to `[B, T, H, D]`, computed in float32 and returned so."""
+    x = x if x.dtype == torch.float64 else x.float()
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class SwiGLU(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: MiniCPMSALAConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

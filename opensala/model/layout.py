@@ -1,0 +1,102 @@
+"""How the tokens of one forward call lie: which belong to which sequence, at which position, in which mode.
+
+A call is a rectangle `[B, T]`. Padding (anywhere in a row) and packed documents are described here once,
+so that the mixers see whole sequences only. It knows nothing of weights or of how attention is computed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The sequences of one call.
+
+    Attributes:
+        lengths: new tokens of each sequence.
+        past: tokens of each sequence already in the cache (0 without one).
+        sparse: for each sequence, whether its sparse layers attend sparsely in this call.
+        positions: `[B, T]` rotary position of each token (0 at padding).
+        index: flat places of the real tokens in `[B * T]`, sequence after sequence; None if all are real
+            and every row is one sequence.
+        shape: (B, T).
+    """
+
+    lengths: list[int]
+    past: list[int]
+    sparse: list[bool]
+    positions: Tensor
+    index: Tensor | None
+    shape: tuple[int, int]
+
+    @property
+    def rectangular(self) -> bool:
+        return self.index is None
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """`[N + 1]` boundaries of the sequences among the packed tokens."""
+        return torch.tensor([0, *self.lengths], device=self.positions.device).cumsum(0)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]` -> `[1, tokens, ...]` without padding (or the rectangle itself)."""
+        return x if self.index is None else x.flatten(0, 1)[self.index][None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Inverse of `pack`; padding becomes zero."""
+        if self.index is None:
+            return x
+        flat = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[2:])
+        return flat.index_copy(0, self.index, x[0]).view(*self.shape, *x.shape[2:])
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """One `[1, length, ...]` piece of a packed tensor (or rectangle) for each sequence."""
+        if self.index is None:
+            return list(x.split(1))
+        return list(x.split(self.lengths, 1))
+
+
+def packed_bounds(position_ids: Tensor | None, cu_seqlens: Tensor | None, length: int) -> list[int] | None:
+    """Boundaries of packed documents in a single row, or None.
+
+    Documents are announced by `cu_seqlens`, or (as transformers' flattening collator does) by
+    `position_ids` that fall back to 0.
+    """
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(f"cu_seqlens must rise from 0 to {length} (the tokens given), got {bounds}")
+        return bounds
+    if position_ids is None or position_ids.shape[0] != 1 or length == 1:
+        return None
+    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
+    if starts[:1] == [0] and len(starts) > 1:
+        return [*starts, length]
+    return None
+
+
+def documents_layout(bounds: list[int], sparse: list[bool], device: torch.device) -> SequenceLayout:
+    """Several documents packed in one row, without cache."""
+    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device)
+    index = torch.arange(bounds[-1], device=device)
+    return SequenceLayout(lengths, [0] * len(lengths), sparse, positions, index, (1, bounds[-1]))
+
+
+def rows_layout(
+    shape: tuple[int, int], valid: Tensor | None, past: list[int], sparse: list[bool], device: torch.device,
+    position_ids: Tensor | None = None,
+) -> SequenceLayout:
+    """One sequence a row; `valid` `[B, T]` marks the real tokens, None if all are."""
+    batch, length = shape
+    before = torch.tensor(past, device=device)[:, None]
+    if valid is None:
+        positions = before + torch.arange(length, device=device)
+        if position_ids is not None:
+            positions = position_ids.expand(batch, length)
+        return SequenceLayout([length] * batch, past, sparse, positions, None, shape)
+    positions = (before + valid.cumsum(1) - 1).clamp(min=0) * valid
+    index = valid.flatten().nonzero()[:, 0]
+    return SequenceLayout(valid.sum(1).tolist(), past, sparse, positions, index, shape)

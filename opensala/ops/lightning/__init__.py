@@ -1,0 +1,94 @@
+"""Lightning attention: linear attention with a constant decay per head (architecture: Lightning layer)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, choose_backend
+from .chunk import chunk_lightning_attention
+from .naive import naive_lightning_attention
+
+__all__ = ["alibi_slopes", "lightning_attention"]
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The ALiBi slope series, used as decay per token and head.
+
+    For n a power of two: 2^(-8(h+1)/n). Otherwise the series of the largest power of two below n, then
+    every second slope of the series of twice that power.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (h + 1) / power) for h in range(power)]
+    if power < num_heads:
+        slopes += alibi_slopes(2 * power)[0::2][: num_heads - power]
+    return slopes
+
+
+def lightning_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Linear attention with constant decay: S_t = exp(-decay_h) S_{t-1} + k_t v_t^T, o_t = scale * q_t S_t.
+
+    Args:
+        q (Tensor): queries of shape `[B, T, H, D]`.
+        k (Tensor): keys of shape `[B, T, H, D]`.
+        v (Tensor): values of shape `[B, T, H, Dv]`.
+        decay (Tensor): non-negative decay rate per head and token, `[H]`; no gradient flows to it.
+        scale (float): factor on the output; 1/sqrt(D) if None.
+        initial_state (Tensor): state to start from, `[N, H, D, Dv]`, zeros if None.
+        cu_seqlens (Tensor): `[N + 1]` integer boundaries of N documents packed into one row (B must be 1).
+        backend: which implementation runs; chosen by `choose_backend` if None.
+
+    Returns:
+        o `[B, T, H, Dv]` in v's dtype, and the state after the last token of each sequence,
+        `[N, H, D, Dv]` in float32 (float64 for float64 inputs). N = B without `cu_seqlens`.
+
+    Raises:
+        ValueError: shapes that do not fit together, B > 1 with `cu_seqlens`, or an unavailable backend.
+
+    Source: MiniCPM-SALA (arXiv 2602.11761) section 2.1; Lightning Attention-2 (arXiv 2401.04658).
+    """
+    _check(q, k, v, decay, initial_state, cu_seqlens)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    name = choose_backend("lightning_attention", q.device, backend)
+    run = naive_lightning_attention if name == "naive" else chunk_lightning_attention
+    return run(q, k, v, decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    if q.dim() != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        raise ValueError(
+            f"q, k, v must be [B, T, H, D], [B, T, H, D], [B, T, H, Dv]; got {list(q.shape)}, {list(k.shape)}, "
+            f"{list(v.shape)}. Repeat k and v to the query heads first."
+        )
+    if decay.shape != (q.shape[2],):
+        raise ValueError(f"decay must have one rate for each of {q.shape[2]} heads; got shape {list(decay.shape)}")
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        if q.shape[0] != 1:
+            raise ValueError(f"cu_seqlens needs batch size 1, got {q.shape[0]}: flatten the documents into one row")
+        check_boundaries("cu_seqlens", cu_seqlens, q.shape[1])
+        sequences = len(cu_seqlens) - 1
+    expected = (sequences, q.shape[2], q.shape[3], v.shape[3])
+    if initial_state is not None and initial_state.shape != expected:
+        raise ValueError(f"initial_state must have shape {list(expected)}, got {list(initial_state.shape)}")
+
+
+def check_boundaries(name: str, cu_seqlens: Tensor, length: int) -> None:
+    """Refuse document boundaries that do not rise from 0 to the number of tokens."""
+    bounds = cu_seqlens.tolist()
+    rising = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
+    if cu_seqlens.dim() != 1 or torch.is_floating_point(cu_seqlens) or not rising or bounds[0] != 0 or bounds[-1] != length:
+        raise ValueError(f"{name} must rise from 0 to {length} (the tokens given), got {bounds[:8]}{'...' * (len(bounds) > 8)}")
