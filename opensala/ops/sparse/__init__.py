@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..backends import Backend, choose_backend
 from ..lightning import check_boundaries
-from .attend import attend
+from .attend import attend_sequence
 from .naive import naive_compress_keys, naive_select_blocks, naive_sparse_attention
-from .select import compress, select
+from .select import compress, select_sequence
 from .spec import BlockSpec, num_windows
 
 __all__ = ["BlockSpec", "compress_keys", "num_windows", "select_blocks", "sparse_attention"]
@@ -91,7 +91,7 @@ def select_blocks(
         total = k.shape[1] if k is not None else length
         assert total is not None
         rows = zip(q, compressed[0], compressed[1], strict=True)
-        return torch.stack([select(a, k1, k2, total, spec, scale, lse) for a, k1, k2 in rows])
+        return torch.stack([select_sequence(a, k1, k2, total, spec, scale, lse) for a, k1, k2 in rows])
 
 
 def sparse_attention(
@@ -134,7 +134,7 @@ def sparse_attention(
         parts = [sparse_attention(q[:, s], k[:, s], v[:, s], blocks[:, s], block_size, scale=scale, backend=backend)
                  for s in _documents(q, k, cu_seqlens)]
         return torch.cat(parts, 1)
-    run = naive_sparse_attention if name == "naive" else attend
+    run = naive_sparse_attention if name == "naive" else attend_sequence
     return torch.stack([run(*row, block_size, scale) for row in zip(q, k, v, blocks, strict=True)])
 
 

@@ -20,7 +20,7 @@ TILE_PAIRS = 1 << 16  # (query, block) pairs handled at once
 _FEW_QUERIES = 8
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, scale: float) -> Tensor:
+def attend_sequence(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, scale: float) -> Tensor:
     """One sequence: q `[T, Hq, D]` (the last T positions), k `[L, Hkv, D]`, v `[L, Hkv, E]`,
     blocks `[T, Hkv, K]` -> `[T, Hq, E]` in q's dtype, computed in float32 (float64 for float64)."""
     tokens, heads, dim = q.shape

@@ -106,7 +106,7 @@ def select_tile(
     return _top(pooled, positions, spec)
 
 
-def select(
+def select_sequence(
     q: Tensor, k1: Tensor, k2: Tensor, length: int, spec: BlockSpec, scale: float, lse: str
 ) -> Tensor:
     """One sequence: q `[T, Hq, D]` at the last T of `length` positions -> `[T, Hkv, num_blocks]` int32.

@@ -1,0 +1,1 @@
+"""Measurements against other models. On top of everything but the command line."""

@@ -1,0 +1,55 @@
+"""A full-attention twin of a MiniCPM-SALA model, for comparing speed: the same layers, heads and sizes with
+ordinary softmax attention in every layer, random weights, from transformers (Qwen3 with torch's own
+scaled_dot_product_attention)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from ..model import MiniCPMSALAConfig
+
+
+@dataclass(frozen=True)
+class TwinTiming:
+    """Seconds to the first token, decoding rate and cache size (bytes) of the twin."""
+
+    time_to_first_token: float
+    decode_tokens_per_second: float
+    cache_bytes: int
+
+
+def build_twin(config: MiniCPMSALAConfig, seed: int = 0) -> Qwen3ForCausalLM:
+    """The twin of a configuration, float32 on the CPU."""
+    torch.manual_seed(seed)
+    twin = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, tie_word_embeddings=config.tie_word_embeddings,
+        max_position_embeddings=config.max_position_embeddings, attn_implementation="sdpa",
+    ))
+    return twin.eval()
+
+
+@torch.inference_mode()
+def time_twin(twin: Qwen3ForCausalLM, ids: Tensor, new_tokens: int = 16,
+              on_layer: Callable[[], None] | None = None) -> TwinTiming:
+    """Prefill `ids` `[1, T]` in one call (the fastest way for dense attention), then decode greedily.
+
+    `on_layer` is called when the prefill has finished a layer.
+    """
+    hooks = [layer.register_forward_hook(lambda *_: on_layer()) for layer in twin.model.layers] if on_layer else []
+    start = time.perf_counter()
+    output = twin(ids, use_cache=True, logits_to_keep=1)
+    first = time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
+    cache = output.past_key_values
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        output = twin(output.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+    return TwinTiming(first, new_tokens / (time.perf_counter() - start), size)

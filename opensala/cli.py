@@ -1,0 +1,154 @@
+"""The `opensala` command: a table of commands that parse their arguments and hand the work on.
+
+Answers go to stdout, everything else to stderr. Bad input ends with one line and exit code 2.
+"""
+
+import json
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Read very long documents with hybrid sparse/linear models.")
+
+Model = Annotated[str | None, typer.Option(help="Folder or hub name of a MiniCPM-SALA checkpoint. Default: the small model that ships here.")]
+MaxNew = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+Mode = Annotated[str | None, typer.Option(help="auto (dense below the model's dense_len, sparse from there), dense or sparse.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print answer and measurements as one JSON object.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
+TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens that together have this probability.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
+Quiet = Annotated[bool, typer.Option(help="No progress bar and no notes.")]
+
+
+def _engine(model: str | None, device: str, dtype: str, attention_mode: str | None) -> Any:
+    from .engine import Engine
+
+    return Engine(model, device=device, dtype=dtype, attention_mode=attention_mode)
+
+
+def _report(result: Any, key: str, as_json: bool, quiet: bool, shown: bool = False) -> None:
+    """Print a generation: its text to stdout, what it cost to stderr (or all of it as JSON to stdout)."""
+    if as_json:
+        record = result.as_dict()
+        print(json.dumps({key: record.pop("text"), **record}, ensure_ascii=False))
+        return
+    if not shown:
+        print(result.text)
+    if not quiet:
+        decode = "" if result.decode_tokens_per_second is None else f", then {result.decode_tokens_per_second:,.1f} tokens/s"
+        for note in result.notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(result.attention, file=sys.stderr)
+        print(f"{result.prompt_tokens:,} tokens read, first token after {result.time_to_first_token:.2f} s "
+              f"({result.prefill_tokens_per_second:,.0f} tokens/s){decode}; cache {result.cache_bytes / 2**20:,.1f} MiB, "
+              f"peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB", file=sys.stderr)
+
+
+@app.command()
+def ask(
+    documents: Annotated[list[str], typer.Argument(metavar="DOC...", help="Files (text, source code, Markdown, PDF), directories, or - for stdin.")],
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
+    model: Model = None,
+    max_new_tokens: MaxNew = 64,
+    attention_mode: Mode = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask a question about documents of any length."""
+    from .engine import Sampling, read_documents
+    from .engine import ask as run
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling.check()
+    texts = read_documents(documents)
+    result = run(_engine(model, device, dtype, attention_mode), texts, question, sampling, quiet=quiet)
+    _report(result, "answer", as_json, quiet)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or - for stdin.")],
+    model: Model = None,
+    max_new_tokens: MaxNew = 64,
+    attention_mode: Mode = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a text, printing it as it comes."""
+    from .engine import Sampling, read_documents
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling.check()
+    text = read_documents(["-"])[0].text if prompt == "-" else prompt
+    if not text:
+        raise ValueError("the prompt is empty")
+    engine = _engine(model, device, dtype, attention_mode)
+    result = engine.generate(engine.encode_prompt(text), sampling, stream=not as_json, quiet=quiet)
+    _report(result, "text", as_json, quiet, shown=True)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=2048, help="Length of the document.")] = 32768,
+    seed: Seed = None,
+) -> None:
+    """Hide a fact in the standard library's sources, ask for it, and time a full-attention twin beside."""
+    from .bench.demo import run
+
+    run(tokens, seed)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130)
+    except typer.Abort:
+        code = _fail("interrupted", 130)
+    except ValueError as error:
+        code = _fail(str(error), 2)
+    except typer.TyperException as error:  # usage errors: unknown options, missing arguments
+        code = _fail(error.format_message(), 2)
+    except MemoryError:
+        code = _fail("out of memory: shorten the document or use a smaller --dtype", 2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 141
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"opensala: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,63 @@
+"""Retrieval tasks as token sequences: facts hidden in a haystack, then questions and answers."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .facts import Fact, format_question, random_facts
+from .haystack import Haystack
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Training tokens `[T]`, with a mark on those that are answers (and the end-of-text after each)."""
+
+    ids: np.ndarray
+    answer: np.ndarray
+
+
+def _place(rng: random.Random, fact: Fact) -> str:
+    """A statement with the white space that separates it from the text around it."""
+    if fact.line:
+        indent = " " * rng.choice((0, 0, 0, 4, 8))
+        return f"\n{indent}{fact.statement}\n"
+    return rng.choice((f" {fact.statement} ", f"\n{fact.statement}\n", f"\n\n{fact.statement}\n\n", f" {fact.statement}\n",
+                       f"\n# {fact.statement}\n", f"\n    # {fact.statement}\n", f"\n// {fact.statement}\n",
+                       f"\n- {fact.statement}\n"))
+
+
+def hide(tokenizer: Any, rng: random.Random, hay: np.ndarray, statements: list[str]) -> np.ndarray:
+    """Put statements into a token haystack at random places."""
+    cuts = sorted(rng.randrange(len(hay) + 1) for _ in statements)
+    encoded = tokenizer(statements, add_special_tokens=False)["input_ids"] if statements else []
+    parts, last = [], 0
+    for cut, ids in zip(cuts, encoded, strict=True):
+        parts += [hay[last:cut], np.array(ids, dtype=np.int32)]
+        last = cut
+    return np.concatenate([*parts, hay[last:]])
+
+
+def training_sequence(tokenizer: Any, haystack: Haystack, rng: random.Random, length: int, facts: int) -> Sequence:
+    """A sequence of exactly `length` tokens: bos, a document with hidden facts, then all questions answered.
+
+    Raises ValueError if the questions alone do not fit.
+    """
+    chosen = random_facts(rng, facts)
+    asked = rng.sample(chosen, len(chosen))
+    prompts = tokenizer([format_question(f.question) for f in asked], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([" " + f.answer for f in asked], add_special_tokens=False)["input_ids"]
+    tail, marks = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tail += [*prompt, *answer, tokenizer.eos_token_id]
+        marks += [False] * len(prompt) + [True] * (len(answer) + 1)
+    statements = [_place(rng, f) for f in chosen]
+    used = sum(len(ids) for ids in tokenizer(statements, add_special_tokens=False)["input_ids"])
+    room = length - 1 - len(tail) - used
+    if room < 0:
+        raise ValueError(f"{facts} facts need {length - room} tokens, the sequence has {length}")
+    body = hide(tokenizer, rng, haystack.span(rng, room), statements)
+    ids = np.concatenate([[tokenizer.bos_token_id], body, tail]).astype(np.int32)
+    answer = np.concatenate([np.zeros(1 + len(body), bool), marks])
+    return Sequence(ids, answer)

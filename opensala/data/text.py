@@ -1,0 +1,95 @@
+"""Text that any Python installation carries, for training, demonstrations and tests without downloads.
+
+Three kinds: `code` (the standard library's sources), `prose` (docstrings, help topics, notes and the
+descriptions of installed packages) and `headers` (the interpreter's C headers, where they are installed).
+It knows nothing of tokens or models.
+"""
+
+import ast
+import random
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+KINDS = ("code", "prose", "headers")
+_SKIPPED = {"__pycache__", "site-packages", "dist-packages", "ensurepip", "lib-dynload"}
+
+
+def _files(root: Path, patterns: tuple[str, ...]) -> list[Path]:
+    found = [p for pattern in patterns for p in root.rglob(pattern) if not _SKIPPED & set(p.relative_to(root).parts)]
+    return sorted(p for p in found if p.is_file())
+
+
+def read_text(path: Path) -> str | None:
+    """Contents of a UTF-8 file with lines ended by newlines; None if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            tree = ast.parse(source)
+        except (SyntaxError, ValueError):
+            return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            doc = ast.get_docstring(node)
+            if doc and len(doc) > 200:
+                yield doc
+
+
+def documents(kind: str) -> Iterator[str]:
+    """Texts of one kind, in a fixed order. Raises ValueError for an unknown kind."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    library = Path(sysconfig.get_path("stdlib"))
+    if kind == "headers":
+        texts: Iterator[str | None] = (read_text(p) for p in _files(Path(sysconfig.get_path("include")), ("*.h",)))
+        yield from (t for t in texts if t)
+        return
+    sources = (read_text(p) for p in _files(library, ("*.py",)))
+    if kind == "code":
+        yield from (s for s in sources if s)
+        return
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
+    for path in _files(library, ("*.txt", "*.rst", "*.md")):
+        text = read_text(path)
+        if text and len(text) > 500:
+            yield text
+    for package in sorted(metadata.distributions(), key=lambda d: d.metadata["Name"] or ""):
+        body = package.metadata.get_payload()
+        if isinstance(body, str) and len(body) > 500:
+            yield body
+    for source in sources:
+        if source:
+            docs = list(_docstrings(source))
+            if docs:
+                yield "\n\n".join(docs)
+
+
+def long_document(characters: int, seed: int = 0, kinds: tuple[str, ...] = ("code",)) -> str:
+    """About so many characters of real text, whole files in a random order drawn from `seed`."""
+    texts = [t for kind in kinds for t in documents(kind)]
+    random.Random(seed).shuffle(texts)
+    parts, total = [], 0
+    while total < characters:
+        for text in texts:
+            parts.append(text)
+            total += len(text) + 1
+            if total >= characters:
+                break
+    return "\n".join(parts)[:characters]
+
+
+def provenance() -> str:
+    """Which installation the texts come from."""
+    return f"Python {sys.version.split()[0]} standard library"

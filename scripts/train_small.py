@@ -1,0 +1,195 @@
+"""Train the small model that ships in the package, on nothing but a Python installation.
+
+    python scripts/build_tokenizer.py runs/small
+    python scripts/train_small.py runs/small [--threads 2]
+
+Sequences are documents with hidden facts followed by questions and answers (opensala.data.retrieval). The
+stages go from short dense sequences to 8,192 tokens with block selection on. Checkpoints are written every
+few minutes and the run resumes from the last one by itself, with the same data order.
+"""
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from opensala.data.haystack import Haystack
+from opensala.data.retrieval import Sequence, training_sequence
+from opensala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from opensala.model.attention import SparseMixer
+from opensala.train.loss import selection_alignment_loss, weighted_next_token_loss
+
+SPARSE_LAYERS = (2, 6, 10)
+LAYERS = 12
+TEXT_WEIGHT = 0.1  # weight of ordinary text beside answers
+ALIGNED_QUERIES = 48  # a step and layer
+SAVE_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` optimizer steps on `batch` sequences of `length` tokens with up to `facts` facts each."""
+
+    steps: int
+    length: int
+    batch: int
+    facts: int
+    mode: str = "dense"
+    alignment: float = 0.0
+
+
+STAGES = (
+    Stage(1200, 256, 16, 4),
+    Stage(700, 512, 8, 8, alignment=0.1),
+    Stage(600, 1024, 4, 12, alignment=0.3),
+    Stage(350, 2048, 3, 20, alignment=0.3),
+    Stage(120, 4096, 2, 32, "sparse", alignment=0.3),
+    Stage(60, 8192, 1, 48, "sparse", alignment=0.3),
+)
+PEAK_LR, LAST_LR, WARMUP = 3e-3, 1e-4, 100
+
+
+def model_config(vocab_size: int) -> MiniCPMSALAConfig:
+    return MiniCPMSALAConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=LAYERS,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=64,
+        lightning_nh=4, lightning_nkv=4, lightning_head_dim=32,
+        mixer_types=["minicpm4" if i in SPARSE_LAYERS else "lightning-attn" for i in range(LAYERS)],
+        sparse_config={"kernel_size": 32, "kernel_stride": 16, "block_size": 64, "init_blocks": 1, "window_size": 512,
+                       "topk": 16, "dense_len": 4096},
+        scale_emb=12, scale_depth=1.4, dim_model_base=128, tie_word_embeddings=True, eos_token_id=2, pad_token_id=2,
+        max_position_embeddings=1 << 20, initializer_range=0.05,
+    )
+
+
+def new_model(vocab_size: int, seed: int) -> MiniCPMSALAForCausalLM:
+    torch.manual_seed(seed)
+    model = MiniCPMSALAForCausalLM(model_config(vocab_size))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    return model
+
+
+def learning_rate(step: int, total: int) -> float:
+    """Linear warm-up, constant to 60% of the run, then linear decay."""
+    if step < WARMUP:
+        return PEAK_LR * (step + 1) / WARMUP
+    left = min(1.0, (total - step) / (0.4 * total))
+    return LAST_LR + (PEAK_LR - LAST_LR) * left
+
+
+def make_batch(tokenizer: Any, haystack: Haystack, stage: Stage, seed: int) -> list[Sequence]:
+    rng = random.Random(seed)
+    sequences = []
+    while len(sequences) < stage.batch:
+        try:
+            count = rng.randrange(max(1, stage.facts // 2), stage.facts + 1)
+            sequences.append(training_sequence(tokenizer, haystack, rng, stage.length, count))
+        except ValueError:  # more facts than fit: draw again
+            continue
+    return sequences
+
+
+class Recorder:
+    """Keeps the input of each sparse mixer during a forward pass."""
+
+    def __init__(self, model: MiniCPMSALAForCausalLM) -> None:
+        self.inputs: list[tuple[SparseMixer, Tensor]] = []
+        for module in model.modules():
+            if isinstance(module, SparseMixer):
+                module.register_forward_pre_hook(lambda m, args: self.inputs.append((m, args[0])))
+
+
+def train_step(model: MiniCPMSALAForCausalLM, recorder: Recorder, stage: Stage, batch: list[Sequence],
+               seed: int) -> dict[str, float]:
+    ids = torch.stack([torch.from_numpy(s.ids).long() for s in batch])
+    answer = torch.stack([torch.from_numpy(s.answer) for s in batch])
+    recorder.inputs.clear()
+    model.set_attention_mode(stage.mode)
+    logits = model(input_ids=ids, use_cache=False).logits
+    loss = weighted_next_token_loss(logits, ids, answer + TEXT_WEIGHT * ~answer)
+    record = {"loss": loss.item()}
+    if stage.alignment:
+        asked = answer[:, 1:].nonzero()
+        generator = torch.Generator().manual_seed(seed)
+        asked = asked[torch.randperm(len(asked), generator=generator)[:ALIGNED_QUERIES]]
+        documents = answer.int().argmax(1) - 8  # the first answer; a little question text inside does no harm
+        terms = [selection_alignment_loss(mixer, x, asked, documents) for mixer, x in recorder.inputs]
+        alignment = torch.stack(terms).mean()
+        loss = loss + stage.alignment * alignment
+        record["alignment"] = alignment.item()
+    loss.backward()
+    record["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    with torch.no_grad():
+        right = (logits[:, :-1].argmax(-1) == ids[:, 1:])[answer[:, 1:]]
+    record["answer_accuracy"] = right.float().mean().item()
+    return record
+
+
+def main(
+    directory: Annotated[Path, typer.Argument(help="run folder; must hold the tokenizer")],
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    seed: int = 0,
+    limit: Annotated[int, typer.Option(help="stop after so many steps in all (0: run to the end)")] = 0,
+) -> None:
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    haystack = Haystack(tokenizer)
+    model = new_model(len(tokenizer), seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    state_file, step = directory / "state.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    recorder = Recorder(model)
+    plan = [stage for stage in STAGES for _ in range(stage.steps)]
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count / 1e6:.2f}M parameters, {sum(s.length * s.batch for s in plan) / 1e6:.1f}M tokens, {len(plan)} steps, "
+          f"starting at {step}", flush=True)
+
+    def save() -> None:
+        temporary = state_file.with_suffix(".tmp")
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
+        temporary.replace(state_file)
+
+    saved = begun = time.monotonic()
+    with open(directory / "metrics.jsonl", "a") as metrics:
+        while step < (limit or len(plan)):
+            stage = plan[step]
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, len(plan))
+            batch = make_batch(tokenizer, haystack, stage, seed * 1_000_003 + step)
+            optimizer.zero_grad(set_to_none=True)
+            record = train_step(model, recorder, stage, batch, step)
+            if not all(map(lambda v: v == v and abs(v) < 1e9, record.values())):
+                raise SystemExit(f"step {step}: {record} is not finite; the last checkpoint is {state_file}")
+            optimizer.step()
+            step += 1
+            record |= {"step": step, "length": stage.length, "seconds": round(time.monotonic() - begun, 1)}
+            metrics.write(json.dumps(record) + "\n")
+            if step % 20 == 0:
+                metrics.flush()
+                print(" ".join(f"{k}={v:.4g}" for k, v in record.items()), flush=True)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+    save()
+    model.set_attention_mode("auto")
+    model.half().save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    print(f"saved {directory / 'model'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
