@@ -30,7 +30,7 @@ SPARSE_LAYERS = (2, 6, 10)
 LAYERS = 12
 TEXT_WEIGHT = 0.1  # weight of ordinary text beside answers
 ALIGNED_QUERIES = 48  # a step and layer
-SAVE_SECONDS = 240
+SAVE_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Stage:
 STAGES = (
     Stage(1200, 256, 16, 4),
     Stage(700, 512, 8, 8, alignment=0.1),
-    Stage(600, 1024, 4, 12, alignment=0.3),
-    Stage(350, 2048, 3, 20, alignment=0.3),
-    Stage(120, 4096, 2, 32, "sparse", alignment=0.3),
-    Stage(60, 8192, 1, 48, "sparse", alignment=0.3),
+    Stage(800, 1024, 4, 12, alignment=0.3),
+    Stage(700, 2048, 2, 20, alignment=0.3),
+    Stage(400, 4096, 1, 32, "sparse", alignment=0.3),
+    Stage(150, 8192, 1, 48, "sparse", alignment=0.3),
 )
 PEAK_LR, LAST_LR, WARMUP = 3e-3, 1e-4, 100
 

@@ -9,7 +9,7 @@ Shapes: B rows, L tokens, Hkv kv heads, D head dim, n windows.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,6 +165,15 @@ class LightningCacheLayer:
                            v.index_select(0, rows))
 
 
+class Snapshot(NamedTuple):
+    """A point a cache can return to: lengths and recurrent states (keys and values are only ever appended)."""
+
+    lengths: list[int]
+    columns: int
+    announced: list[int]
+    states: list[Tensor | None]
+
+
 class SALACache(Cache):
     """The cache of a MiniCPM-SALA model; pass it to `forward` or `generate` as `past_key_values`.
 
@@ -276,30 +285,32 @@ class SALACache(Cache):
         self.__dict__.update(fresh.__dict__)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Undo the last `tokens_to_remove` tokens of every row.
+        """Undo the last tokens of every row: `crop(-n)` removes n, as transformers counts.
 
         Lightning states cannot be run backwards. It works for everything (all tokens), for nothing (0), and,
         with `record_past=True`, for any part of the last call of a batch without padding in it. Otherwise
-        ValueError, and the cache is unchanged: copy the cache (`fork`) at points you want to return to.
+        ValueError, and the cache is unchanged: take a `snapshot` at points you want to return to.
         """
-        if tokens_to_remove < 0 or tokens_to_remove > self.columns:
-            raise ValueError(f"crop takes 0 to {self.columns} tokens (those held), got {tokens_to_remove}")
+        if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
+            raise ValueError(f"crop takes {-self.columns} (all tokens held) to 0, got {tokens_to_remove}: "
+                             "crop(-n) removes the last n tokens")
         if tokens_to_remove == 0:
             return
-        if tokens_to_remove == self.columns:
+        if -tokens_to_remove == self.columns:
             self.reset()
             return
+        removed = -tokens_to_remove
         lightning = [x for x in self.layers if isinstance(x, LightningCacheLayer)]
-        if not all(layer.can_drop(tokens_to_remove) for layer in lightning):
+        if not all(layer.can_drop(removed) for layer in lightning):
             raise ValueError(
-                f"cannot undo {tokens_to_remove} tokens: a lightning state cannot be run backwards, and "
+                f"cannot undo {removed} tokens: a lightning state cannot be run backwards, and "
                 f"{'the last call was shorter' if self.record_past else 'recording is off'}. Make the cache with "
-                "record_past=True to undo tokens of the last call, or keep a fork() of it to return to"
+                "record_past=True to undo tokens of the last call, or take a snapshot() where you want to return to"
             )
         for layer in lightning:
-            layer.drop(tokens_to_remove)
-        self.columns -= tokens_to_remove
-        self.lengths = [n - tokens_to_remove for n in self.lengths]
+            layer.drop(removed)
+        self.columns -= removed
+        self.lengths = [n - removed for n in self.lengths]
         self._announced = [min(a, n) for a, n in zip(self._announced, self.lengths, strict=False)]
 
     def _select_rows(self, rows: Tensor) -> None:
@@ -320,6 +331,22 @@ class SALACache(Cache):
         self._select_rows(torch.arange(len(self.lengths)).repeat_interleave(repeats))
 
     # --- ours ---
+
+    def snapshot(self) -> Snapshot:
+        """A point to `restore` later; costs one reference to each recurrent state and no copy of keys or values."""
+        states = [x.state if isinstance(x, LightningCacheLayer) else None for x in self.layers]
+        return Snapshot(list(self.lengths), self.columns, list(self._announced), states)
+
+    def restore(self, point: Snapshot) -> None:
+        """Go back to a snapshot of this cache, exactly. ValueError if the cache has been cut back or reordered since."""
+        if len(point.lengths) != len(self.lengths) or any(a > b for a, b in zip(point.lengths, self.lengths, strict=True)):
+            raise ValueError(f"the snapshot has rows of {point.lengths} tokens, the cache {self.lengths}: it was taken "
+                             "from another cache, or this one has been cut back since")
+        self.lengths, self.columns, self._announced = list(point.lengths), point.columns, list(point.announced)
+        self._reserve = 0
+        for layer, state in zip(self.layers, point.states, strict=True):
+            if isinstance(layer, LightningCacheLayer):
+                layer.state, layer.record = state, None
 
     def fork(self) -> "SALACache":
         """An independent copy: both can go on from here without seeing each other."""

@@ -68,6 +68,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
     """The decoder without head: token ids (or embeddings) to normalised hidden states."""
 
     def __init__(self, config: MiniCPMSALAConfig) -> None:
+        config.check()  # fields may have been changed since the configuration was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MiniCPMSALADecoderLayer(config, i) for i in range(config.num_hidden_layers))
