@@ -9,6 +9,7 @@ few minutes and the run resumes from the last one by itself, with the same data 
 """
 
 import json
+import math
 import random
 import time
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ def main(
             batch = make_batch(tokenizer, haystack, stage, seed * 1_000_003 + step)
             optimizer.zero_grad(set_to_none=True)
             record = train_step(model, recorder, stage, batch, step)
-            if not all(map(lambda v: v == v and abs(v) < 1e9, record.values())):
+            if not all(math.isfinite(v) for v in record.values()):
                 raise SystemExit(f"step {step}: {record} is not finite; the last checkpoint is {state_file}")
             optimizer.step()
             step += 1

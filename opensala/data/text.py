@@ -66,9 +66,9 @@ def documents(kind: str) -> Iterator[str]:
         if text and len(text) > 500:
             yield text
     for package in sorted(metadata.distributions(), key=lambda d: d.metadata["Name"] or ""):
-        body = package.metadata.get_payload()
-        if isinstance(body, str) and len(body) > 500:
-            yield body
+        described = package.read_text("METADATA") or ""
+        if len(described) > 1000:
+            yield described
     for source in sources:
         if source:
             docs = list(_docstrings(source))

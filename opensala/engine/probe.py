@@ -16,7 +16,7 @@ def answer_all(engine: Engine, document: list[int], questions: list[list[int]], 
     ids = torch.tensor([document], device=engine.device)
     prefill(engine.model, ids, cache, new_tokens=extra, progress=progress)
     end, stops = cache.snapshot(), engine.config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
+    stop_ids = stops if isinstance(stops, list) else [stops]
     answers = []
     for question in questions:
         cache.restore(end)
@@ -24,7 +24,7 @@ def answer_all(engine: Engine, document: list[int], questions: list[list[int]], 
         tokens: list[int] = []
         while len(tokens) < max_new_tokens:
             token = int(logits[0].argmax())
-            if token in stops:
+            if token in stop_ids:
                 break
             tokens.append(token)
             step = torch.tensor([[token]], device=engine.device)

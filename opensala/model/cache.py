@@ -191,7 +191,7 @@ class SALACache(Cache):
         assert config.lightning_nh is not None, "filled by the configuration"
         layers = [SparseCacheLayer(config.block_spec) if config.is_sparse(i) else LightningCacheLayer(config.lightning_nh)
                   for i in range(config.num_hidden_layers)]
-        super().__init__(layers=layers)  # type: ignore[arg-type]
+        super().__init__(layers=layers)
         self.record_past = record_past
         self.lengths: list[int] = []  # real tokens of each row
         self.columns = 0  # tokens of the rectangle seen, padding included: what transformers calls the length

@@ -129,6 +129,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     def check(self) -> None:
         """Validate every field that a model is built from; ValueError for the first that does not fit."""
         self._divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        assert self.lightning_nh and self.lightning_head_dim and self.head_dim, "filled in __post_init__"
         self._divides("lightning_nh", self.lightning_nh, "lightning_nkv", self.lightning_nkv)
         for field, used, dim in (("head_dim", self.attn_use_rope, self.head_dim),
                                  ("lightning_head_dim", self.lightning_use_rope, self.lightning_head_dim)):

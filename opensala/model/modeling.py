@@ -117,7 +117,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         if cache is not None:
             cache.commit(layout.lengths, shape[1])
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states),
-                                       past_key_values=cache if use_cache else None)  # type: ignore[arg-type]
+                                       past_key_values=cache if use_cache else None)
 
     def _layout(self, shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None,
                 cache: SALACache | None, cu_seqlens: Tensor | None, device: torch.device) -> SequenceLayout:

@@ -21,7 +21,7 @@ _MIN_EXPONENT = -80.0  # below this a decay factor is 0: smaller ones turn into 
 class _Layout(NamedTuple):
     """Where the tokens of one call lie in chunks: rows of chunks that share a state, in time order."""
 
-    index: Tensor | None  # [M * C] token of each chunk slot (T for an empty slot), None if T divides evenly
+    slots: Tensor  # [M * C] token in each place of each chunk (T for an empty place)
     valid: Tensor  # [M] tokens in each chunk
     sequence: list[int]  # [M] sequence each chunk belongs to
 
@@ -114,10 +114,9 @@ def _documents(
         padded = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])
         return padded[slots].view(-1, chunk, *x.shape[2:]).permute(2, 0, 1, 3)[None]
 
-    assert layout.index is not None, "documents always have an explicit layout"
     for a in range(0, len(layout.sequence), per_segment):
         b = min(a + per_segment, len(layout.sequence))
-        slots = layout.index[a * chunk : b * chunk]
+        slots = layout.slots[a * chunk : b * chunk]
         q_, k_, v_ = fold(q, slots), fold(k, slots), fold(v, slots)
         o = _intra_scores(q_, k_, decay) @ v_
         updates, keeps = _chunk_updates(k_, v_, decay, layout.valid[a:b])

@@ -1,0 +1,5 @@
+"""`python -m opensala` is the `opensala` command."""
+
+from .cli import main
+
+main()

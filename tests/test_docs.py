@@ -1,0 +1,107 @@
+"""Every command, Python example and link in README and docs works."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opensala.cli import main
+from opensala.engine import shipped_model
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+HUB_NAME = "openbmb/MiniCPM-SALA"
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES for block in blocks(page, "sh")
+            for line in block.splitlines() if line.strip() and not line.startswith("#")]
+EXAMPLES = [pytest.param(code, id=f"{page.name}-{n}") for page in PAGES for n, code in enumerate(blocks(page, "python"))]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The files that the documentation's commands speak of."""
+    filler = "Nothing of note happened that day.\n" * 30
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "settings.py").write_text(f'"""Settings."""\n{"# filler" * 20}\nMAX_RETRY_COUNT = 512\n')
+    (tmp_path / "report.txt").write_text(f"{filler}The access code for the north gate is 48213.\n{filler}")
+    (tmp_path / "notes.md").write_text(f"# Notes\n\n{filler}")
+    (tmp_path / "server.log").write_text(f"{filler}The serial number of unit Velmora is 90417.\n{filler}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ANSWERS = {"report.txt": "48213", "src/": "512", "server.log": "90417"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, folder, monkeypatch, capsys):
+    words = shlex.split(command)
+    if words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        return
+    if words[0] == "python":  # training the small model takes an hour: the script is there and takes these options
+        subprocess.run([sys.executable, ROOT / words[1], "--help"], check=True, capture_output=True)
+        return
+    if words[0] == "cat":
+        done = subprocess.run(command.replace("opensala", f"{sys.executable} -m opensala"), shell=True, capture_output=True,
+                              text=True, check=True)
+        out = done.stdout
+    else:
+        assert words[0] == "opensala", f"no test knows how to run {command!r}"
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out = capsys.readouterr().out
+        assert stopped.value.code == 0
+    for source, answer in ANSWERS.items():
+        if source in command:
+            assert answer in out
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_python_example(code, folder):
+    """Run as written; the released model's name stands for the shipped model's folder, for want of a network."""
+    code = code.replace(f'"{HUB_NAME}"', repr(str(shipped_model()))).replace(', device_map="auto"', "")
+    code = code.replace("torch.bfloat16", "torch.float32")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
+
+
+def test_the_python_page_prints_the_right_answers(folder):
+    done = subprocess.run([sys.executable, "-c", blocks(ROOT / "docs" / "python.md", "python")[0]], capture_output=True, text=True,
+                          check=True, timeout=300)
+    assert done.stdout.splitlines()[:2] == [" 48213", " Marla Quist"]
+
+
+def test_the_table_of_phrasings_works(folder):
+    """Each row of the README's table: the fact in a short document, the question, the right answer."""
+    from opensala.engine import Document, Engine, Sampling, ask
+
+    rows = re.findall(r"^\| (.+?) \| ((?:What|Who) .+?) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 5
+    engine, filler = Engine(), "Nothing of note happened that day.\n" * 40
+    for fact, question in rows:
+        fact = re.sub(r" \(also .*", "", fact)
+        expected = re.search(r"(\d{3,}|Orla Brandt)\.?$", fact).group(1)
+        result = ask(engine, [Document("d", f"{filler}{fact}\n{filler}")], question, Sampling(24), quiet=True)
+        assert result.text == expected, (fact, question, result.text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_readme_names_every_command():
+    from opensala.cli import app
+
+    names = {c.name or c.callback.__name__ for c in app.registered_commands}
+    assert names == set(re.findall(r"^\| `opensala (\w+)", (ROOT / "README.md").read_text(), re.M))

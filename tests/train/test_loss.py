@@ -1,0 +1,47 @@
+"""Losses: the weighting, and that alignment makes a compressed key findable."""
+
+import torch
+
+from opensala.ops import compress_keys
+from opensala.train.loss import selection_alignment_loss, weighted_next_token_loss
+
+from ..conftest import tiny_model
+from ..model.test_equality import tokens
+
+
+def test_weighted_loss_is_cross_entropy_on_the_weighted_targets():
+    logits, ids = torch.randn(2, 9, 50), tokens(9, batch=2) % 50
+    plain = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(weighted_next_token_loss(logits, ids, torch.ones(2, 9)), plain)
+    weights = torch.zeros(2, 9)
+    weights[1, 4] = 0.3
+    one = torch.nn.functional.cross_entropy(logits[1, 3:4], ids[1, 4:5])
+    torch.testing.assert_close(weighted_next_token_loss(logits, ids, weights), one)
+
+
+def test_alignment_raises_the_rank_of_the_attended_window():
+    torch.manual_seed(0)
+    mixer = tiny_model().model.layers[0].self_attn
+    x = torch.randn(3, 200, 32)
+    queries = torch.tensor([[0, 199], [1, 180], [2, 199]])
+    documents = torch.tensor([150, 150, 150])
+    optimizer = torch.optim.Adam([mixer.q_proj.weight, mixer.k_proj.weight], lr=1e-2)
+    first = selection_alignment_loss(mixer, x, queries, documents)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = selection_alignment_loss(mixer, x, queries, documents)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5 * first
+    with torch.no_grad():
+        q, k, _ = mixer.project(x, torch.arange(200).expand(3, 200))
+        scores = torch.einsum("hd,wd->hw", q[0, 199, :2], compress_keys(k, 8, 4)[0, :36, 0])
+        dense = torch.einsum("hd,td->ht", q[0, 199, :2] * mixer.scale, k[0, :150, 0]).softmax(-1)
+    for h in range(2):
+        assert abs(scores[h].argmax() * 4 + 4 - dense[h].argmax()) <= 8
+
+
+def test_no_gradient_reaches_values_or_teacher():
+    mixer = tiny_model().model.layers[0].self_attn
+    selection_alignment_loss(mixer, torch.randn(2, 100, 32), torch.tensor([[0, 99]]), torch.tensor([80, 80])).backward()
+    assert mixer.v_proj.weight.grad is None and mixer.o_gate.weight.grad is None and mixer.k_proj.weight.grad.abs().sum() > 0
