@@ -12,6 +12,7 @@ import typer
 
 from . import __version__
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Read very long documents with hybrid sparse/linear models.")
 
@@ -27,9 +28,13 @@ Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 Quiet = Annotated[bool, typer.Option(help="No progress bar and no notes.")]
 
 
-def _engine(model: str | None, device: str, dtype: str, attention_mode: str | None) -> Any:
+def _engine(model: str | None, device: str, dtype: str, attention_mode: str | None, quiet: bool) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
     from .engine import Engine
 
+    if quiet:
+        disable_progress_bar()
     return Engine(model, device=device, dtype=dtype, attention_mode=attention_mode)
 
 
@@ -73,7 +78,7 @@ def ask(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
     texts = read_documents(documents)
-    result = run(_engine(model, device, dtype, attention_mode), texts, question, sampling, quiet=quiet)
+    result = run(_engine(model, device, dtype, attention_mode, quiet), texts, question, sampling, quiet=quiet)
     _report(result, "answer", as_json, quiet)
 
 
@@ -99,7 +104,7 @@ def generate(
     text = read_documents(["-"])[0].text if prompt == "-" else prompt
     if not text:
         raise ValueError("the prompt is empty")
-    engine = _engine(model, device, dtype, attention_mode)
+    engine = _engine(model, device, dtype, attention_mode, quiet)
     result = engine.generate(engine.encode_prompt(text), sampling, stream=not as_json, quiet=quiet)
     _report(result, "text", as_json, quiet, shown=True)
 
@@ -133,10 +138,10 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130)
-    except typer.Abort:
-        code = _fail("interrupted", 130)
+        if code == INTERRUPTED:  # typer turns Ctrl-C inside a command into this code, without a word
+            _fail("interrupted", code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted", INTERRUPTED)
     except ValueError as error:
         code = _fail(str(error), 2)
     except typer.TyperException as error:  # usage errors: unknown options, missing arguments

@@ -11,7 +11,7 @@ CHUNK = 4096  # tokens
 Progress = Callable[[int], None]  # called with the number of tokens just read
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(
     model: MiniCPMSALAForCausalLM,
     ids: Tensor,

@@ -7,7 +7,7 @@ from .generate import Engine
 from .prefill import Progress, prefill
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_all(engine: Engine, document: list[int], questions: list[list[int]], *, max_new_tokens: int = 24,
                progress: Progress | None = None) -> list[str]:
     """Greedy answers to questions (token ids) that each follow the same document (token ids)."""

@@ -35,7 +35,8 @@ class _Store:
         if old is not None and old.shape[1] >= needed:
             return old
         capacity = needed if exact else max(needed, _FIRST, math.ceil(_GROWTH * (0 if old is None else old.shape[1])))
-        new = like.new_empty(batch, capacity, *like.shape[2:])
+        with torch.inference_mode(False):  # usable inside and outside of inference mode, whichever comes first
+            new = torch.empty(batch, capacity, *like.shape[2:], dtype=like.dtype, device=like.device)
         if old is not None:
             new[:, : old.shape[1]] = old
         self.data = new

@@ -121,6 +121,15 @@ def test_fork_is_independent():
     assert other.lengths == [170]
 
 
+def test_a_cache_may_cross_inference_mode():
+    model, ids = tiny_model(), tokens(150)
+    cache = SALACache(model.config)
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    got = following(model, cache, tokens(300, seed=1))
+    torch.testing.assert_close(got, following(model, filled(model, ids), tokens(300, seed=1)))
+
+
 def test_restore_goes_back_exactly():
     model, ids = tiny_model(), tokens(150)
     cache = filled(model, ids)

@@ -106,8 +106,14 @@ def _block_major(q_TGD: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int,
 
 
 def _blocks_of(x: Tensor, group_block: Tensor, size: int, total: int) -> Tensor:
-    """Rows of x `[L, D]` in blocks, one block for each group: `[M, S, D]`; short last block is zero-padded."""
-    pad = total * size - x.shape[0]
-    if pad:
-        x = torch.nn.functional.pad(x, (0, 0, 0, pad))
-    return x.reshape(total, size, -1)[group_block]
+    """Rows of x `[L, D]` in blocks, one block for each group: `[M, S, D]`; a short last block is zero-padded."""
+    full = x.shape[0] // size
+    if full == total:
+        return x.unflatten(0, (total, size))[group_block]
+    rest = torch.nn.functional.pad(x[full * size :], (0, 0, 0, total * size - x.shape[0]))
+    if full == 0:
+        return rest.expand(len(group_block), -1, -1)
+    # Groups are in order of blocks: those of the short block come last. Padding all of x would copy it each time.
+    last = int((group_block == full).sum())
+    whole = x[: full * size].unflatten(0, (full, size))[group_block[: len(group_block) - last]]
+    return torch.cat([whole, rest.expand(last, -1, -1)])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .spec import BlockSpec, num_windows
 
-TILE_ELEMENTS = 1 << 22  # scores alive at once (16 MB in float32): stays in cache, small beside the model
+TILE_ELEMENTS = 1 << 22  # scores alive at once (16 MB in float32), but at least those of 16 queries
+SPAN = 4096  # queries that share one layout of the compressed keys
 _LARGEST = 3e38  # finite stand-in for overflowing probabilities, below the +inf of forced blocks
 
 
@@ -60,22 +61,19 @@ def _top(scores: Tensor, positions: Tensor, spec: BlockSpec) -> Tensor:
 
 
 def select_tile(
-    q_HGTD: Tensor, k1_phases: Tensor, k2_HDn: Tensor, n1: int, positions: Tensor, spec: BlockSpec, lse: str
+    q_HGTD: Tensor, k1_phases: Tensor, k2_HDn: Tensor, positions: Tensor, spec: BlockSpec, lse: str
 ) -> Tensor:
     """Blocks of one tile of queries at consecutive `positions`, each with at least K blocks: `[Hkv, T, K]`.
 
-    q is already scaled. `n1` is the number of windows in `k1_phases`.
+    q is already scaled. The compressed keys may reach beyond what the tile sees.
     """
     kv_heads, group, tile, _ = q_HGTD.shape
     ratio, device = spec.ratio, q_HGTD.device
-    last = int(positions[-1])
-    blocks = last // spec.block_size + 1
-    width = k1_phases.shape[-1] // ratio
-    near = min(width, -(-min(n1, num_windows(last + 1, spec.kernel_size, spec.kernel_stride)) // ratio))
+    near = k1_phases.shape[-1] // ratio
+    blocks = max(int(positions[-1]) // spec.block_size + 1, near + 1)
     pooled = q_HGTD.new_full((kv_heads, tile, blocks), -math.inf)
     if near:
-        keys = k1_phases.view(kv_heads, -1, ratio, width)[..., :near].reshape(kv_heads, 1, -1, ratio * near)
-        scores = q_HGTD @ keys  # [Hkv, G, T, r * near]
+        scores = q_HGTD @ k1_phases[:, None]  # [Hkv, G, T, r * near]
         window = torch.arange(ratio, device=device)[:, None] + ratio * torch.arange(near, device=device)
         ends = (window * spec.kernel_stride + spec.kernel_size - 1).view(-1)
         hidden_from = int(torch.searchsorted(torch.arange(near) * spec.block_size + spec.kernel_size - 1
@@ -97,8 +95,7 @@ def select_tile(
         best = p.amax(2)
         torch.maximum(best[..., 1:], p[:, :, ratio - 1, :-1], out=best[..., 1:])
         pooled[..., :near] = best.clamp_(max=_LARGEST)
-        if near < blocks:  # the window before a block reaches into it
-            pooled[..., near] = p[:, :, ratio - 1, near - 1].clamp(max=_LARGEST)
+        pooled[..., near] = p[:, :, ratio - 1, near - 1].clamp(max=_LARGEST)  # the window before a block reaches into it
     own = positions.div(spec.block_size, rounding_mode="floor")[:, None]
     block = torch.arange(blocks, device=device)
     forced = (block < spec.init_blocks) | (own - block <= spec.window_blocks)  # later blocks are cut off in _top
@@ -127,13 +124,16 @@ def select_sequence(
         return result
 
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    n1 = k1.shape[0]
-    phases = _phase_major(k1.to(compute), spec.ratio)
-    coarse = k2.to(compute).permute(1, 2, 0).contiguous()
-    tile = max(16, TILE_ELEMENTS // (heads * max(1, phases.shape[-1])))
-    for a in range(cut, tokens, tile):
-        b = min(a + tile, tokens)
-        positions = torch.arange(first + a, first + b, device=q.device)
-        queries = (q[a:b].to(compute) * scale).view(b - a, kv_heads, -1, dim).permute(1, 2, 0, 3)
-        result[a:b] = select_tile(queries, phases, coarse, n1, positions, spec, lse).transpose(0, 1)
+    for start in range(cut, tokens, SPAN):
+        stop = min(start + SPAN, tokens)
+        n1 = num_windows(first + stop, spec.kernel_size, spec.kernel_stride)
+        n2 = num_windows(first + stop, spec.coarse_size, spec.coarse_stride)
+        phases = _phase_major(k1[:n1].to(compute), spec.ratio)
+        coarse = k2[:n2].to(compute).permute(1, 2, 0).contiguous()
+        tile = max(16, TILE_ELEMENTS // (heads * max(1, phases.shape[-1])))
+        for a in range(start, stop, tile):
+            b = min(a + tile, stop)
+            positions = torch.arange(first + a, first + b, device=q.device)
+            queries = (q[a:b].to(compute) * scale).view(b - a, kv_heads, -1, dim).permute(1, 2, 0, 3)
+            result[a:b] = select_tile(queries, phases, coarse, positions, spec, lse).transpose(0, 1)
     return result
