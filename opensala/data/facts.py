@@ -7,6 +7,7 @@ It knows nothing of tokens or documents.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _ONSETS = ["b", "br", "c", "ch", "cl", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pr", "qu", "r", "s", "sh", "st", "t", "th", "tr", "v", "w", "z"]
@@ -17,9 +18,14 @@ _NOUNS = ["anchor", "apple", "arrow", "badger", "barrel", "basin", "beacon", "be
 _NUMBER_ATTRIBUTES = ["access code", "account number", "badge number", "batch number", "budget", "case number", "catalog number", "code", "combination", "confirmation number", "contract number", "control number", "customer number", "door code", "employee number", "entry code", "file number", "flight number", "gate code", "id", "invoice number", "job number", "key", "key code", "license number", "locker number", "lot number", "lucky number", "magic number", "member number", "order number", "page number", "part number", "passcode", "password", "phone number", "pin", "population", "port", "postal code", "price", "product number", "protocol number", "quota", "reference number", "registration number", "release number", "room number", "routing number", "secret code", "secret number", "security code", "serial number", "service number", "ticket number", "timeout", "tracking number", "unlock code", "vault code", "verification code", "version number", "weight"]
 _NAME_ATTRIBUTES = ["author", "captain", "chief engineer", "city", "codename", "color", "coordinator", "director", "editor", "favorite animal", "founder", "guardian", "home town", "inspector", "keeper", "language", "leader", "location", "manager", "mascot", "mayor", "meeting place", "middle name", "mother", "name", "nickname", "owner", "partner", "password", "pilot", "president", "project lead", "secret word", "sponsor", "supervisor", "supplier", "teacher", "tutor", "winner"]
 _CODE_PARTS = ["max", "min", "default", "base", "cache", "retry", "limit", "size", "count", "timeout", "buffer", "thread", "worker", "queue", "session", "token", "user", "page", "block", "chunk", "window", "batch", "rate", "port", "offset", "width", "height", "depth", "level", "index", "seed", "version", "flag", "mode", "state", "error", "status", "memory", "disk", "node", "cluster", "shard", "replica", "stream", "socket", "client", "server", "request", "response", "upload", "download", "backup", "archive", "report", "invoice", "order", "price", "tax", "discount", "alpha", "beta", "gamma", "delta", "sigma", "omega", "north", "south", "east", "west", "primary", "secondary", "internal", "external", "legacy"]
+_TITLES = ("Dr.", "Captain", "Professor", "Mr.", "Mrs.", "Agent", "Lady", "Sir", "Operation", "Camp", "Port", "Mount", "Team", "Lake",
+           "Fort", "Building", "Model", "Class")
 _WHO = {"author", "captain", "chief engineer", "coordinator", "director", "editor", "founder", "guardian", "inspector", "keeper",
         "leader", "manager", "mayor", "mother", "owner", "partner", "pilot", "president", "project lead", "sponsor",
         "supervisor", "supplier", "teacher", "tutor", "winner"}
+
+
+Words = Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,16 @@ def invented_word(rng: random.Random) -> str:
     return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
 
 
-def _thing(rng: random.Random) -> str:
+def _thing(rng: random.Random, words: Words) -> str:
     """Something that can have an attribute: a person, place, project, device or object."""
     adjective, noun, word = rng.choice(_ADJECTIVES), rng.choice(_NOUNS), invented_word(rng).capitalize()
+    if words and rng.random() < 0.4:
+        one, two, three = (rng.choice(words) for _ in range(3))
+        return rng.choice((
+            f"{one} {two}", f"the {one} {two}", f"{one.capitalize()} {two.capitalize()}", one.capitalize(), f"{one}-{two}",
+            f"the {one} {two} {three}", f"{rng.choice(_TITLES)} {one.capitalize()}", f"the {one.capitalize()} {two}",
+            f"{rng.choice(_TITLES)} {word} {two.capitalize()}", f"{one} {rng.choice('ABCDEFGHKXYZ')}", f"the {one} of {two.capitalize()}",
+        ))
     return rng.choice((
         f"{adjective}-{noun}",
         f"{adjective}-{noun}",
@@ -62,8 +75,12 @@ def _number(rng: random.Random) -> str:
     return "".join(rng.choice("0123456789") for _ in range(rng.choice((3, 4, 4, 5, 5, 5, 6, 6, 7, 7, 8))))
 
 
-def _name(rng: random.Random) -> str:
+def _name(rng: random.Random, words: Words) -> str:
     word, other = invented_word(rng), invented_word(rng)
+    if words and rng.random() < 0.6:
+        one, two = rng.choice(words), rng.choice(words)
+        return rng.choice((one, one.capitalize(), f"{one.capitalize()} {two.capitalize()}", f"{one.capitalize()} {word.capitalize()}",
+                           f"{word.capitalize()} {two.capitalize()}", f"{one} {two}", word + one[:3]))
     return rng.choice((
         f"{word.capitalize()} {other.capitalize()}",
         f"{word.capitalize()} {other.capitalize()}",
@@ -74,18 +91,21 @@ def _name(rng: random.Random) -> str:
     ))
 
 
-def _attribute(rng: random.Random, table: list[str]) -> str:
+def _attribute(rng: random.Random, table: list[str], words: Words) -> str:
+    if words and rng.random() < 0.2:
+        return rng.choice((rng.choice(words), f"{rng.choice(words)} {rng.choice(words)}", f"{rng.choice(words)} code",
+                           f"{rng.choice(words)} number"))
     if rng.random() < 0.25:
         return f"{rng.choice(_ADJECTIVES)} {rng.choice((*_NOUNS, 'number', 'code', 'name'))}"
     return rng.choice(table)
 
 
-def attribute_fact(rng: random.Random, attribute: str | None = None, thing: str | None = None) -> Fact:
+def attribute_fact(rng: random.Random, attribute: str | None = None, thing: str | None = None, words: Words = ()) -> Fact:
     """`The {attribute} of {thing} is {value}.` with a number or a name for value."""
     number = rng.random() < 0.65
-    attribute = attribute or _attribute(rng, _NUMBER_ATTRIBUTES if number else _NAME_ATTRIBUTES)
-    thing = thing or _thing(rng)
-    value = _number(rng) if number else _name(rng)
+    attribute = attribute or _attribute(rng, _NUMBER_ATTRIBUTES if number else _NAME_ATTRIBUTES, words)
+    thing = thing or _thing(rng, words)
+    value = _number(rng) if number else _name(rng, words)
     link = rng.choice(("of", "for"))
     statement = rng.choice((
         f"The {attribute} {link} {thing} is {value}.",
@@ -102,9 +122,9 @@ def attribute_fact(rng: random.Random, attribute: str | None = None, thing: str 
     return Fact(statement, question, value)
 
 
-def needle_fact(rng: random.Random) -> Fact:
+def needle_fact(rng: random.Random, words: Words = ()) -> Fact:
     """A sentence in the style of needle-in-a-haystack tests."""
-    key = rng.choice((f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}", rng.choice(_NOUNS), invented_word(rng)))
+    key = rng.choice((f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}", rng.choice(words or _NOUNS), invented_word(rng)))
     value = _number(rng)
     return Fact(
         f"One of the special magic numbers for {key} is: {value}.",
@@ -113,9 +133,10 @@ def needle_fact(rng: random.Random) -> Fact:
     )
 
 
-def code_fact(rng: random.Random) -> Fact:
+def code_fact(rng: random.Random, words: Words = ()) -> Fact:
     """A line of code, configuration or log that gives a named constant its value."""
-    parts = [rng.choice(_CODE_PARTS) if rng.random() < 0.7 else invented_word(rng) for _ in range(rng.choice((2, 2, 3)))]
+    parts = [rng.choice(_CODE_PARTS) if rng.random() < 0.5 else rng.choice(words) if words and rng.random() < 0.6 else invented_word(rng)
+             for _ in range(rng.choice((2, 2, 3)))]
     name = rng.choice(("_".join(parts).upper(), "_".join(parts).upper(), "_".join(parts),
                        parts[0] + "".join(p.capitalize() for p in parts[1:]), "-".join(parts), ".".join(parts)))
     value = _number(rng)
@@ -125,25 +146,26 @@ def code_fact(rng: random.Random) -> Fact:
     return Fact(statement, f"What is the value of {name}?", value, line=True)
 
 
-def random_fact(rng: random.Random) -> Fact:
+def random_fact(rng: random.Random, words: Words = ()) -> Fact:
     """One fact of any kind."""
     draw = rng.random()
     if draw < 0.62:
-        return attribute_fact(rng)
-    return code_fact(rng) if draw < 0.87 else needle_fact(rng)
+        return attribute_fact(rng, words=words)
+    return code_fact(rng, words) if draw < 0.87 else needle_fact(rng, words)
 
 
-def random_facts(rng: random.Random, count: int) -> list[Fact]:
+def random_facts(rng: random.Random, count: int, words: Words = ()) -> list[Fact]:
     """Facts with distinct questions; in half of the calls many share an attribute or a thing, so that only
-    the whole question tells them apart."""
+    the whole question tells them apart. `words` are real words to draw from beside the built-in lists."""
     alike = rng.random() < 0.5
-    attributes = [_attribute(rng, _NUMBER_ATTRIBUTES) for _ in range(2)]
-    things = [_thing(rng) for _ in range(3)]
+    attributes = [_attribute(rng, _NUMBER_ATTRIBUTES, words) for _ in range(2)]
+    things = [_thing(rng, words) for _ in range(3)]
     facts: dict[str, Fact] = {}
     while len(facts) < count:
-        fact = random_fact(rng)
+        fact = random_fact(rng, words)
         if alike and rng.random() < 0.7:
-            fact = attribute_fact(rng, attribute=rng.choice((*attributes, None)), thing=rng.choice((*things, None, None)))
+            attribute, thing = rng.choice((*attributes, None)), rng.choice((*things, None, None))
+            fact = attribute_fact(rng, attribute, thing, words)
         key = fact.question.lower().replace(" for ", " of ")
         if key not in facts:
             facts[key] = fact

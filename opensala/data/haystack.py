@@ -46,7 +46,7 @@ class Haystack:
         return np.array([t for ids in encoded for t in ids], dtype=np.int32)
 
     def _words(self) -> list[str]:
-        text = self.tokenizer.decode(self.real[min(1, len(self.real) - 1)][:200_000].tolist())
+        text = self.tokenizer.decode(self.real[min(1, len(self.real) - 1)].tolist())
         words = {w.strip(".,;:()[]'\"`").lower() for w in text.split()}
         return sorted(w for w in words if w.isalpha() and 2 < len(w) < 12)
 

@@ -22,10 +22,11 @@ def _place(rng: random.Random, fact: Fact) -> str:
     """A statement with the white space that separates it from the text around it."""
     if fact.line:
         indent = " " * rng.choice((0, 0, 0, 4, 8))
-        return f"\n{indent}{fact.statement}\n"
+        # Some lines after it begin with digits, so that the end of a value is learnt from the line's end.
+        return f"\n{indent}{fact.statement}\n" + (str(rng.randrange(10**5)) if rng.random() < 0.4 else "")
     return rng.choice((f" {fact.statement} ", f"\n{fact.statement}\n", f"\n\n{fact.statement}\n\n", f" {fact.statement}\n",
                        f"\n# {fact.statement}\n", f"\n    # {fact.statement}\n", f"\n// {fact.statement}\n",
-                       f"\n- {fact.statement}\n"))
+                       f"\n- {fact.statement}\n", f"\n{fact.statement}\n{rng.randrange(10**4)}"))
 
 
 def hide(tokenizer: Any, rng: random.Random, hay: np.ndarray, statements: list[str]) -> np.ndarray:
@@ -44,7 +45,7 @@ def training_sequence(tokenizer: Any, haystack: Haystack, rng: random.Random, le
 
     Raises ValueError if the questions alone do not fit.
     """
-    chosen = random_facts(rng, facts)
+    chosen = random_facts(rng, facts, haystack.words)
     asked = rng.sample(chosen, len(chosen))
     prompts = tokenizer([format_question(f.question) for f in asked], add_special_tokens=False)["input_ids"]
     answers = tokenizer([" " + f.answer for f in asked], add_special_tokens=False)["input_ids"]
