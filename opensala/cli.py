@@ -135,7 +135,8 @@ def _options(
 
 def main() -> None:
     """Run the command line; bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "huggingface_hub", "opensala"):  # what they would say is part of the report
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C inside a command into this code, without a word

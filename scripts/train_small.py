@@ -51,8 +51,8 @@ STAGES = (
     Stage(700, 512, 8, 8, alignment=0.1),
     Stage(800, 1024, 4, 12, alignment=0.3),
     Stage(1100, 2048, 2, 20, alignment=0.3),
-    Stage(500, 4096, 1, 32, "sparse", alignment=0.3),
-    Stage(150, 8192, 1, 48, "sparse", alignment=0.3),
+    Stage(350, 4096, 1, 32, "sparse", alignment=0.3),
+    Stage(60, 8192, 1, 48, "sparse", alignment=0.3),
 )
 PEAK_LR, LAST_LR, WARMUP = 3e-3, 1e-4, 100
 

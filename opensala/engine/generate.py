@@ -213,8 +213,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _config(name: str) -> MiniCPMSALAConfig:
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise ValueError(f"{name}: no such checkpoint folder")
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise ValueError(f"{name}: no such checkpoint folder (and not a hub name like owner/model)")
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:

@@ -58,6 +58,15 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
         misshapen tensor is named in a ValueError."""
         return load_strictly(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; says so if the model uses extensions that other servers of the format do not know."""
+        used = [name for name, on in (("attn_qk_norm", self.config.attn_qk_norm), ("sparse_config.lse = 'exact'", self.config.lse == "exact"))
+                if on]
+        if used:
+            logger.warning("%s uses %s: an extension that other servers of the MiniCPM-SALA format do not know", save_directory,
+                           " and ".join(used))
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def set_attention_mode(self, mode: str) -> None:
         """`auto` (dense below dense_len), `dense` or `sparse` for all calls from now on."""
         check_choice("attention_mode", mode, ATTENTION_MODES)
@@ -159,7 +168,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             line = describe_attention(self.config, "sparse" if sparse else "dense", device)
             if line not in self._said:
                 self._said.add(line)
-                logger.info(line)
+                logger.warning(line)  # shown without any logging set up: which attention runs is never a guess
 
 
 def describe_attention(config: MiniCPMSALAConfig, mode: str, device: str) -> str:

@@ -46,6 +46,13 @@ def test_round_trip_keeps_the_logits(tmp_path, changes):
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["MiniCPMSALAForCausalLM"]
 
 
+def test_saving_with_extensions_says_so(tmp_path, caplog):
+    tiny_model().save_pretrained(tmp_path / "plain")
+    assert "extension" not in caplog.text
+    tiny_model(attn_qk_norm=True).save_pretrained(tmp_path / "extended")
+    assert "uses attn_qk_norm: an extension that other servers" in caplog.text
+
+
 def test_sharded_checkpoints_load(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
