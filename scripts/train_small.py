@@ -53,6 +53,8 @@ STAGES = (
     Stage(1100, 2048, 2, 20, alignment=0.3),
     Stage(350, 4096, 1, 32, "sparse", alignment=0.3),
     Stage(60, 8192, 1, 48, "sparse", alignment=0.3),
+    Stage(320, 2048, 2, 16, alignment=0.3),
+    Stage(140, 4096, 1, 24, "sparse", alignment=0.3),
 )
 PEAK_LR, LAST_LR, WARMUP = 3e-3, 1e-4, 100
 

@@ -29,6 +29,17 @@ def _place(rng: random.Random, fact: Fact) -> str:
                        f"\n- {fact.statement}\n", f"\n{fact.statement}\n{rng.randrange(10**4)}"))
 
 
+def _decoy(rng: random.Random, fact: Fact, words: list[str]) -> str:
+    """Text that begins like the fact's value and goes on otherwise: only the whole fact, not the value's own
+    beginning, may tell how a copied value continues and where it ends."""
+    kept = fact.answer[: rng.randrange(1, len(fact.answer) + 1)]
+    if fact.answer.isdigit():
+        tail = "".join(rng.choice("0123456789") for _ in range(rng.randrange(1, 5)))
+    else:
+        tail = rng.choice(words)
+    return rng.choice((" {}{} ", "\n{}{}\n", " {}{}.", " = {}{}\n", ": {}{},", " is {}{}.\n", "\n{}{}")).format(kept, tail)
+
+
 def hide(tokenizer: Any, rng: random.Random, hay: np.ndarray, statements: list[str]) -> np.ndarray:
     """Put statements into a token haystack at random places."""
     cuts = sorted(rng.randrange(len(hay) + 1) for _ in statements)
@@ -54,6 +65,8 @@ def training_sequence(tokenizer: Any, haystack: Haystack, rng: random.Random, le
         tail += [*prompt, *answer, tokenizer.eos_token_id]
         marks += [False] * len(prompt) + [True] * (len(answer) + 1)
     statements = [_place(rng, f) for f in chosen]
+    statements += [_decoy(rng, f, haystack.words) for f in chosen for _ in range(rng.choice((0, 1, 1, 2, 3)))]
+    rng.shuffle(statements)
     used = sum(len(ids) for ids in tokenizer(statements, add_special_tokens=False)["input_ids"])
     room = length - 1 - len(tail) - used
     if room < 0:
