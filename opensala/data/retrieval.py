@@ -33,10 +33,8 @@ def _decoy(rng: random.Random, fact: Fact, words: list[str]) -> str:
     """Text that begins like the fact's value and goes on otherwise: only the whole fact, not the value's own
     beginning, may tell how a copied value continues and where it ends."""
     kept = fact.answer[: rng.randrange(1, len(fact.answer) + 1)]
-    if fact.answer.isdigit():
-        tail = "".join(rng.choice("0123456789") for _ in range(rng.randrange(1, 5)))
-    else:
-        tail = rng.choice(words)
+    digits = "".join(rng.choice("0123456789") for _ in range(rng.randrange(1, 5)))
+    tail = digits if fact.answer.isdigit() else rng.choice(words)
     return rng.choice((" {}{} ", "\n{}{}\n", " {}{}.", " = {}{}\n", ": {}{},", " is {}{}.\n", "\n{}{}")).format(kept, tail)
 
 

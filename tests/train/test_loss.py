@@ -41,6 +41,15 @@ def test_alignment_raises_the_rank_of_the_attended_window():
         assert abs(scores[h].argmax() * 4 + 4 - dense[h].argmax()) <= 8
 
 
+def test_only_windows_inside_the_document_count():
+    torch.manual_seed(1)
+    mixer, x, ends = tiny_model().model.layers[0].self_attn, torch.randn(2, 200, 32), torch.tensor([150, 150])
+    changed = x.clone()
+    changed[0, 150:199] += 1.0  # between the document and the query: a window that reaches in there must not matter
+    query = torch.tensor([[0, 199]])
+    torch.testing.assert_close(selection_alignment_loss(mixer, changed, query, ends), selection_alignment_loss(mixer, x, query, ends))
+
+
 def test_no_gradient_reaches_values_or_teacher():
     mixer = tiny_model().model.layers[0].self_attn
     selection_alignment_loss(mixer, torch.randn(2, 100, 32), torch.tensor([[0, 99]]), torch.tensor([80, 80])).backward()
