@@ -100,7 +100,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         grid[min(FACTS - 1, int(float(r["depth"]) * FACTS))][lengths.index(int(r["length"]))].append(int(r["correct"]))
     share = [[100 * sum(c) / len(c) if c else float("nan") for c in line] for line in grid]
     figure, axes = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    image = axes.imshow(share, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    image = axes.imshow(share, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto", alpha=0.6)
     for y, line in enumerate(share):
         for x, value in enumerate(line):
             if value == value:
