@@ -60,7 +60,7 @@ class Haystack:
         if draw < 0.75:
             pieces = [self.real_span(rng, rng.randrange(3, 40)) for _ in range(length // 3)]
             return np.concatenate(pieces)[:length] if pieces else self.real_span(rng, length)
-        make, parts, total = rng.choice(self._made), [], 0
+        make, parts, total = rng.choice(self._made), [np.zeros(0, dtype=np.int32)], 0
         while total < length:
             ids = self.tokenizer(make(rng), add_special_tokens=False)["input_ids"]
             parts.append(np.array(ids, dtype=np.int32))
