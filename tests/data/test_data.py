@@ -45,7 +45,7 @@ def test_facts_differ_by_seed_and_repeat_with_it():
     assert random_facts(random.Random(3), 5) == random_facts(random.Random(3), 5) != random_facts(random.Random(4), 5)
 
 
-@pytest.mark.parametrize("length", [220, 777, 2048])
+@pytest.mark.parametrize("length", [400, 777, 2048])
 def test_training_sequences(tokenizer, haystack, length):
     for seed in range(5):
         sequence = training_sequence(tokenizer, haystack, random.Random(seed), length, 3)
