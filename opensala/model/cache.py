@@ -9,7 +9,9 @@ Shapes: B rows, L tokens, Hkv kv heads, D head dim, n windows.
 """
 
 import math
-from typing import Any, NamedTuple
+import weakref
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,13 +168,16 @@ class LightningCacheLayer:
                            v.index_select(0, rows))
 
 
-class Snapshot(NamedTuple):
-    """A point a cache can return to: lengths and recurrent states (keys and values are only ever appended)."""
+@dataclass(eq=False)
+class Snapshot:
+    """A point a cache can return to: lengths and recurrent states. Keys and values stay where they are, so it
+    holds until the cache is cut back below it, reordered or reset (`valid` turns False)."""
 
     lengths: list[int]
     columns: int
     announced: list[int]
     states: list[Tensor | None]
+    valid: bool = True
 
 
 class SALACache(Cache):
@@ -198,6 +203,7 @@ class SALACache(Cache):
         self.columns = 0  # tokens of the rectangle seen, padding included: what transformers calls the length
         self._announced: list[int] = []
         self._reserve = 0
+        self._points: weakref.WeakSet[Snapshot] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"SALACache(lengths={self.lengths}, bytes={self.num_bytes()})"
@@ -282,6 +288,7 @@ class SALACache(Cache):
 
     def reset(self) -> None:
         """Forget everything, keeping the object."""
+        self._forget_points(-1)
         fresh = SALACache(self.config, record_past=self.record_past)
         self.__dict__.update(fresh.__dict__)
 
@@ -311,10 +318,12 @@ class SALACache(Cache):
         for layer in lightning:
             layer.drop(removed)
         self.columns -= removed
+        self._forget_points(self.columns)
         self.lengths = [n - removed for n in self.lengths]
         self._announced = [min(a, n) for a, n in zip(self._announced, self.lengths, strict=False)]
 
     def _select_rows(self, rows: Tensor) -> None:
+        self._forget_points(-1)
         for layer in self.layers:
             layer.select(rows)
         picked = rows.tolist()
@@ -336,18 +345,26 @@ class SALACache(Cache):
     def snapshot(self) -> Snapshot:
         """A point to `restore` later; costs one reference to each recurrent state and no copy of keys or values."""
         states = [x.state if isinstance(x, LightningCacheLayer) else None for x in self.layers]
-        return Snapshot(list(self.lengths), self.columns, list(self._announced), states)
+        point = Snapshot(list(self.lengths), self.columns, list(self._announced), states)
+        self._points.add(point)
+        return point
 
     def restore(self, point: Snapshot) -> None:
-        """Go back to a snapshot of this cache, exactly. ValueError if the cache has been cut back or reordered since."""
-        if len(point.lengths) != len(self.lengths) or any(a > b for a, b in zip(point.lengths, self.lengths, strict=True)):
-            raise ValueError(f"the snapshot has rows of {point.lengths} tokens, the cache {self.lengths}: it was taken "
-                             "from another cache, or this one has been cut back since")
+        """Go back to a snapshot of this cache, exactly. ValueError if it cannot be gone back to."""
+        if point not in self._points or not point.valid:
+            raise ValueError(f"the snapshot (rows of {point.lengths} tokens) was taken from another cache, or this one has been "
+                             "cut back below it, reordered or reset since: take a new one")
+        self._forget_points(point.columns)
         self.lengths, self.columns, self._announced = list(point.lengths), point.columns, list(point.announced)
         self._reserve = 0
         for layer, state in zip(self.layers, point.states, strict=True):
             if isinstance(layer, LightningCacheLayer):
                 layer.state, layer.record = state, None
+
+    def _forget_points(self, columns: int) -> None:
+        """The tokens behind `columns` will be overwritten: snapshots that hold more are void."""
+        for point in self._points:
+            point.valid = point.valid and point.columns <= columns
 
     def fork(self) -> "SALACache":
         """An independent copy: both can go on from here without seeing each other."""

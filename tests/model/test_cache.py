@@ -121,6 +121,27 @@ def test_fork_is_independent():
     assert other.lengths == [170]
 
 
+def test_snapshots_of_overwritten_tokens_are_refused():
+    model, ids = tiny_model(), tokens(100)
+    cache = filled(model, ids, record_past=True)
+    early = cache.snapshot()
+    following(model, cache, tokens(50, seed=1))
+    late = cache.snapshot()
+    cache.restore(early)
+    following(model, cache, tokens(80, seed=2))  # longer than `late`, but other tokens
+    with pytest.raises(ValueError, match="take a new one"):
+        cache.restore(late)
+    cropped = cache.snapshot()
+    cache.crop(-10)
+    following(model, cache, tokens(20, seed=3))
+    with pytest.raises(ValueError, match="take a new one"):
+        cache.restore(cropped)
+    cache.restore(early)
+    cache.reorder_cache(torch.tensor([0]))
+    with pytest.raises(ValueError, match="take a new one"):
+        cache.restore(early)
+
+
 def test_a_cache_may_cross_inference_mode():
     model, ids = tiny_model(), tokens(150)
     cache = SALACache(model.config)
