@@ -19,6 +19,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a MiniCPM-SALA checkpoint. Default: the small model that ships here.")]
 MaxNew = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Mode = Annotated[str | None, typer.Option(help="auto (dense below the model's dense_len, sparse from there), dense or sparse.")]
+Search = Annotated[str | None, typer.Option(help="How sparse layers look for blocks: exact, or hierarchical for contexts near a million tokens.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print answer and measurements as one JSON object.")]
@@ -28,14 +29,15 @@ Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 Quiet = Annotated[bool, typer.Option(help="No progress bar and no notes.")]
 
 
-def _engine(model: str | None, device: str, dtype: str, attention_mode: str | None, quiet: bool) -> Any:
+def _engine(model: str | None, device: str, dtype: str, attention_mode: str | None, block_search: str | None,
+            quiet: bool) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     from .engine import Engine
 
     if quiet:
         disable_progress_bar()
-    return Engine(model, device=device, dtype=dtype, attention_mode=attention_mode)
+    return Engine(model, device=device, dtype=dtype, attention_mode=attention_mode, block_search=block_search)
 
 
 def _report(result: Any, key: str, as_json: bool, quiet: bool, shown: bool = False) -> None:
@@ -63,6 +65,7 @@ def ask(
     model: Model = None,
     max_new_tokens: MaxNew = 64,
     attention_mode: Mode = None,
+    block_search: Search = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     temperature: Temperature = 0.0,
@@ -78,7 +81,7 @@ def ask(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
     texts = read_documents(documents)
-    result = run(_engine(model, device, dtype, attention_mode, quiet), texts, question, sampling, quiet=quiet)
+    result = run(_engine(model, device, dtype, attention_mode, block_search, quiet), texts, question, sampling, quiet=quiet)
     _report(result, "answer", as_json, quiet)
 
 
@@ -88,6 +91,7 @@ def generate(
     model: Model = None,
     max_new_tokens: MaxNew = 64,
     attention_mode: Mode = None,
+    block_search: Search = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     temperature: Temperature = 0.0,
@@ -104,7 +108,7 @@ def generate(
     text = read_documents(["-"])[0].text if prompt == "-" else prompt
     if not text:
         raise ValueError("the prompt is empty")
-    engine = _engine(model, device, dtype, attention_mode, quiet)
+    engine = _engine(model, device, dtype, attention_mode, block_search, quiet)
     result = engine.generate(engine.encode_prompt(text), sampling, stream=not as_json, quiet=quiet)
     _report(result, "text", as_json, quiet, shown=True)
 

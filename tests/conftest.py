@@ -1,12 +1,19 @@
-"""Shared settings: uninitialised memory reads as NaN, so that an output nobody wrote fails its test."""
+"""Shared settings: uninitialised memory reads as NaN, so that an output nobody wrote fails its test.
 
+Without a GPU, Triton's kernels run in its interpreter, which has to be asked for before they are imported.
+"""
+
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from opensala import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from opensala import MiniCPMSALAConfig, MiniCPMSALAForCausalLM  # noqa: E402 -- the variable above comes first
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True

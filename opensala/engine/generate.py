@@ -95,20 +95,23 @@ class Engine:
         dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU (half precision is
             many times slower there) and bfloat16 elsewhere.
         attention_mode: `auto`, `dense` or `sparse`; None for what the checkpoint says.
+        block_search: `exact` or `hierarchical`; None for what the checkpoint says.
 
     Raises:
         ValueError: an unknown device or dtype, a checkpoint that is missing, broken or of another kind.
     """
 
     def __init__(self, model: str | None = None, *, device: str = "auto", dtype: str = "auto",
-                 attention_mode: str | None = None) -> None:
+                 attention_mode: str | None = None, block_search: str | None = None) -> None:
         self.name = model or str(shipped_model())
         self.device = _device(device)
         self.dtype = _dtype(dtype, self.device)
         config = _config(self.name)
         if attention_mode is not None:
             config.attention_mode = attention_mode
-            config.check()
+        if block_search is not None:
+            config.block_search = block_search
+        config.check()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.name)
         except (OSError, ValueError) as error:
@@ -178,7 +181,7 @@ class Engine:
             decode_tokens_per_second=(len(new) - 1) / (end - streamer.first) if len(new) > 1 else None,
             peak_memory_bytes=peak_bytes(self.device),
             cache_bytes=cache.num_bytes(),
-            attention=describe_attention(self.config, mode, self.device.type),
+            attention=describe_attention(self.config, mode, self.model.model.norm.weight),
             model=self.name,
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),

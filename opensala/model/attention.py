@@ -12,13 +12,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import alibi_slopes, lightning_attention, select_blocks, sparse_attention
+from ..ops import alibi_slopes, lightning_attention, norm_gate, norm_rope, select_blocks, sparse_attention
 from .cache import LightningCacheLayer, SALACache, SparseCacheLayer
 from .config import MiniCPMSALAConfig
-from .layers import RMSNorm, rotary_angles, rotate
+from .layers import RMSNorm
 from .layout import SequenceLayout
 
 _DENSE_TILE = 1 << 24  # mask elements of one tile of dense attention over a cache
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a float type is computed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -62,18 +67,17 @@ class SparseMixer(nn.Module):
             self.o_gate = nn.Linear(hidden, inner, bias=bias)
         self.scale = 1.0 / math.sqrt(self.head_dim)
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
         """q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` in x's dtype."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.config.attn_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.attn_use_rope:
-            angles = rotary_angles(positions, self.head_dim, self.config.rope_theta)
-            q, k = rotate(q, *angles).to(x.dtype), rotate(k, *angles).to(x.dtype)
+        cos, sin = layout.angles(self.head_dim, self.config.rope_theta) if self.config.attn_use_rope else (None, None)
+        if self.config.attn_qk_norm or cos is not None:
+            norms = (self.q_norm.weight, self.k_norm.weight) if self.config.attn_qk_norm else (None, None)
+            q, k = (norm_rope(y, w, cos, sin, self.config.rms_norm_eps) for y, w in zip((q, k), norms, strict=True))
         return q, k, v
 
     def forward(self, x: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
-        q, k, v = (layout.pack(y) for y in self.project(x, layout.positions))
+        q, k, v = (layout.pack(y) for y in self.project(x, layout))
         if cache is None and layout.rectangular and not layout.sparse[0]:
             o = dense_attention(q, k, v, self.scale)
         else:
@@ -82,7 +86,7 @@ class SparseMixer(nn.Module):
             o = torch.cat(rows, 0 if layout.rectangular else 1)
         o = layout.unpack(o).flatten(2)
         if self.config.attn_use_output_gate:
-            o = o * torch.sigmoid(self.o_gate(x))
+            o = norm_gate(o, None, self.o_gate(x), self.config.rms_norm_eps)
         return self.o_proj(o)
 
     def _one(self, n: int, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
@@ -98,7 +102,8 @@ class SparseMixer(nn.Module):
         if not layout.sparse[n]:
             return dense_attention(q, k, v, self.scale)
         spec = self.config.block_spec
-        blocks = select_blocks(q, k, spec, compressed=compressed, scale=self.scale, lse=self.config.lse)
+        blocks = select_blocks(q, k, spec, compressed=compressed, scale=self.scale, lse=self.config.lse,
+                               search=self.config.block_search)
         return sparse_attention(q, k, v, blocks, spec.block_size, scale=self.scale)
 
 
@@ -126,20 +131,21 @@ class LightningMixer(nn.Module):
             self.z_proj = nn.Linear(hidden, inner, bias=bias)
         self.slopes = alibi_slopes(self.heads)
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, T, H, D]`, normalised, rotated and repeated to the query heads."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.config.lightning_use_rope:
-            angles = rotary_angles(positions, self.head_dim, self.config.rope_theta)
-            q, k = rotate(q, *angles), rotate(k, *angles)
+        cos, sin = layout.angles(self.head_dim, self.config.rope_theta) if self.config.lightning_use_rope else (None, None)
+        if self.config.qk_norm or cos is not None:
+            norms = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else (None, None)
+            # Left in float32: rounding q and k behind the rotation costs accuracy on long contexts.
+            q, k = (norm_rope(y, w, cos, sin, self.config.rms_norm_eps, out_dtype=wide(y.dtype))
+                    for y, w in zip((q, k), norms, strict=True))
         if self.repeats > 1:
             k, v = (y.repeat_interleave(self.repeats, dim=2) for y in (k, v))
         return q, k, v
 
     def forward(self, x: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
-        q, k, v = (layout.pack(y) for y in self.project(x, layout.positions))
+        q, k, v = (layout.pack(y) for y in self.project(x, layout))
         entry = None if cache is None else cache.layers[self.layer]
         assert entry is None or isinstance(entry, LightningCacheLayer), "the cache is built from the same configuration"
         decay = torch.tensor(self.slopes, dtype=torch.float32, device=x.device)
@@ -148,10 +154,10 @@ class LightningMixer(nn.Module):
             recorded = (k, v) if cache.record_past and layout.rectangular else (None, None)
             entry.stage(state, *recorded)
         o = layout.unpack(o).flatten(2)
-        if self.config.use_output_norm:
-            o = self.o_norm(o)
-        if self.config.use_output_gate:
-            o = o * torch.sigmoid(self.z_proj(x))
+        weight = self.o_norm.weight if self.config.use_output_norm else None
+        gate = self.z_proj(x) if self.config.use_output_gate else None
+        if weight is not None or gate is not None:
+            o = norm_gate(o, weight, gate, self.config.rms_norm_eps)
         return self.o_proj(o)
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, layout: SequenceLayout,

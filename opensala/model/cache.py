@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..ops import BlockSpec, alibi_slopes, compress_keys
+from ..ops import BlockSpec, alibi_slopes, extend_compressed
 from ..ops.sparse import num_windows
 from .config import MiniCPMSALAConfig
 
@@ -82,12 +82,9 @@ class SparseCacheLayer:
         levels = []
         for store, size, stride in ((self.k1, self.spec.kernel_size, self.spec.kernel_stride),
                                     (self.k2, self.spec.coarse_size, self.spec.coarse_stride)):
-            old, new = num_windows(past, size, stride), num_windows(end, size, stride)
             data = store.reserve(k, batch, max(1, num_windows(room, size, stride)), exact)
-            if new > old:
-                unfinished = keys[row : row + 1, old * stride : (new - 1) * stride + size]
-                data[row, old:new] = compress_keys(unfinished, size, stride)[0]
-            levels.append(data[row : row + 1, :new])
+            extend_compressed(keys[row : row + 1], data[row : row + 1], past, k.shape[1], size, stride)
+            levels.append(data[row : row + 1, : num_windows(end, size, stride)])
         return keys[row : row + 1, :end], values[row : row + 1, :end], *levels
 
     def used_bytes(self, lengths: list[int]) -> int:

@@ -1,7 +1,8 @@
 """The configuration of MiniCPM-SALA, with the keys of the released `config.json`.
 
-Defaults are those of the released 9B model. Three keys are extensions that a released file does not have
-and that are written only when they are in use: `attn_qk_norm`, `attention_mode` and `sparse_config.lse`.
+Defaults are those of the released 9B model. Four keys are extensions that a released file does not have
+and that are written only when they are in use: `attn_qk_norm`, `attention_mode`, `block_search` and
+`sparse_config.lse`.
 Everything is checked when the object is made, so that a bad file is refused before any weight is read.
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..ops import BlockSpec
-from ..ops.sparse import LSE_KINDS
+from ..ops.sparse import LSE_KINDS, SEARCHES
 
 SPARSE = "minicpm4"
 LIGHTNING = "lightning-attn"
@@ -32,7 +33,7 @@ RELEASED_SPARSE_CONFIG = {
 _COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
            "num_key_value_heads", "head_dim", "lightning_nh", "lightning_nkv", "lightning_head_dim",
            "max_position_embeddings")
-_EXTENSION_DEFAULTS = {"attn_qk_norm": False, "attention_mode": "auto"}
+_EXTENSION_DEFAULTS = {"attn_qk_norm": False, "attention_mode": "auto", "block_search": "exact"}
 
 
 def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -50,7 +51,8 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     `"lightning-attn"` (`"lightning"` and `"lightning_attn"` are accepted and normalised).
     `attention_mode`: `auto` attends densely below `sparse_config["dense_len"]` tokens and sparsely from
     there on; `dense` and `sparse` force one of them. `attn_qk_norm` adds a per-head RMSNorm on q and k of
-    the sparse layers. `sparse_config["lse"]` is `"coarse"` (released) or `"exact"`.
+    the sparse layers. `block_search`: `exact` scores every compressed key, `hierarchical` only those of promising
+    regions, for contexts near a million tokens. `sparse_config["lse"]` is `"coarse"` (released) or `"exact"`.
 
     Raises:
         ValueError: a field out of its range, naming the field, the value and what is allowed.
@@ -91,6 +93,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     mup_denominator: int | float = 32
     sparse_config: dict[str, Any] | None = None
     attention_mode: str = "auto"
+    block_search: str = "exact"
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = 2
@@ -138,6 +141,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         if self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0 (the released model has none), got {self.attention_dropout}")
         check_choice("attention_mode", self.attention_mode, ATTENTION_MODES)
+        check_choice("block_search", self.block_search, SEARCHES)
         if not (isinstance(self.lightning_scale, (int, float)) or self.lightning_scale in ("1/sqrt(d)", "1/d")):
             raise ValueError(f"lightning_scale must be '1/sqrt(d)', '1/d' or a number, got {self.lightning_scale!r}")
 

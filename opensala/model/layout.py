@@ -4,10 +4,12 @@ A call is a rectangle `[B, T]`. Padding (anywhere in a row) and packed documents
 so that the mixers see whole sequences only. It knows nothing of weights or of how attention is computed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .layers import rotary_angles
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class SequenceLayout:
     positions: Tensor
     index: Tensor | None
     shape: tuple[int, int]
+    _angles: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def angles(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles, `[B, T, dim / 2]`; computed once for all layers of the call."""
+        if (dim, theta) not in self._angles:
+            self._angles[dim, theta] = rotary_angles(self.positions, dim, theta)
+        return self._angles[dim, theta]
 
     @property
     def rectangular(self) -> bool:

@@ -16,6 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..ops.backends import planned_backend
+from ..ops.sparse import SEARCHES
 from .attention import LightningMixer, SparseMixer
 from .cache import SALACache
 from .checkpoint import load_strictly
@@ -72,6 +74,11 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
         check_choice("attention_mode", mode, ATTENTION_MODES)
         self.config.attention_mode = mode
 
+    def set_block_search(self, search: str) -> None:
+        """`exact` or `hierarchical` (docs/selection.md) for all calls from now on."""
+        check_choice("block_search", search, SEARCHES)
+        self.config.block_search = search
+
 
 class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
     """The decoder without head: token ids (or embeddings) to normalised hidden states."""
@@ -113,7 +120,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             cache = SALACache(self.config)
         shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
         layout = self._layout(shape, attention_mask, position_ids, cache, cu_seqlens, inputs_embeds.device)
-        self._say(layout)
+        self._say(layout, inputs_embeds)
 
         hidden_states = inputs_embeds * self.config.scale_emb
         try:
@@ -161,24 +168,24 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         check_choice("attention_mode", mode, ATTENTION_MODES)
         return [mode == "sparse" or (mode == "auto" and n >= self.config.dense_len) for n in lengths]
 
-    def _say(self, layout: SequenceLayout) -> None:
+    def _say(self, layout: SequenceLayout, like: Tensor) -> None:
         """State once for each device and mode how the layers attend."""
-        device = layout.positions.device.type
         for sparse in set(layout.sparse):
-            line = describe_attention(self.config, "sparse" if sparse else "dense", device)
+            line = describe_attention(self.config, "sparse" if sparse else "dense", like)
             if line not in self._said:
                 self._said.add(line)
                 logger.warning(line)  # shown without any logging set up: which attention runs is never a guess
 
 
-def describe_attention(config: MiniCPMSALAConfig, mode: str, device: str) -> str:
-    """One line: which mode and which backend each kind of layer uses."""
+def describe_attention(config: MiniCPMSALAConfig, mode: str, like: Tensor) -> str:
+    """One line: which mode and which backend each kind of layer uses for activations like `like`."""
     sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
-    spec = config.block_spec
-    how = (f"block-sparse, {spec.num_blocks} blocks of {spec.block_size} (torch)" if mode == "sparse"
+    spec, backend = config.block_spec, planned_backend(like)
+    search = "" if config.block_search == "exact" else f", {config.block_search} search"
+    how = (f"block-sparse, {spec.num_blocks} blocks of {spec.block_size}{search} ({backend})" if mode == "sparse"
            else "dense (scaled_dot_product_attention)")
-    return (f"attention on {device}: {sparse} sparse layers {how}; {config.num_hidden_layers - sparse} lightning layers "
-            f"chunked (torch); mode {config.attention_mode}, sparse from {config.dense_len} tokens")
+    return (f"attention on {like.device.type}: {sparse} sparse layers {how}; {config.num_hidden_layers - sparse} lightning layers "
+            f"chunked ({backend}); mode {config.attention_mode}, sparse from {config.dense_len} tokens")
 
 
 class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):

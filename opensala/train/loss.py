@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..model.attention import SparseMixer
+from ..model.layout import rows_layout
 from ..ops import compress_keys
 
 
@@ -37,8 +38,7 @@ def selection_alignment_loss(mixer: SparseMixer, x: Tensor, queries: Tensor, doc
         Mean cross-entropy over queries and heads, weighted by the attention mass inside the document.
     """
     batch, length, _ = x.shape
-    positions = torch.arange(length, device=x.device).expand(batch, length)
-    q, k, _ = mixer.project(x, positions)
+    q, k, _ = mixer.project(x, rows_layout((batch, length), None, [0] * batch, [False] * batch, x.device))
     kv_heads, spec = k.shape[2], mixer.config.block_spec
     row, place = queries.unbind(1)
     q = q[row, place].unflatten(1, (kv_heads, -1)) * mixer.scale  # [N, Hkv, G, D]

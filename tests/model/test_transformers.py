@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from opensala import MiniCPMSALAConfig, MiniCPMSALAModel, SALACache
 from opensala.model import describe_attention
+from opensala.ops import use_backend
 
 from ..conftest import tiny_config, tiny_model
 from .test_equality import padded, tokens
@@ -98,12 +99,13 @@ def test_inputs_must_fit():
 
 def test_mode_and_backend_are_said_once(caplog):
     model, ids = tiny_model(), tokens(100)
-    with caplog.at_level(logging.INFO, "opensala"), torch.no_grad():
+    with caplog.at_level(logging.INFO, "opensala"), torch.no_grad(), use_backend("torch"):
         for _ in range(3):
             model(ids[:, :20])
             model(ids)
+        wanted = [describe_attention(model.config, mode, torch.zeros(1)) for mode in ("dense", "sparse")]
     lines = [r.getMessage() for r in caplog.records if "sparse layers" in r.getMessage()]
-    assert lines == [describe_attention(model.config, "dense", "cpu"), describe_attention(model.config, "sparse", "cpu")]
+    assert lines == wanted
     assert "2 sparse layers block-sparse, 7 blocks of 16 (torch); 2 lightning layers chunked (torch)" in lines[1]
 
 

@@ -1,18 +1,18 @@
-"""Lightning attention: the chunked form against the plain statement, outputs and every gradient."""
+"""Lightning attention: every backend against the plain statement, outputs and every gradient."""
 
 import pytest
 import torch
 
 from opensala.ops import alibi_slopes, lightning_attention
 from opensala.ops.lightning import chunk
+from tests.ops.grid import BACKENDS, TRITON_DEVICE, assert_close
 
 
 def run(backend, inputs, decay, cu_seqlens=None, scale=0.3):
     leaves = [x.clone().requires_grad_() for x in inputs]
     o, state = lightning_attention(*leaves[:3], decay, initial_state=leaves[3], scale=scale, cu_seqlens=cu_seqlens, backend=backend)
     generator = torch.Generator().manual_seed(7)
-    loss = (o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum()
-    loss = loss + (state * torch.randn(state.shape, generator=generator, dtype=state.dtype)).sum()
+    loss = sum((x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)).sum() for x in (o, state))
     loss.backward()
     return {"o": o, "state": state} | {f"d{n}": x.grad for n, x in zip(("q", "k", "v", "s0"), leaves, strict=True)}
 
@@ -33,22 +33,108 @@ def assert_same(got, wanted, tolerance):
         assert error < tolerance, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize(("batch", "length", "heads", "dim", "value_dim"), [
-    (1, 1, 2, 8, 8), (2, 63, 3, 16, 16), (1, 128, 1, 4, 8), (2, 129, 2, 8, 4), (1, 500, 2, 60, 24), (3, 2, 5, 3, 7),
-], ids=str)
-def test_chunked_equals_naive_in_float64(batch, length, heads, dim, value_dim):
-    # float64: the two forms differ by rounding only, 1e-11 relative is two digits above what is seen
+def compare(backend, inputs, decay, *rest):
+    """Outputs and gradients of `backend` against the plain statement in float64."""
+    wanted = run("naive", [x.double() for x in inputs], decay.double(), *rest)
+    got = run(backend.name, [backend.cast(x) for x in inputs], backend.cast(decay), *(backend.cast(x) for x in rest))
+    for name in wanted:
+        assert_close(got[name], wanted[name], backend.tolerance, name)
+
+
+SHAPES = [(1, 1, 2, 8, 8), (3, 1, 2, 40, 24), (2, 63, 3, 16, 16), (1, 128, 1, 4, 8), (2, 129, 2, 8, 4), (1, 500, 2, 60, 24),
+          (3, 2, 5, 3, 7), (1, 70, 1, 20, 130)]
+TRITON = [x for x in BACKENDS if x.id == "triton"]
+PACKED = [[0, 263], [0, 5, 70, 200, 263], [0, 1, 2, 130, 258, 263]]
+
+
+@pytest.mark.parametrize(("batch", "length", "heads", "dim", "value_dim"), SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_equals_naive(backend, batch, length, heads, dim, value_dim):
     decay = torch.tensor(alibi_slopes(heads), dtype=torch.float64)
-    inputs = draw(batch, length, heads, dim, value_dim, batch)
-    assert_same(run("torch", inputs, decay), run("naive", inputs, decay), 1e-11)
+    compare(backend, draw(batch, length, heads, dim, value_dim, batch), decay)
 
 
-@pytest.mark.parametrize("bounds", [[0, 263], [0, 5, 70, 200, 263], [0, 1, 2, 130, 258, 263]], ids=str)
-def test_packed_documents_equal_naive_in_float64(bounds):
+@pytest.mark.parametrize("rates", [alibi_slopes(2), [3.0, 40.0], [0.0, 1e-4]], ids=["alibi", "strong", "weak"])
+@pytest.mark.parametrize("bounds", PACKED, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_documents_equal_naive(backend, bounds, rates):
+    cu = torch.tensor(bounds, dtype=torch.int32 if len(bounds) % 2 else torch.int64)
+    compare(backend, draw(1, bounds[-1], 2, 16, 8, len(bounds) - 1), torch.tensor(rates, dtype=torch.float64), cu)
+
+
+@pytest.mark.parametrize(("segment", "lengths"), [
+    (128, [128]), (128, [129]), (64, [330]), (128, [127, 127, 1]), (128, [128, 128, 1]), (128, [129, 129, 1]), (64, [5, 65, 130, 1, 63, 66]),
+], ids=str)
+@pytest.mark.parametrize("backend", TRITON)
+def test_segments_of_the_triton_kernels_join(backend, segment, lengths, monkeypatch):
+    kernels = pytest.importorskip("opensala.ops.lightning.triton")
+    monkeypatch.setattr(kernels, "SEGMENTS", (segment, segment))
+    decay = torch.tensor([0.02, 1.2, 30.0], dtype=torch.float64)  # reaches far, cut off within a segment, within a chunk
+    documents = [] if len(lengths) == 1 else [torch.tensor([0, *lengths]).cumsum(0)]
+    rows = 2 if len(lengths) == 1 else 1
+    compare(backend, draw(rows, sum(lengths), 3, 8, 12, max(rows, len(lengths))), decay, *documents)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend):
+    decay = torch.tensor(alibi_slopes(3), dtype=torch.float64)
+    q, k, v, s = draw(2, 3, 70, 8, 12, 2)  # [B, H, T, D]
+    s = torch.randn(2, 12, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).transpose(1, 3)
+    turned = [x.transpose(1, 2) for x in (q, k, v)]
+    leaves = [backend.cast(x).requires_grad_() for x in (*turned, s)]
+    assert not any(x.is_contiguous() for x in leaves)
+    o, state = lightning_attention(*leaves[:3], backend.cast(decay), initial_state=leaves[3], scale=0.3, backend=backend.name)
+    (o.sum() + state.sum()).backward()  # their gradients are one number, repeated with stride 0
+    exact = [x.detach().double().requires_grad_() for x in (*turned, s)]
+    wanted, wanted_state = lightning_attention(*exact[:3], decay, initial_state=exact[3], scale=0.3, backend="naive")
+    (wanted.sum() + wanted_state.sum()).backward()
+    for a, b in zip((o, state, *(x.grad for x in leaves)), (wanted, wanted_state, *(x.grad for x in exact)), strict=True):
+        assert_close(a, b, backend.tolerance)
+
+
+@pytest.mark.parametrize("used", ["output", "state"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_when_only_one_result_is_used(backend, used):
     decay = torch.tensor(alibi_slopes(2), dtype=torch.float64)
-    inputs = draw(1, bounds[-1], 2, 16, 8, len(bounds) - 1)
-    cu = torch.tensor(bounds)
-    assert_same(run("torch", inputs, decay, cu), run("naive", inputs, decay, cu), 1e-11)
+
+    def gradients(name, inputs, decay):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        o, state = lightning_attention(*leaves, decay, backend=name)
+        (o if used == "output" else state).square().sum().backward()
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+
+    inputs = draw(1, 80, 2, 8, 12, 1)[:3]
+    got = gradients(backend.name, [backend.cast(x) for x in inputs], backend.cast(decay))
+    for a, b in zip(got, gradients("naive", inputs, decay), strict=True):
+        assert_close(a, b, backend.tolerance)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
+@pytest.mark.parametrize("dim", [24, 128])
+def test_triton_in_low_precision(dim, dtype, tolerance, monkeypatch):
+    # Factors are rounded to the inputs' dtype (2^-8, 2^-11), sums are float32. The interpreter computes bfloat16 in float32.
+    kernels = pytest.importorskip("opensala.ops.lightning.triton")
+    monkeypatch.setattr(kernels, "SEGMENTS", (128, 128))
+    decay = torch.tensor(alibi_slopes(2), dtype=torch.float64)
+    inputs = draw(1, 200, 2, dim, dim, 1, dtype)
+    wanted = run("naive", [x.double() for x in inputs], decay, scale=dim**-0.5)
+    got = run("triton", [x.to(TRITON_DEVICE) for x in inputs], decay.to(TRITON_DEVICE), scale=dim**-0.5)
+    assert got["o"].dtype == got["dq"].dtype == dtype and got["state"].dtype == torch.float32
+    for name in wanted:
+        assert_close(got[name], wanted[name], tolerance, name)
+
+
+@pytest.mark.triton
+def test_float16_states_may_pass_its_largest_number():
+    pytest.importorskip("triton")
+    q, k, v = (torch.full((1, 200, 1, 16), x, dtype=torch.float16, device=TRITON_DEVICE) for x in (0.01, 30.0, 30.0))
+    decay = torch.tensor([1e-3], device=TRITON_DEVICE)
+    o, state = lightning_attention(q, k, v, decay, backend="triton")
+    wanted, wanted_state = lightning_attention(q.cpu().double(), k.cpu().double(), v.cpu().double(), decay.cpu().double(), backend="naive")
+    assert state.max() > torch.finfo(torch.float16).max
+    assert_close(o, wanted, 2e-3)
+    assert_close(state, wanted_state, 2e-3)
 
 
 def test_segments_of_a_long_input_join(monkeypatch):
@@ -75,16 +161,17 @@ def test_low_precision_stays_near_float64(dtype, tolerance):
     assert (state - wanted_state).abs().max() / wanted_state.abs().max() < 2e-5
 
 
-def test_state_carries_across_calls():
-    decay = torch.tensor(alibi_slopes(3), dtype=torch.float64)
-    q, k, v, s = draw(2, 200, 3, 8, 8, 2)
-    whole, final = lightning_attention(q, k, v, decay, initial_state=s)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_state_carries_across_calls(backend):
+    decay = backend.cast(torch.tensor(alibi_slopes(3), dtype=torch.float64))
+    q, k, v, s = (backend.cast(x) for x in draw(2, 200, 3, 8, 8, 2))
+    whole, final = lightning_attention(q, k, v, decay, initial_state=s, backend=backend.name)
     parts, state = [], s
     for cut in (slice(0, 1), slice(1, 64), slice(64, 199), slice(199, 200)):
-        o, state = lightning_attention(q[:, cut], k[:, cut], v[:, cut], decay, initial_state=state)
+        o, state = lightning_attention(q[:, cut], k[:, cut], v[:, cut], decay, initial_state=state, backend=backend.name)
         parts.append(o)
-    torch.testing.assert_close(torch.cat(parts, 1), whole)
-    torch.testing.assert_close(state, final)
+    assert_close(torch.cat(parts, 1), whole.cpu(), backend.tolerance)
+    assert_close(state, final.cpu(), backend.tolerance)
 
 
 def test_gradients_by_finite_differences():

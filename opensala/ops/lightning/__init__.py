@@ -1,12 +1,14 @@
 """Lightning attention: linear attention with a constant decay per head (architecture: Lightning layer)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
 from .chunk import chunk_lightning_attention
+from .cpp import cpp_lightning_attention
 from .naive import naive_lightning_attention
 
 __all__ = ["alibi_slopes", "lightning_attention"]
@@ -60,9 +62,23 @@ def lightning_attention(
     _check(q, k, v, decay, initial_state, cu_seqlens)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    name = choose_backend("lightning_attention", q.device, backend)
-    run = naive_lightning_attention if name == "naive" else chunk_lightning_attention
+    name = choose_backend("lightning_attention", q, backend, {"cpp": None, "triton": head_dim_limit(q, v)})
+    run = _implementation(name)
     return run(q, k, v, decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def _implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if name == "triton":
+        from .triton import triton_lightning_attention  # needs the package triton
+
+        return triton_lightning_attention
+    return {"naive": naive_lightning_attention, "torch": chunk_lightning_attention, "cpp": cpp_lightning_attention}[name]
+
+
+def head_dim_limit(*tensors: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these head dimensions (the last ones), or None."""
+    widest = max(x.shape[-1] for x in tensors)
+    return f"the head dimension {widest} is above 256" if widest > 256 else None
 
 
 def _check(
@@ -87,8 +103,15 @@ def _check(
 
 
 def check_boundaries(name: str, cu_seqlens: Tensor, length: int) -> None:
-    """Refuse document boundaries that do not rise from 0 to the number of tokens."""
+    """Refuse document boundaries that are not integers in one row, or do not rise from 0 to the number of tokens.
+
+    The numbers themselves are not looked at where they are on a GPU: that would make the CPU wait for it.
+    """
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be [N + 1] boundaries, int32 or int64; got {list(cu_seqlens.shape)}, {cu_seqlens.dtype}")
+    if cu_seqlens.is_cuda:
+        return
     bounds = cu_seqlens.tolist()
     rising = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
-    if cu_seqlens.dim() != 1 or torch.is_floating_point(cu_seqlens) or not rising or bounds[0] != 0 or bounds[-1] != length:
+    if not rising or bounds[0] != 0 or bounds[-1] != length:
         raise ValueError(f"{name} must rise from 0 to {length} (the tokens given), got {bounds[:8]}{'...' * (len(bounds) > 8)}")

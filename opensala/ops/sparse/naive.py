@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .spec import BlockSpec
+from .spec import LIMIT, REGION, BlockSpec
 
 
 def naive_compress_keys(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
@@ -55,6 +55,49 @@ def naive_select_blocks(q: Tensor, k: Tensor, spec: BlockSpec, scale: float, lse
         scores = naive_block_scores(q[t], k1, k2, spec, offset + t, scale, lse)
         keep = min(spec.num_blocks, scores.shape[1])
         result[t, :, :keep] = scores.topk(keep, dim=1, sorted=False).indices.sort(dim=1).values
+    return result
+
+
+def naive_select_regions(q: Tensor, k: Tensor, spec: BlockSpec, scale: float, budget: int) -> Tensor:
+    """Hierarchical selection: blocks outside of the regions looked into are not scored: `[T, Hkv, num_blocks]`.
+
+    A region is 16 blocks. Of each region the query sees in full, over its compressed keys x: e = mean of q.x,
+    s^2 = sum of q_d^2 var(x_d), u = sum of max(q_d max(x_d), q_d min(x_d)). LSE = log-sum-exp of e + s^2 / 2. The query
+    looks into the regions it sees in part, the budget / 2 with the largest sum over heads of exp(e + 2 s - LSE), and of
+    the others those with the largest sum of exp(u - LSE). Inside, blocks are scored as in exact selection.
+    """
+    k1 = naive_compress_keys(k, spec.kernel_size, spec.kernel_stride)
+    group, offset, windows = q.shape[1] // k.shape[1], k.shape[0] - q.shape[0], REGION * spec.ratio
+    result = torch.full((q.shape[0], k.shape[1], spec.num_blocks), -1)
+    for t in range(q.shape[0]):
+        position = offset + t
+        own, seen = position // spec.block_size, max(0, (position + 1 - spec.kernel_size) // spec.kernel_stride + 1)
+        complete = seen // windows
+        for h in range(k.shape[1]):
+            queries = q[t, h * group : (h + 1) * group] * scale
+            promising, possible, lses = torch.zeros(complete, dtype=q.dtype), torch.zeros(complete, dtype=q.dtype), []
+            for query in queries:
+                e, s, u = torch.zeros(3, complete, dtype=q.dtype)
+                for r in range(complete):
+                    x = k1[r * windows : (r + 1) * windows, h]
+                    e[r] = (x @ query).mean()
+                    s[r] = (query**2 * x.var(0, unbiased=False)).sum().sqrt()
+                    u[r] = torch.maximum(query * x.amax(0), query * x.amin(0)).sum()
+                lses.append(torch.logsumexp(e + s * s / 2, 0) if complete else e.new_zeros(()))
+                promising += torch.exp((e + 2 * s - lses[-1]).clamp(max=LIMIT * math.log(2)))
+                possible += torch.exp((u - lses[-1]).clamp(max=LIMIT * math.log(2)))
+            best = sorted(range(complete), key=lambda r: -promising[r])[: budget // 2]
+            rest = sorted(set(range(complete)) - set(best), key=lambda r: -possible[r])
+            looked = set(best + rest[: budget - budget // 2]) | set(range(complete, own // REGION + 1))
+            scores = torch.full((own + 1,), -math.inf, dtype=q.dtype)
+            for b in range(own + 1):
+                near = [j for j in range(spec.ratio * b - 1, spec.ratio * (b + 1)) if 0 <= j < seen]
+                if near and b // REGION in looked:
+                    scores[b] = max(sum(torch.exp(k1[j, h] @ x - lse) for x, lse in zip(queries, lses, strict=True)) for j in near)
+                if b < spec.init_blocks or own - b <= spec.window_blocks:
+                    scores[b] = math.inf
+            keep = min(spec.num_blocks, own + 1)
+            result[t, h, :keep] = scores.topk(keep, sorted=False).indices.sort().values
     return result
 
 

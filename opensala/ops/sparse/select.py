@@ -96,11 +96,26 @@ def select_tile(
         torch.maximum(best[..., 1:], p[:, :, ratio - 1, :-1], out=best[..., 1:])
         pooled[..., :near] = best.clamp_(max=_LARGEST)
         pooled[..., near] = p[:, :, ratio - 1, near - 1].clamp(max=_LARGEST)  # the window before a block reaches into it
+    return pick_blocks(pooled, positions, spec)
+
+
+def pick_blocks(scores: Tensor, positions: Tensor, spec: BlockSpec) -> Tensor:
+    """Forced blocks and the best of the others: scores `[Hkv, T, N]`, modified, -> `[Hkv, T, num_blocks]`, ascending."""
     own = positions.div(spec.block_size, rounding_mode="floor")[:, None]
-    block = torch.arange(blocks, device=device)
+    block = torch.arange(scores.shape[-1], device=scores.device)
     forced = (block < spec.init_blocks) | (own - block <= spec.window_blocks)  # later blocks are cut off in _top
-    pooled.masked_fill_(forced, math.inf)
-    return _top(pooled, positions, spec)
+    return _top(scores.masked_fill_(forced, math.inf), positions, spec)
+
+
+def take_all(q: Tensor, kv_heads: int, length: int, spec: BlockSpec) -> tuple[Tensor, int]:
+    """The result `[T, Hkv, num_blocks]` int32 with the rows filled for which there is room for all blocks, and their number."""
+    first = length - q.shape[0]
+    result = torch.full((q.shape[0], kv_heads, spec.num_blocks), -1, dtype=torch.int32, device=q.device)
+    cut = max(0, min(q.shape[0], spec.num_blocks * spec.block_size - first))
+    own = torch.arange(first, first + cut, device=q.device).div(spec.block_size, rounding_mode="floor")
+    block = torch.arange(spec.num_blocks, device=q.device)
+    result[:cut] = torch.where(block <= own[:, None], block, -1)[:, None].int()
+    return result, cut
 
 
 def select_sequence(
@@ -112,14 +127,8 @@ def select_sequence(
     """
     tokens, heads, dim = q.shape
     kv_heads = k1.shape[1]
-    result = torch.full((tokens, kv_heads, spec.num_blocks), -1, dtype=torch.int32, device=q.device)
     first = length - tokens
-    everything = spec.num_blocks * spec.block_size  # up to here all blocks are taken
-    cut = max(0, min(tokens, everything - first))
-    if cut:
-        own = torch.arange(first, first + cut, device=q.device).div(spec.block_size, rounding_mode="floor")
-        block = torch.arange(spec.num_blocks, device=q.device)
-        result[:cut] = torch.where(block <= own[:, None], block, -1)[:, None].int()
+    result, cut = take_all(q, kv_heads, length, spec)
     if cut == tokens:
         return result
 

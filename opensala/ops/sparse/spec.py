@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+REGION = 16  # blocks of a region of hierarchical selection
+LIMIT = 100.0  # there, exponents of 2 are cut at this value before they are summed over heads
+
 
 class BlockSpec(NamedTuple):
     """Sizes of InfLLM-V2 block selection, all in tokens but `topk` and `init_blocks` (in blocks).

@@ -1,0 +1,90 @@
+"""The elementwise steps around the attentions, each in one pass over memory: norm + rotary positions, norm + gate."""
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, choose_backend
+from ..lightning import head_dim_limit
+from .cpp import cpp_norm_gate, cpp_norm_rope
+from .naive import naive_norm_gate, naive_norm_rope
+from .plain import plain_norm_gate, plain_norm_rope
+
+__all__ = ["norm_gate", "norm_rope"]
+
+WIDEST = 16384  # elements of a row that one Triton program holds
+
+
+def norm_rope(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """RMSNorm over each head, then rotary positions in the half-rotation form; either may be left out.
+
+    Args:
+        x (Tensor): `[B, T, H, D]`; D even if there are angles.
+        weight (Tensor): `[D]`, or None for no norm.
+        cos, sin (Tensor): `[B, T, D / 2]` or `[1, T, D / 2]`, float32, or None for no rotation.
+        eps: added to the mean square.
+        out_dtype: x's dtype if None. The work is done in float32 (float64 for float64) whatever comes in and goes out.
+
+    Returns:
+        `[B, T, H, D]`. Gradients flow to x and weight.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unavailable backend.
+
+    Source: MiniCPM-SALA (arXiv 2602.11761) section 2.1 (QK-norm, HyPE).
+    """
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must be [{x.shape[-1]}], as wide as a head of x; got {list(weight.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table is not None and (table.shape[-2:] != (x.shape[1], x.shape[3] / 2) or table.shape[0] not in (1, x.shape[0])):
+            raise ValueError(f"{name} must be [B, T, D / 2] for x {list(x.shape)}, got {list(table.shape)}")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin come together")
+    name = choose_backend("norm_rope", x, backend, {"cpp": None, "triton": head_dim_limit(x)})
+    if name == "triton":
+        from .triton import triton_norm_rope
+
+        return triton_norm_rope(x, weight, cos, sin, eps, out_dtype or x.dtype)
+    run = {"naive": naive_norm_rope, "torch": plain_norm_rope, "cpp": cpp_norm_rope}[name]
+    return run(x, weight, cos, sin, eps).to(out_dtype or x.dtype)
+
+
+def norm_gate(
+    x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, *, backend: Backend | None = None
+) -> Tensor:
+    """RMSNorm over the last dimension, times sigmoid(gate); either may be left out.
+
+    Args:
+        x (Tensor): `[..., W]`.
+        weight (Tensor): `[W]`, or None for no norm.
+        gate (Tensor): logits of the gate, shaped like x, or None.
+        eps: added to the mean square.
+
+    Returns:
+        x's shape and dtype; computed in float32 (float64 for float64). Gradients flow to x, weight and gate.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unavailable backend.
+
+    Source: MiniCPM-SALA (arXiv 2602.11761) section 2.1 (output gate; output norm of the Lightning layers).
+    """
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must be [{x.shape[-1]}], as wide as x; got {list(weight.shape)}")
+    if gate is not None and gate.shape != x.shape:
+        raise ValueError(f"gate must have x's shape {list(x.shape)}, got {list(gate.shape)}")
+    limit = f"rows of {x.shape[-1]} are above {WIDEST}" if x.shape[-1] > WIDEST else None
+    name = choose_backend("norm_gate", x, backend, {"cpp": None, "triton": limit})
+    if name == "triton":
+        from .triton import triton_norm_gate
+
+        return triton_norm_gate(x, weight, gate, eps)
+    run = {"naive": naive_norm_gate, "torch": plain_norm_gate, "cpp": cpp_norm_gate}[name]
+    return run(x, weight, gate, eps).to(x.dtype)

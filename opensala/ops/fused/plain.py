@@ -1,0 +1,28 @@
+"""The fused elementwise steps in PyTorch's own operators: right on any device, with autograd; several passes."""
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else torch.nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def plain_norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
+    """See `norm_rope`; the result is float32 (float64 for float64)."""
+    x = _norm(_wide(x), weight, eps)
+    if cos is None or sin is None:
+        return x
+    first, second = x.chunk(2, -1)
+    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def plain_norm_gate(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
+    """See `norm_gate`; the result is float32 (float64 for float64)."""
+    x = _norm(_wide(x), weight, eps)
+    return x if gate is None else x * torch.sigmoid(_wide(gate))

@@ -1,0 +1,243 @@
+// Block-sparse causal attention on the CPU, forward and backward.
+//
+// A thread takes a tile of queries of one kv head and goes through the key blocks in order; for each block it
+// handles all (query, head) rows of the tile that chose it, so that a block is unpacked once for many rows and
+// every product runs on a register tile. The partial softmax of a row lives in the tile's own memory between blocks.
+// Softmax is done in powers of two: s * scale * log2(e) goes into exp2.
+#include <vector>
+
+#include "gemm.h"
+
+namespace {
+
+struct Problem {
+  const float* q;
+  Rows k, v;  // of head 0
+  const int32_t* blocks;  // [T, Hkv, K]
+  int64_t tokens, length, heads, kv_heads, dim, value_dim, chosen, size;
+  int64_t k_head, v_head;  // elements from head to head; q is contiguous [T, Hq, D]
+  float factor;  // scale * log2(e)
+  int64_t group() const { return heads / kv_heads; }
+  int64_t position(int64_t t) const { return length - tokens + t; }
+};
+
+// The (query, block) pairs of a tile, by block.
+struct Pairs {
+  std::vector<int32_t> start, query;
+  void build(const Problem& p, int64_t first, int64_t last, int64_t head) {
+    int64_t total = (p.length + p.size - 1) / p.size;
+    start.assign(total + 2, 0);
+    auto each = [&](auto&& use) {
+      for (int64_t t = first; t < last; ++t) {
+        const int32_t* row = p.blocks + (t * p.kv_heads + head) * p.chosen;
+        int64_t own = p.position(t) / p.size;
+        for (int64_t i = 0; i < p.chosen; ++i)
+          if (row[i] >= 0 && row[i] <= own) use(row[i], t - first);
+      }
+    };
+    each([&](int32_t block, int64_t) { ++start[block + 2]; });
+    for (size_t b = 2; b < start.size(); ++b) start[b] += start[b - 1];
+    query.resize(start.back());
+    each([&](int32_t block, int64_t t) { query[start[block + 1]++] = int32_t(t); });
+  }
+};
+
+constexpr int BATCH = 8 * ROWS;  // rows of a block handled together
+
+// The rows (query of the tile, query head of the group) of one batch, and how many keys of the block each sees.
+struct Batch {
+  int count = 0;
+  int32_t index[BATCH];  // query * group + head in group, within the tile
+  int32_t seen[BATCH];
+};
+
+template <typename Use>
+void for_each_batch(const Problem& p, const Pairs& pairs, int64_t block, int64_t first, const Use& use) {
+  int64_t group = p.group(), base = block * p.size;
+  Batch rows;
+  for (int32_t i = pairs.start[block]; i < pairs.start[block + 1]; ++i) {
+    int32_t t = pairs.query[i];
+    int64_t seen = std::min<int64_t>(p.size, p.position(first + t) + 1 - base);
+    for (int64_t g = 0; g < group; ++g) {
+      rows.index[rows.count] = int32_t(t * group + g);
+      rows.seen[rows.count++] = int32_t(seen);
+      if (rows.count == BATCH) use(rows), rows.count = 0;
+    }
+  }
+  if (rows.count) use(rows);
+}
+
+// Where the keys of a block lie.
+struct Block {
+  int64_t base, keys;
+  Block(const Problem& p, int64_t block) : base(block * p.size), keys(std::min(p.size, p.length - base)) {}
+};
+
+// Keys a row does not see get -inf.
+void hide(float* row, int64_t seen, int64_t padded) {
+  for (int64_t j = seen; j < padded; ++j) row[j] = -INF;
+}
+
+void forward_tile(const Problem& p, int64_t first, int64_t last, int64_t head, float* out, float* lse) {
+  int64_t group = p.group(), rows_in_tile = (last - first) * group;
+  int64_t padded = round_up(p.size, W), width = round_up(p.value_dim, W);
+  Scratch keys(p.dim * padded), values(padded * width), scores(BATCH * padded), result(rows_in_tile * width);
+  Scratch peaks(rows_in_tile), sums(rows_in_tile);
+  std::fill_n(result.data, rows_in_tile * width, 0.0f);
+  std::fill_n(peaks.data, rows_in_tile, -INF);
+  std::fill_n(sums.data, rows_in_tile, 0.0f);
+  Pairs pairs;
+  pairs.build(p, first, last, head);
+  Rows k = p.k.head(head * p.k_head), v = p.v.head(head * p.v_head);
+  const float* queries = p.q + (first * p.heads + head * group) * p.dim;
+  auto query = [&](int32_t i) { return queries + ((i / group) * p.heads + i % group) * p.dim; };
+
+  for (int64_t block = 0; block * p.size < p.length; ++block) {
+    if (pairs.start[block] == pairs.start[block + 1]) continue;
+    Block source(p, block);
+    pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys.data, padded);
+    pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width);
+    for_each_batch(p, pairs, block, first, [&](const Batch& rows) {
+      const float* a[BATCH];
+      float* o[BATCH];
+      for (int r = 0; r < rows.count; ++r) a[r] = query(rows.index[r]), o[r] = result.data + rows.index[r] * width;
+      product<false>([&](int r, int64_t k) { return a[r][k]; }, rows.count, p.dim, keys.data, padded,
+                     [&](int r) { return scores.data + r * padded; }, int(padded));
+      for (int r = 0; r < rows.count; ++r) {
+        float* s = scores.data + r * padded;
+        if (rows.seen[r] < padded) hide(s, rows.seen[r], padded);
+        Vec high = load(s);
+        for (int64_t j = W; j < padded; j += W) high = larger(high, load(s + j));
+        float old = peaks.data[rows.index[r]], peak = std::max(old, largest(high) * p.factor);
+        Vec sum{}, shift = splat(peak), factor = splat(p.factor);
+        for (int64_t j = 0; j < padded; j += W) {
+          Vec e = exp2_below(load(s + j) * factor - shift);
+          store(s + j, e);
+          sum += e;
+        }
+        float& mass = sums.data[rows.index[r]];
+        if (peak > old) {
+          float shrink = std::exp2(old - peak);
+          mass *= shrink;
+          for (int64_t j = 0; j < width; j += W) store(o[r] + j, load(o[r] + j) * shrink);
+          peaks.data[rows.index[r]] = peak;
+        }
+        mass += total(sum);
+      }
+      product<true>([&](int r, int64_t k) { return scores.data[r * padded + k]; }, rows.count, source.keys, values.data,
+                    width, [&](int r) { return o[r]; }, int(width));
+    });
+  }
+  for (int64_t i = 0; i < rows_in_tile; ++i) {
+    int64_t row = (first + i / group) * p.heads + head * group + i % group;
+    float inverse = 1.0f / sums.data[i];
+    for (int64_t j = 0; j < p.value_dim; ++j) out[row * p.value_dim + j] = result.data[i * width + j] * inverse;
+    if (lse) lse[row] = peaks.data[i] + std::log2(sums.data[i]);
+  }
+}
+
+struct Gradients {
+  const float *grad, *lse, *delta;  // [T, Hq, E], [T, Hq], [T, Hq]: sum of grad * out
+  float* dq;                        // [T, Hq, D]
+  float *dk, *dv;                   // [Hkv, L, D], [Hkv, L, E] of this part, added to
+};
+
+void backward_tile(const Problem& p, const Gradients& g, int64_t first, int64_t last, int64_t head) {
+  int64_t group = p.group(), rows_in_tile = (last - first) * group;
+  int64_t padded = round_up(p.size, W), width = round_up(p.value_dim, W), inner = round_up(p.dim, W);
+  Scratch keys_t(p.dim * padded), values_t(p.value_dim * padded), keys(padded * inner), dq(rows_in_tile * inner);
+  Scratch weights(BATCH * padded), slopes(BATCH * padded), q_rows(BATCH * inner), g_rows(BATCH * width);
+  Scratch dk(padded * inner), dv(padded * width);
+  std::fill_n(dq.data, rows_in_tile * inner, 0.0f);
+  Pairs pairs;
+  pairs.build(p, first, last, head);
+  Rows k = p.k.head(head * p.k_head), v = p.v.head(head * p.v_head);
+  auto row_of = [&](int32_t i) { return (first + i / group) * p.heads + head * group + i % group; };
+  Vec factor = splat(p.factor);
+  const float scale = p.factor * 0.6931471805599453f;
+
+  for (int64_t block = 0; block * p.size < p.length; ++block) {
+    if (pairs.start[block] == pairs.start[block + 1]) continue;
+    Block source(p, block);
+    pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys_t.data, padded);
+    pack_transposed(v, source.base, 1, int(source.keys), int(padded), p.value_dim, values_t.data, padded);
+    pack_rows(k, source.base, int(source.keys), p.dim, keys.data, inner);
+    std::fill_n(dk.data, padded * inner, 0.0f);
+    std::fill_n(dv.data, padded * width, 0.0f);
+    for_each_batch(p, pairs, block, first, [&](const Batch& rows) {
+      int n = rows.count;
+      pack_rows([&](int r) { return p.q + row_of(rows.index[r]) * p.dim; }, n, n, p.dim, q_rows.data, inner);
+      pack_rows([&](int r) { return g.grad + row_of(rows.index[r]) * p.value_dim; }, n, n, p.value_dim, g_rows.data, width);
+      auto weight_row = [&](int r) { return weights.data + r * padded; };
+      auto slope_row = [&](int r) { return slopes.data + r * padded; };
+      product<false>([&](int r, int64_t k) { return q_rows.data[r * inner + k]; }, n, p.dim, keys_t.data, padded, weight_row,
+                     int(padded));
+      product<false>([&](int r, int64_t k) { return g_rows.data[r * width + k]; }, n, p.value_dim, values_t.data, padded,
+                     slope_row, int(padded));
+      for (int r = 0; r < n; ++r) {
+        float *w = weight_row(r), *s = slope_row(r);
+        if (rows.seen[r] < padded) hide(w, rows.seen[r], padded);
+        int64_t row = row_of(rows.index[r]);
+        Vec lse = splat(g.lse[row]), delta = splat(g.delta[row]);
+        for (int64_t j = 0; j < padded; j += W) {
+          Vec e = exp2_any(load(w + j) * factor - lse);
+          store(w + j, e);
+          store(s + j, e * (load(s + j) - delta) * scale);
+        }
+      }
+      product<true>([&](int r, int64_t k) { return slopes.data[r * padded + k]; }, n, source.keys, keys.data, inner,
+                    [&](int r) { return dq.data + rows.index[r] * inner; }, int(inner));
+      product<true>([&](int j, int64_t r) { return slopes.data[r * padded + j]; }, int(source.keys), n, q_rows.data, inner,
+                    [&](int j) { return dk.data + j * inner; }, int(inner));
+      product<true>([&](int j, int64_t r) { return weights.data[r * padded + j]; }, int(source.keys), n, g_rows.data, width,
+                    [&](int j) { return dv.data + j * width; }, int(width));
+    });
+    for (int64_t j = 0; j < source.keys; ++j) {
+      float* to_k = g.dk + (head * p.length + source.base + j) * p.dim;
+      float* to_v = g.dv + (head * p.length + source.base + j) * p.value_dim;
+      for (int64_t d = 0; d < p.dim; ++d) to_k[d] += dk.data[j * inner + d];
+      for (int64_t d = 0; d < p.value_dim; ++d) to_v[d] += dv.data[j * width + d];
+    }
+  }
+  for (int64_t i = 0; i < rows_in_tile; ++i)
+    std::copy_n(dq.data + i * inner, p.dim, g.dq + row_of(int32_t(i)) * p.dim);
+}
+
+int64_t tile_queries(const Problem& p, int64_t rows, int64_t threads) {
+  int64_t share = (p.tokens * p.kv_heads + threads - 1) / threads;
+  return std::max<int64_t>(1, std::min(rows / p.group() + 1, (share + 3) / 4));
+}
+
+}  // namespace
+
+extern "C" void opensala_attend_forward(
+    const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, float* out, float* lse,
+    int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t chosen,
+    int64_t size, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float factor, int64_t tile_rows,
+    int64_t threads) {
+  Problem p{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim, chosen, size, k_head, v_head, factor};
+  int64_t step = tile_queries(p, tile_rows, threads), tiles = (tokens + step - 1) / step;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t unit = 0; unit < tiles * kv_heads; ++unit) {
+    int64_t first = unit / kv_heads * step;
+    forward_tile(p, first, std::min(first + step, tokens), unit % kv_heads, out, lse);
+  }
+}
+
+// Part i of the query tiles adds to its own dk and dv (`[parts, Hkv, L, D]`, zeroed by the caller): whatever the
+// order in which threads finish, the sums are formed in the same order.
+extern "C" void opensala_attend_backward(
+    const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, const float* grad, const float* lse,
+    const float* delta, float* dq, float* dk, float* dv, int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads,
+    int64_t dim, int64_t value_dim, int64_t chosen, int64_t size, int64_t k_token, int64_t k_head, int64_t v_token,
+    int64_t v_head, float factor, int64_t tile_rows, int64_t parts, int64_t threads) {
+  Problem p{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim, chosen, size, k_head, v_head, factor};
+  int64_t step = tile_queries(p, tile_rows, threads), tiles = (tokens + step - 1) / step;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t unit = 0; unit < parts * kv_heads; ++unit) {
+    int64_t part = unit / kv_heads, head = unit % kv_heads;
+    Gradients g{grad, lse, delta, dq, dk + part * kv_heads * length * dim, dv + part * kv_heads * length * value_dim};
+    for (int64_t tile = part; tile < tiles; tile += parts)
+      backward_tile(p, g, tile * step, std::min((tile + 1) * step, tokens), head);
+  }
+}

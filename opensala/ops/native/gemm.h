@@ -1,0 +1,128 @@
+// Small products for the attention kernels: operands in cache, a register tile of ROWS x COLS vectors.
+//
+// C[r, :] (+)= sum_k A(r, k) * B[k, :]. B is row-major with a leading dimension; A is given as a function of
+// (row, k), because its rows lie scattered (the queries that chose a block) or transposed (gradients of keys).
+#pragma once
+#include <cstdlib>
+
+#include "vec.h"
+
+#define INLINE __attribute__((always_inline)) static inline
+
+template <int R, int C, bool ADD, typename A, typename Out>
+INLINE void product_tile(const A& a, int64_t depth, const float* b, int64_t ldb, const Out& out, int row, int column) {
+  Vec acc[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) acc[r][c] = ADD ? load(out(row + r) + column + c * W) : Vec{};
+  b += column;
+  for (int64_t k = 0; k < depth; ++k, b += ldb) {
+    Vec x[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) x[c] = load(b + c * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vec y = splat(a(row + r, k));
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[r][c] += y * x[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) store(out(row + r) + column + c * W, acc[r][c]);
+}
+
+template <int R, bool ADD, typename A, typename Out>
+INLINE void product_rows(const A& a, int64_t depth, const float* b, int64_t ldb, const Out& out, int row, int columns) {
+  int column = 0;
+  for (; column + COLS * W <= columns; column += COLS * W)
+    product_tile<R, COLS, ADD>(a, depth, b, ldb, out, row, column);
+  for (; column < columns; column += W) product_tile<R, 1, ADD>(a, depth, b, ldb, out, row, column);
+}
+
+// out(r)[0 .. columns) (+)= sum over k < depth of a(r, k) * b[k * ldb ...]; columns is a multiple of W.
+template <bool ADD, typename A, typename Out>
+static void product(const A& a, int rows, int64_t depth, const float* b, int64_t ldb, const Out& out, int columns) {
+  int row = 0;
+  for (; row + ROWS <= rows; row += ROWS) product_rows<ROWS, ADD>(a, depth, b, ldb, out, row, columns);
+  for (; row + 2 <= rows; row += 2) product_rows<2, ADD>(a, depth, b, ldb, out, row, columns);
+  if (row < rows) product_rows<1, ADD>(a, depth, b, ldb, out, row, columns);
+}
+
+// Calls use(T{}) with the element type of keys and values.
+template <typename Use>
+static void with_type(int64_t kind, const Use& use) {
+  if (kind == 1) use(BFloat16{});
+  else if (kind == 2) use(Float16{});
+  else use(0.0f);
+}
+
+// Rows of one head of a tensor of any element type.
+struct Rows {
+  const void* data;
+  int64_t kind, stride;  // 0 float32, 1 bfloat16, 2 float16; elements from row to row
+  template <typename T>
+  const T* at(int64_t row) const { return static_cast<const T*>(data) + row * stride; }
+  Rows head(int64_t offset) const {  // the same rows, `offset` elements further
+    return {static_cast<const char*>(data) + offset * (kind ? 2 : 4), kind, stride};
+  }
+};
+
+// out[k * ldo + j] = row(j)[k] for j < count, 0 for count <= j < padded; padded is a multiple of W.
+template <typename Row>
+static void pack_transposed(const Row& row, int count, int padded, int64_t depth, float* out, int64_t ldo) {
+  for (int j = 0; j < padded; j += W) {
+    int here = std::min(W, std::max(0, count - j));
+    int64_t k = 0;
+    for (; k + W <= depth; k += W) {
+      Vec v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = i < here ? load_wide(row(j + i) + k) : Vec{};
+      transpose_square(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(out + (k + i) * ldo + j, v[i]);
+    }
+    for (; k < depth; ++k)
+      for (int i = 0; i < W; ++i) out[k * ldo + j + i] = i < here ? widen(row(j + i)[k]) : 0.0f;
+  }
+}
+
+// out[j * ldo + k] = row(j)[k], zero-padded to ldo columns and `padded` rows.
+template <typename Row>
+static void pack_rows(const Row& row, int count, int padded, int64_t depth, float* out, int64_t ldo) {
+  for (int j = 0; j < padded; ++j) {
+    int64_t k = 0;
+    if (j < count) {
+      auto p = row(j);
+      for (; k + W <= depth; k += W) store(out + j * ldo + k, load_wide(p + k));
+      for (; k < depth; ++k) out[j * ldo + k] = widen(p[k]);
+    }
+    for (; k < ldo; ++k) out[j * ldo + k] = 0.0f;
+  }
+}
+
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Scratch memory of one thread, aligned to cache lines.
+struct Scratch {
+  float* data;
+  explicit Scratch(int64_t floats) : data(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4 + 64, 64)))) {}
+  ~Scratch() { std::free(data); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+// The same for rows first, first + step, ... of a tensor of any element type.
+static void pack_transposed(const Rows& x, int64_t first, int64_t step, int count, int padded, int64_t depth, float* out, int64_t ldo) {
+  with_type(x.kind, [&](auto type) {
+    pack_transposed([&](int64_t j) { return x.at<decltype(type)>(first + j * step); }, count, padded, depth, out, ldo);
+  });
+}
+
+static void pack_rows(const Rows& x, int64_t first, int count, int64_t depth, float* out, int64_t ldo) {
+  with_type(x.kind, [&](auto type) {
+    pack_rows([&](int64_t j) { return x.at<decltype(type)>(first + j); }, count, count, depth, out, ldo);
+  });
+}

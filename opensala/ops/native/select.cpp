@@ -1,0 +1,104 @@
+// Exact block selection on the CPU: every compressed key the query sees is scored.
+//
+// A thread takes a tile of queries of one kv head. First the softmax denominator of each (query, head) row is summed
+// over the second level of compressed keys (or the first). Then panels of W blocks are scored and reduced to block
+// scores, 4 bytes a block and query; the best blocks are found by a threshold that rises as candidates are met.
+// Softmax is done in powers of two: s * scale * log2(e) goes into exp2.
+#include <memory>
+
+#include "select.h"
+
+namespace {
+
+constexpr int PANEL = COLS * W;  // windows of a panel of the denominator pass
+
+class Tile : public Scorer {
+ public:
+  Tile(const Selection& s, int64_t step)
+      : Scorer(s, s.position(s.tokens - 1) / s.size + 1, step, PANEL), peak_(step * s.group()) {}
+
+  void run(int64_t first, int64_t last, int64_t head, int32_t* out) {
+    first_ = first, last_ = last, head_ = head;
+    bool level2 = s_.coarse && seen(s_.position(first), 4 * s_.kernel, 4 * s_.stride) > 0;
+    if (level2) denominators(s_.k2.head(head * s_.k2_head), 4 * s_.kernel, 4 * s_.stride);
+    else denominators(keys1(), s_.kernel, s_.stride);
+    score_blocks();
+    choose(out);
+  }
+
+ private:
+  Scratch peak_;
+
+  // lse_[row]: log2 of the sum of 2^(s * factor) over the windows of one level that the row's query sees.
+  void denominators(const Rows& keys, int64_t kernel, int64_t step) {
+    int64_t rows = (last_ - first_) * s_.group();
+    std::fill_n(lse_.data, rows, 0.0f);  // holds the running sum until the end
+    std::fill_n(peak_.data, rows, -INF);
+    int64_t most = seen(s_.position(last_ - 1), kernel, step), least = seen(s_.position(first_), kernel, step);
+    Vec factor = splat(s_.factor);
+    for (int64_t w = 0; w < most; w += PANEL) {
+      pack_transposed(keys, w, 1, int(std::min<int64_t>(PANEL, most - w)), PANEL, s_.dim, panel_.data, PANEL);
+      for (int64_t row = 0; row < rows; row += CHUNK) {
+        int count = int(std::min<int64_t>(CHUNK, rows - row));
+        multiply([&](int r) { return query(row + r); }, count, PANEL);
+        for (int r = 0; r < count; ++r) {
+          float* x = products_.data + r * PANEL;
+          if (w + PANEL > least) {
+            int64_t visible = seen(s_.position(first_ + (row + r) / s_.group()), kernel, step) - w;
+            if (visible <= 0) continue;
+            for (int64_t j = visible; j < PANEL; ++j) x[j] = -INF;
+          }
+          Vec high = load(x);
+          for (int j = W; j < PANEL; j += W) high = larger(high, load(x + j));
+          float old = peak_.data[row + r], peak = std::max(old, largest(high) * s_.factor);
+          Vec sum{}, shift = splat(peak);
+          for (int j = 0; j < PANEL; j += W) sum += exp2_below(load(x + j) * factor - shift);
+          float& mass = lse_.data[row + r];
+          if (peak > old) mass *= std::exp2(old - peak), peak_.data[row + r] = peak;
+          mass += total(sum);
+        }
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row)
+      lse_.data[row] = lse_.data[row] > 0 ? peak_.data[row] + std::log2(lse_.data[row]) : 0.0f;
+  }
+
+  // Block scores: maximum over the windows that touch the block of the probabilities summed over heads.
+  void score_blocks() {
+    int64_t group = s_.group(), columns = W * s_.ratio(), queries = last_ - first_;
+    int64_t windows = visible(queries - 1), blocks = s_.position(last_ - 1) / s_.size + 1;
+    std::fill_n(carry_.data, queries, -INF);
+    int64_t together = std::max<int64_t>(1, CHUNK / group);
+    for (int64_t block = 0; block < blocks; block += W) {
+      pack_panel(block, windows);
+      for (int64_t t = 0; t < queries; t += together) {
+        int64_t many = std::min(together, queries - t);
+        multiply([&](int r) { return query(t * group + r); }, int(many * group), int(columns));
+        for (int64_t i = 0; i < many; ++i) pool(t + i, i * group, block, visible(t + i));
+      }
+    }
+  }
+};
+
+}  // namespace
+
+// Queries at positions first ... first + tokens - 1; out `[T, Hkv, chosen]`, ascending, padded with -1.
+extern "C" void opensala_select(
+    const float* q, const void* k1, const void* k2, int64_t kind, int32_t* out, int64_t tokens, int64_t first, int64_t heads,
+    int64_t kv_heads, int64_t dim, int64_t k1_window, int64_t k1_head, int64_t k2_window, int64_t k2_head, int64_t size,
+    int64_t stride, int64_t kernel, int64_t init, int64_t window_blocks, int64_t chosen, int64_t coarse, float factor,
+    int64_t tile_rows, int64_t threads) {
+  Selection s{q,    {k1, kind, k1_window}, {k2, kind, k2_window}, k1_head, k2_head, tokens, first, heads, kv_heads, dim, size,
+              stride, kernel, init, window_blocks, chosen, coarse != 0, factor};
+  int64_t everything = take_all(s, out);
+  // No tile holds both queries that see a window of the second level and queries that do not.
+  int64_t level2 = std::min(tokens, std::max(everything, 4 * kernel - 1 - first));
+  for (auto [begin, end] : {std::pair{everything, level2}, std::pair{level2, tokens}}) {
+    if (begin == end) continue;
+    Selection part = s;
+    part.tokens = end;
+    int64_t step = std::max<int64_t>(1, std::min(tile_rows / s.group(), end - begin));
+    for_each_tile(part, begin, step, threads, [&] { return std::make_unique<Tile>(part, step); },
+                  [&](Tile& tile, int64_t a, int64_t b, int64_t head) { tile.run(a, b, head, out); });
+  }
+}

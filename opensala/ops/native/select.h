@@ -1,0 +1,205 @@
+// What exact and hierarchical block selection share: the problem, the choice of the best blocks, pooling of one panel.
+#pragma once
+#include <functional>
+#include <vector>
+
+#include "gemm.h"
+
+struct Selection {
+  const float* q;  // [T, Hq, D]
+  Rows k1, k2;              // compressed keys of head 0, a row a window
+  int64_t k1_head, k2_head;  // elements from head to head
+  int64_t tokens, first, heads, kv_heads, dim;     // first: position of query 0
+  int64_t size, stride, kernel, init, window_blocks, chosen;
+  bool coarse;
+  float factor;  // scale * log2(e)
+  int64_t group() const { return heads / kv_heads; }
+  int64_t ratio() const { return size / stride; }
+  int64_t position(int64_t t) const { return first + t; }
+};
+
+// Full windows that end at or before a position.
+static inline int64_t seen(int64_t position, int64_t kernel, int64_t stride) {
+  return position + 1 < kernel ? 0 : (position + 1 - kernel) / stride + 1;
+}
+
+constexpr float LARGEST = 3e38f;  // finite stand-in for overflowing scores, below the infinity of forced blocks
+constexpr int CHUNK = 48;         // rows whose scores against one panel lie in cache at once
+
+// Best `wanted` entries of one query's block scores, as torch.topk orders them on a CPU; ascending block numbers.
+class Best {
+ public:
+  // scores [blocks]; blocks before `init` and from `window` on are taken in any case.
+  void choose(const float* scores, int64_t blocks, int64_t init, int64_t window, int64_t wanted, int32_t* out) {
+    if (window < init) window = init;
+    int64_t open = wanted - init - (blocks - window);  // places left for scored blocks
+    if (open < 0 || !by_threshold(scores, init, window, open)) return by_sort(scores, blocks, init, window, wanted, out);
+    int64_t n = 0;
+    for (int64_t b = 0; b < init; ++b) out[n++] = int32_t(b);
+    if (open > 0) {
+      int64_t b = init;
+      for (; b + W <= window; b += W)
+        for (uint32_t bits = lanes_at_least(load(scores + b), splat(edge_)); bits; bits &= bits - 1)
+          out[n++] = int32_t(b + __builtin_ctz(bits));
+      for (; b < window; ++b)
+        if (scores[b] >= edge_) out[n++] = int32_t(b);
+    }
+    for (int64_t b = window; b < blocks; ++b) out[n++] = int32_t(b);
+  }
+
+ private:
+  float edge_ = 0;
+  std::vector<float> candidates_;
+  std::vector<std::pair<float, int64_t>> queue_;
+
+  // Keep what can still be among the best `open`; the threshold only rises.
+  float tighten(int64_t open) {
+    auto nth = candidates_.begin() + (open - 1);
+    std::nth_element(candidates_.begin(), nth, candidates_.end(), std::greater<float>());
+    float edge = *nth;
+    candidates_.erase(std::remove_if(candidates_.begin(), candidates_.end(), [&](float x) { return x < edge; }), candidates_.end());
+    return edge;
+  }
+
+  // Sets edge_ to the score of the last block taken; false if blocks tie there and more tie than there is room for.
+  bool by_threshold(const float* scores, int64_t init, int64_t window, int64_t open) {
+    if (open == 0) return true;
+    if (open > window - init) return false;
+    candidates_.clear();
+    float edge = -INF;
+    size_t full = 2 * open + 4 * W;
+    auto take = [&](float x) { if (x >= edge) candidates_.push_back(x); };
+    int64_t b = init;
+    for (; b + W <= window; b += W) {
+      for (uint32_t bits = lanes_at_least(load(scores + b), splat(edge)); bits; bits &= bits - 1)
+        candidates_.push_back(scores[b + __builtin_ctz(bits)]);
+      if (candidates_.size() >= full) {
+        edge = tighten(open);
+        full = std::max<size_t>(full, 2 * candidates_.size());  // many ties: do not tighten at every step
+      }
+    }
+    for (; b < window; ++b) take(scores[b]);
+    if (int64_t(candidates_.size()) < open) return false;  // NaN somewhere: let the sort decide
+    edge_ = tighten(open);
+    return int64_t(candidates_.size()) == open;
+  }
+
+  // What torch.topk does with the visible blocks: where blocks tie exactly, its choice depends on the whole row.
+  void by_sort(const float* scores, int64_t blocks, int64_t init, int64_t window, int64_t wanted, int32_t* out) {
+    queue_.resize(blocks);
+    for (int64_t b = 0; b < blocks; ++b) queue_[b] = {b < init || b >= window ? INF : scores[b], b};
+    auto before = [](const auto& x, const auto& y) { return (std::isnan(x.first) && !std::isnan(y.first)) || x.first > y.first; };
+    if (wanted * 64 <= blocks) std::partial_sort(queue_.begin(), queue_.begin() + wanted, queue_.end(), before);
+    else std::nth_element(queue_.begin(), queue_.begin() + wanted - 1, queue_.end(), before);
+    for (int64_t i = 0; i < wanted; ++i) out[i] = int32_t(queue_[i].second);
+    std::sort(out, out + wanted);
+  }
+};
+
+// Scores of a tile of queries of one kv head against panels of W blocks. The windows of a block lie in the same lane of
+// `ratio` vectors, so that pooling is an elementwise maximum.
+class Scorer {
+ public:
+  Scorer(const Selection& s, int64_t most_blocks, int64_t tile, int64_t widest)
+      : s_(s), panel_(s.dim * std::max<int64_t>(widest, W * s.ratio())),
+        products_(std::max<int64_t>(CHUNK, s.group()) * std::max<int64_t>(widest, W * s.ratio())),
+        row_stride_(round_up(most_blocks + 1, W)), scores_(tile * row_stride_), lse_(tile * s.group()), carry_(tile),
+        pooled_(W + 1), rows_(std::max<int64_t>(CHUNK, s.group())) {}
+
+ protected:
+  const Selection& s_;
+  int64_t first_ = 0, last_ = 0, head_ = 0;  // the tile: queries first_ ... last_ - 1 of one kv head
+  Scratch panel_, products_;
+  int64_t row_stride_;
+  Scratch scores_, lse_, carry_, pooled_;
+  std::vector<const float*> rows_;
+  Best best_;
+
+  Rows keys1() const { return s_.k1.head(head_ * s_.k1_head); }
+  int64_t visible(int64_t t) const { return seen(s_.position(first_ + t), s_.kernel, s_.stride); }
+  int64_t queries() const { return last_ - first_; }
+
+  const float* query(int64_t row) const {  // row: query of the tile * group + head in group
+    int64_t group = s_.group();
+    return s_.q + ((first_ + row / group) * s_.heads + head_ * group + row % group) * s_.dim;
+  }
+
+  // products_[r] = row(r) times the panel
+  template <typename Row>
+  void multiply(const Row& row, int count, int columns) {
+    for (int r = 0; r < count; ++r) rows_[r] = row(r);
+    const float* const* a = rows_.data();
+    product<false>([a](int r, int64_t k) { return a[r][k]; }, count, s_.dim, panel_.data, columns,
+                   [&](int r) { return products_.data + r * columns; }, columns);
+  }
+
+  void pack_panel(int64_t block, int64_t windows) {
+    int64_t ratio = s_.ratio();
+    for (int64_t phase = 0; phase < ratio; ++phase) {
+      int64_t start = block * ratio + phase;
+      int here = int(std::max<int64_t>(0, std::min<int64_t>(W, (windows - start + ratio - 1) / ratio)));
+      pack_transposed(keys1(), start, ratio, here, W, s_.dim, panel_.data + phase * W, W * ratio);
+    }
+  }
+
+  // Query t of the tile, whose products with the panel begin at `row`: W block scores from `block` on. A window with
+  // number `visible` or above does not exist for it.
+  void pool(int64_t t, int64_t row, int64_t block, int64_t visible) {
+    int64_t group = s_.group(), ratio = s_.ratio(), columns = W * ratio;
+    Vec factor = splat(s_.factor), best = splat(-INF), last{};
+    const float* lse = lse_.data + t * group;
+    for (int64_t phase = 0; phase < ratio; ++phase) {
+      Vec p{};
+      const float* x = products_.data + row * columns + phase * W;
+      for (int64_t g = 0; g < group; ++g, x += columns) p += exp2_any(load(x) * factor - splat(lse[g]));
+      p = p > splat(LARGEST) ? splat(LARGEST) : p;
+      if ((block + W) * ratio > visible) {
+        float lanes[W];
+        store(lanes, p);
+        for (int i = 0; i < W; ++i)
+          if ((block + i) * ratio + phase >= visible) lanes[i] = -INF;
+        p = load(lanes);
+      }
+      best = larger(best, p);
+      last = p;
+    }
+    // The last window of a block reaches into the next one.
+    pooled_.data[0] = carry_.data[t];
+    store(pooled_.data + 1, last);
+    carry_.data[t] = pooled_.data[W];
+    store(scores_.data + t * row_stride_ + block, larger(best, load(pooled_.data)));
+  }
+
+  void choose(int32_t* out) {
+    for (int64_t t = first_; t < last_; ++t) {
+      int64_t own = s_.position(t) / s_.size;
+      best_.choose(scores_.data + (t - first_) * row_stride_, own + 1, std::min(s_.init, own + 1),
+                   std::max<int64_t>(0, own - s_.window_blocks), s_.chosen, out + (t * s_.kv_heads + head_) * s_.chosen);
+    }
+  }
+};
+
+// As long as there is room for all blocks, all are taken: fills those rows and returns how many queries they are.
+static inline int64_t take_all(const Selection& s, int32_t* out) {
+  int64_t everything = std::min(s.tokens, std::max<int64_t>(0, s.chosen * s.size - s.first));
+  for (int64_t t = 0; t < everything; ++t)
+    for (int64_t h = 0; h < s.kv_heads; ++h)
+      for (int64_t i = 0; i < s.chosen; ++i)
+        out[(t * s.kv_heads + h) * s.chosen + i] = i <= (s.first + t) / s.size ? int32_t(i) : -1;
+  return everything;
+}
+
+// Calls use(tile, first, last, head) for every tile of queries from `begin` on, the long ones first.
+template <typename Make, typename Use>
+static void for_each_tile(const Selection& s, int64_t begin, int64_t step, int64_t threads, const Make& make, const Use& use) {
+  int64_t tiles = (s.tokens - begin + step - 1) / step;
+#pragma omp parallel num_threads(threads)
+  {
+    auto tile = make();
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t unit = tiles * s.kv_heads - 1; unit >= 0; --unit) {
+      int64_t first = begin + unit / s.kv_heads * step;
+      use(*tile, first, std::min(first + step, s.tokens), unit % s.kv_heads);
+    }
+  }
+}

@@ -1,0 +1,152 @@
+// Vectors of the machine's own width, and the few operations on them that the kernels need.
+//
+// Written with the compiler's vector extension (GCC 12 or clang), so that one source serves AVX-512, AVX2,
+// NEON and anything else; intrinsics only where the generic form is known to compile badly.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats in a vector
+constexpr int ROWS = 6, COLS = 4;  // register tile of a product: ROWS x COLS vectors are accumulated at once
+#elif defined(__AVX__)
+constexpr int W = 8;
+constexpr int ROWS = 6, COLS = 2;
+#else
+constexpr int W = 4;
+constexpr int ROWS = 4, COLS = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(W * 4)));
+typedef float VecUnaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t VecInt __attribute__((vector_size(W * 4)));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+static inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
+static inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
+static inline Vec splat(float x) { return Vec{} + x; }
+
+static inline Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline float largest(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float t[W], best = -INF;
+  store(t, v);
+  for (int i = 0; i < W; ++i) best = t[i] > best ? t[i] : best;
+  return best;
+#endif
+}
+
+static inline float total(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float t[W], sum = 0;
+  store(t, v);
+  for (int step = W / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) t[i] += t[i + step];
+  sum = t[0];
+  return sum;
+#endif
+}
+
+// One bit for each lane with a >= b.
+static inline uint32_t lanes_at_least(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#elif defined(__AVX__)
+  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GE_OQ));
+#else
+  float x[W], y[W];
+  store(x, a), store(y, b);
+  uint32_t bits = 0;
+  for (int i = 0; i < W; ++i) bits |= uint32_t(x[i] >= y[i]) << i;
+  return bits;
+#endif
+}
+
+// 2^x to 2e-7 relative; exactly 0 below -126, so that no denormal number (slow on CPUs) is ever made.
+// Above 127 it is not defined: callers keep x below.
+static inline Vec exp2_below(Vec x) {
+  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  VecInt keep = x >= splat(-126.0f);
+  Vec y = larger(x, splat(-126.0f));
+  Vec r = y + shift;
+  Vec f = y - (r - shift);
+  VecInt n = (VecInt)r - (VecInt)shift;
+  Vec p = splat(1.54035304e-4f);
+  p = p * f + 1.33335581e-3f;
+  p = p * f + 9.61812911e-3f;
+  p = p * f + 5.55041087e-2f;
+  p = p * f + 2.40226507e-1f;
+  p = p * f + 6.93147181e-1f;
+  p = p * f + 1.0f;
+  return (Vec)(((VecInt)p + (n << 23)) & keep);
+}
+
+// 2^x for any x: what would overflow becomes 2^127.
+static inline Vec exp2_any(Vec x) { return exp2_below(x > splat(127.0f) ? splat(127.0f) : x); }
+
+// --- element types of keys and values ---
+
+struct BFloat16 { uint16_t bits; };
+typedef _Float16 Float16;
+
+static inline float widen(float x) { return x; }
+static inline float widen(Float16 x) { return (float)x; }
+static inline float widen(BFloat16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline Vec load_wide(const float* p) { return load(p); }
+template <typename T>
+static inline Vec load_wide(const T* p) {
+  float t[W];
+  for (int i = 0; i < W; ++i) t[i] = widen(p[i]);
+  return load(t);
+}
+
+// --- transposition ---
+
+template <int S, int... I>
+static inline void exchange(Vec& a, Vec& b, std::integer_sequence<int, I...>) {
+  Vec low = __builtin_shufflevector(a, b, ((I & S) ? W + I - S : I)...);
+  Vec high = __builtin_shufflevector(a, b, ((I & S) ? W + I : I + S)...);
+  a = low, b = high;
+}
+
+template <int S>
+static inline void exchange_all(Vec* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) exchange<S>(v[i], v[i + S], std::make_integer_sequence<int, W>());
+}
+
+// Turn W vectors of W floats, a square, about its diagonal.
+static inline void transpose_square(Vec* v) {
+  exchange_all<1>(v);
+  exchange_all<2>(v);
+  if constexpr (W > 4) exchange_all<4>(v);
+  if constexpr (W > 8) exchange_all<8>(v);
+}

@@ -1,0 +1,113 @@
+# mypy: allow-untyped-defs
+"""Where the tokens of a call stand: what the Triton kernels of selection and attention share about lengths and documents.
+
+The T queries of row b are the last T of its `lengths[b]` tokens, or, for packed documents, every token of the row. The
+numbers may live on the GPU and never come to the host, so grids follow from shapes alone and kernels find out by
+themselves how much of their range exists.
+
+Packed documents share one storage of derived things (windows, blocks), in which document n owns the slots from
+`cu[n] // size + n` on: enough for it whatever its length, and nobody has to sum over documents (see `find_document`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import cdiv, search_steps
+
+
+class Rows(NamedTuple):
+    """Lengths of the rows of a call, or boundaries of the documents of its one row."""
+
+    tokens: int  # queries a row
+    capacity: int  # keys there is room for
+    length: int  # keys of every row, where `lengths` is None
+    lengths: Tensor | None  # [B] on the device
+    cu: Tensor | None  # [N + 1] boundaries of packed documents, on the device
+    number: Tensor | None  # [T] the document of each token
+
+    @property
+    def documents(self) -> int:
+        return 0 if self.cu is None else self.cu.shape[0] - 1
+
+    @property
+    def steps(self) -> int:
+        """Halvings to find a document."""
+        return search_steps(self.documents)
+
+    def slots(self, size: int) -> int:
+        """Places for pieces of `size` keys that cover all there is room for, whatever the lengths turn out to be."""
+        return cdiv(self.capacity, size) if self.cu is None else self.capacity // size + self.documents
+
+    def tiles(self, size: int, begin: int, end: int) -> int:
+        """Programs that tiles of `size` queries of [begin, end) may need."""
+        if self.cu is None:
+            return cdiv(end - begin, size)
+        return (end - 1) // size + self.documents - max(begin // size - 1, 0)
+
+
+def rows_of(q: Tensor, capacity: int, lengths: Tensor | int | None, cu_seqlens: Tensor | None) -> Rows:
+    """Put the numbers that describe a call where the kernels can read them, and check those already known here.
+
+    Raises:
+        ValueError: lengths known on the host that do not fit the queries or the keys.
+    """
+    tokens = q.shape[1]
+    if cu_seqlens is not None:
+        cu = cu_seqlens.to(q.device, non_blocking=True)
+        token = torch.arange(tokens, device=q.device, dtype=cu.dtype)
+        number = (torch.searchsorted(cu, token, right=True) - 1).int()
+        return Rows(tokens, capacity, tokens, None, cu, number)
+    if lengths is None:
+        lengths = capacity
+    if not (isinstance(lengths, Tensor) and lengths.is_cuda):
+        known = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * q.shape[0]
+        if len(known) != q.shape[0] or min(known) < tokens or max(known) > capacity:
+            raise ValueError(f"lengths must be {q.shape[0]} numbers from {tokens} (the queries) to {capacity} (the keys), got {known}")
+    if isinstance(lengths, Tensor):
+        return Rows(tokens, capacity, capacity, lengths.to(q.device, non_blocking=True), None, None)
+    return Rows(tokens, capacity, lengths, None, None, None)
+
+
+def inner_contiguous(x: Tensor) -> Tensor:
+    """x, copied only if the elements of a head do not lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@triton.jit
+def locate(lengths, length, cu, number, b, t, tokens):
+    """For token(s) t of row b: the position in its sequence, and where in the row's storage the sequence begins."""
+    if cu is not None:
+        start = tl.load(cu + tl.load(number + t)).to(tl.int64)
+        position = t - start
+    elif lengths is not None:
+        start = t * 0
+        position = t + (tl.load(lengths + b).to(tl.int64) - tokens)
+    else:
+        start = t * 0
+        position = t + (length - tokens)
+    return position.to(tl.int32), start
+
+
+@triton.jit
+def windows_in(length, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """Full windows in `length` tokens (integer division rounds towards zero, hence the guard)."""
+    return tl.where(length >= SIZE, (length - SIZE) // STRIDE + 1, 0)
+
+
+@triton.jit
+def load_rows(x, offsets, there, DIM: tl.constexpr, WIDE: tl.constexpr):
+    """Rows `[n, WIDE]` at the given offsets; zero where `there` is false and beyond DIM."""
+    d = tl.arange(0, WIDE)
+    mask = there[:, None]
+    if DIM < WIDE:
+        mask = mask & (d < DIM)[None, :]
+    return tl.load(x + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+def cores(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a token number of them for the interpreter, which runs programs one by one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,0 +1,344 @@
+# mypy: allow-untyped-defs
+"""Block selection in Triton, in three steps whose costs are those of reading the compressed keys against every query.
+
+1. `lse_kernel`: the softmax denominators, by a running log-sum-exp over the second level (the first where asked).
+2. `score_kernel`: probabilities of the first level, summed over the G heads of a kv head and max-pooled to block scores.
+3. `top_kernel` (`triton_top`): the best blocks of each query.
+
+Between 2 and 3 the pooled scores of a tile of queries, 1 / (G * ratio) of the scores computed, pass through a scratch buffer
+of SCRATCH elements at most, so memory is linear in length. Keeping a running top-k in registers instead needs a merge for
+nearly every panel of blocks up to some millions of tokens, which costs more than writing and reading the scores; and with
+the scores in memory any number of programs can share one query, so a decoding step is the same three kernels with the keys
+cut among programs.
+
+The product of step 2 is K1 q^T: its columns are (head, query) pairs with the queries side by side, so that each thread
+holds all heads of its queries and the sum over heads needs no exchange between threads. Its rows are windows, one phase at a
+time: row r of phase c is window c of block r of the panel, so pooling is an elementwise maximum over `ratio` products.
+The window before a block also touches it: that is the last phase moved down by one row.
+
+Scores are in base 2: p = exp2(factor * q.k - lse), factor = scale * log2(e).
+
+Shapes: B rows, T queries, Hq/Hkv query/kv heads, G = Hq / Hkv, D head dim, n1/n2 windows, N blocks.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import triton_interpreted
+from ..triton_common import CompileCase, CompileCases, cdiv, computable, find_document, on_device, padded
+from .spec import BlockSpec
+from .triton_compress import compress_packed, triton_extend_compressed
+from .triton_rows import Rows, cores, inner_contiguous, load_rows, rows_of, windows_in
+from .triton_top import top_blocks
+
+SCRATCH = 1 << 26  # block scores held at once: 256 MB
+PROGRAMS = 16  # programs of the score kernel for each multiprocessor that a call should have at least
+LSE_PROGRAMS = 2  # the same of the log-sum-exp kernel
+
+
+@triton.jit
+def tile_of(lengths, length, cu, documents, index, b, tokens, begin, end, BQ: tl.constexpr, STEPS: tl.constexpr):
+    """Tile number `index` of the queries [begin, end): its first query and the query behind its last one, the position of
+    its first query, and the number and the first token of its document (0 and 0 without documents)."""
+    if cu is not None:
+        # The first tile that can reach `begin` is at slot begin // BQ - 1: both divisions there may round down.
+        n, i = find_document(cu, tl.maximum(begin // BQ - 1, 0) + index, documents, BQ, STEPS)
+        start = tl.load(cu + n).to(tl.int64)
+        first = start + i * BQ
+        last = tl.minimum(tl.minimum(first + BQ, tl.load(cu + n + 1).to(tl.int64)), end)
+        last = tl.where(first + BQ <= begin, first, last)
+        return first, last, first - start, n, start
+    first = begin + index * BQ
+    last = tl.minimum(first + BQ, end)
+    if lengths is not None:
+        shift = tl.load(lengths + b).to(tl.int64) - tokens
+    else:
+        shift = first * 0 + (length - tokens)
+    return first, last, first + shift, first * 0, first * 0
+
+
+@triton.jit
+def add_panels(peak, mass, query, keys, k_n, lo, hi, visible, factor, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+               MASK: tl.constexpr):
+    """Running log-sum-exp of windows lo ... hi - 1 (rounded up to panels of BN); with MASK of the `visible` ones only."""
+    for first in range(lo, hi, BN):
+        window = first + tl.arange(0, BN)
+        x = load_rows(keys, window.to(tl.int64) * k_n, window < hi, D, DP)
+        s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
+        if MASK:
+            s = tl.where(window[None, :] < visible[:, None], s, float("-inf"))
+        higher = tl.maximum(peak, tl.max(s, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher) if MASK else higher
+        mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(s - base[:, None]), axis=1)
+        peak = higher
+    return peak, mass
+
+
+@triton.jit
+def add_visible(peak, mass, query, keys, k_n, room, position, last, part, parts, factor, D: tl.constexpr, DP: tl.constexpr,
+                BN: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """Running log-sum-exp of the windows of one level that each query sees: share `part` of `parts` of the panels."""
+    visible = windows_in(position + 1, SIZE, STRIDE)
+    all_see = windows_in(tl.min(position, axis=0) + 1, SIZE, STRIDE) // BN * BN
+    reach = tl.minimum(windows_in(last + 1, SIZE, STRIDE), room)
+    share = tl.cdiv(tl.cdiv(reach, BN), parts) * BN
+    lo = part * share
+    hi = tl.minimum(lo + share, reach)
+    middle = tl.maximum(lo, tl.minimum(all_see, hi))
+    peak, mass = add_panels(peak, mass, query, keys, k_n, lo, middle, visible, factor, D, DP, BN, False)
+    return add_panels(peak, mass, query, keys, k_n, middle, hi, visible, factor, D, DP, BN, True)
+
+
+@triton.jit
+def lse_kernel(
+    q, k1, k2, lse, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, k2_b, k2_n, k2_h, room1, room2, tokens,
+    length, documents, keep, block_size, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    COARSE: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """lse `[PARTS, B, T, Hq]`: log2 of the softmax denominator of each query and head over a share of the panels.
+
+    Tiles of which every query takes all its blocks (at most `keep`) are left out: nobody reads their scores.
+    """
+    part = tl.program_id(0) % PARTS
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    index = tl.num_programs(0) // PARTS - 1 - tl.program_id(0) // PARTS  # the longest first
+    first, last, position0, n, start = tile_of(lengths, length, cu, documents, index.to(tl.int64), b, tokens, 0, tokens, BQ, STEPS)
+    highest = (position0 + last - 1 - first).to(tl.int32)
+    if (last <= first) | (highest // block_size < keep):
+        return
+    column = tl.arange(0, GP * BQ)
+    g = column // BQ
+    t = first + column % BQ
+    position = tl.minimum(position0.to(tl.int32) + column % BQ, highest)
+    there = (g < GROUP) & (t < last)
+    query = load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, there, D, DP)
+    peak = tl.full((GP * BQ,), float("-inf"), tl.float32)
+    mass = tl.zeros((GP * BQ,), tl.float32)
+    keys1 = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
+    if COARSE:
+        keys2 = k2 + b * k2_b + h * k2_h + (start // (4 * STRIDE) + n) * k2_n
+        peak2, mass2 = add_visible(peak, mass, query, keys2, k2_n, room2, position, highest, part, PARTS, factor, D, DP, BN,
+                                   4 * SIZE, 4 * STRIDE)
+        if position0 + 1 < 4 * SIZE:  # no window of the second level: the first one serves
+            peak, mass = add_visible(peak, mass, query, keys1, k1_n, room1, position, highest, part, PARTS, factor, D, DP, BN,
+                                     SIZE, STRIDE)
+        coarse = position + 1 >= 4 * SIZE
+        peak, mass = tl.where(coarse, peak2, peak), tl.where(coarse, mass2, mass)
+    else:
+        peak, mass = add_visible(peak, mass, query, keys1, k1_n, room1, position, highest, part, PARTS, factor, D, DP, BN, SIZE, STRIDE)
+    place = ((part * tl.num_programs(2) + b) * tokens + t) * (HEADS * GROUP) + h * GROUP + g
+    tl.store(lse + place, peak + tl.log2(mass), mask=there)
+
+
+@triton.jit
+def score_kernel(
+    q, k1, lse, scores, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, room1, tokens, length, begin, end, width, documents, factor,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
+    WINDOW: tl.constexpr, KEEP: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, MASK: tl.constexpr,
+    STEPS: tl.constexpr, PARTS_P: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, PB: tl.constexpr,
+):  # fmt: skip
+    """scores `[B, end - begin, Hkv, width]` of the blocks that are not forced by the window, for queries begin ... end - 1.
+
+    A block without a visible window scores -1. The blocks a query sees in full need no mask; MASK is set where the window
+    of forced blocks is too small to cover the others.
+    """
+    part = tl.program_id(0) % SPLITS
+    b = tl.program_id(2).to(tl.int64)
+    h = tl.program_id(1).to(tl.int64)
+    index = tl.num_programs(0) // SPLITS - 1 - tl.program_id(0) // SPLITS
+    first, last, position0, n, start = tile_of(lengths, length, cu, documents, index.to(tl.int64), b, tokens, begin, end, BQ, STEPS)
+    highest = (position0 + last - 1 - first).to(tl.int32)
+    own = highest // (RATIO * STRIDE)
+    panels = tl.cdiv(tl.minimum(own - WINDOW, width), PB)
+    share = tl.cdiv(panels, SPLITS)
+    lo = part * share
+    hi = tl.minimum(lo + share, panels)
+    if (last <= first) | (own < KEEP) | (lo >= hi):
+        return
+    column = tl.arange(0, GP * BQ)
+    g = column // BQ
+    t = first + column % BQ
+    there = (g < GROUP) & (t < last) & (t >= begin)
+    query = tl.trans(load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, there, D, DP))
+    total = joined_lse(lse, (b * tokens + t) * (HEADS * GROUP) + h * GROUP + g, there,
+                       tl.num_programs(2).to(tl.int64) * tokens * (HEADS * GROUP), PARTS, PARTS_P)
+    total = tl.where(g < GROUP, total, float("inf"))  # heads of the padding weigh nothing
+    keys = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
+    visible = tl.minimum(windows_in(highest + 1, SIZE, STRIDE), room1)
+    row = tl.arange(0, PB)
+    above = tl.broadcast_to(((row + PB - 1) % PB)[:, None], (PB, BQ))
+    query_position = position0.to(tl.int32) + tl.arange(0, BQ)
+    query_t = first + tl.arange(0, BQ)
+    target = scores + (((b * (end - begin) + query_t - begin) * HEADS + h) * width)[None, :] + row[:, None]
+    here = ((query_t < last) & (query_t >= begin))[None, :]
+    best = tl.full((PB, BQ), -1.0, tl.float32)
+    carried = tl.full((PB, BQ), -1.0, tl.float32)  # row 0: the last window of the block before this panel
+    for i in range(tl.maximum(lo * RATIO - 1, 0), hi * RATIO):
+        panel = i // RATIO
+        phase = i % RATIO
+        window = (panel * PB + row) * RATIO + phase
+        x = load_rows(keys, window.to(tl.int64) * k1_n, window < visible, D, DP)
+        s = tl.dot(x, query, input_precision="ieee")
+        p = tl.exp2(s * factor - total[None, :])
+        p = tl.sum(tl.reshape(p, (PB, GP, BQ)), axis=1)
+        if MASK:
+            p = tl.where(window[:, None] * STRIDE + (SIZE - 1) <= query_position[None, :], p, -1.0)
+        best = tl.where(phase == 0, p, tl.maximum(best, p))
+        if phase == RATIO - 1:
+            moved = tl.gather(p, above, 0)
+            pooled = tl.maximum(best, tl.where(row[:, None] == 0, carried, moved))
+            carried = moved
+            block = panel * PB + row
+            tl.store(target + panel.to(tl.int64) * PB, pooled, mask=here & ((block < width) & (block >= lo * PB))[:, None])
+
+
+@triton.jit
+def joined_lse(lse, place, there, step, PARTS: tl.constexpr, PARTS_P: tl.constexpr):
+    """log2 of the sum of the denominators of all parts; 0 where nothing was visible."""
+    if PARTS == 1:
+        total = tl.load(lse + place, mask=there, other=0.0)
+    else:
+        p = tl.arange(0, PARTS_P)
+        each = tl.load(lse + place[None, :] + p[:, None] * step, mask=there[None, :] & (p < PARTS)[:, None], other=float("-inf"))
+        peak = tl.max(each, axis=0)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        total = peak + tl.log2(tl.sum(tl.exp2(each - peak[None, :]), axis=0))
+    return tl.where(total == float("-inf"), 0.0, total)
+
+
+def tile_config(tokens: int, group: int, dim: int, itemsize: int) -> dict[str, int]:
+    """Queries of a tile: as many as fill the columns of a product, or as there are."""
+    heads = 1 << (group - 1).bit_length()
+    columns = (128 if dim <= 128 else 64) if itemsize == 2 else 32
+    if triton_interpreted():
+        columns = 256  # fewer programs: it is their number that takes the interpreter's time
+    queries = max(1, min(columns // heads, 1 << (tokens - 1).bit_length()))
+    return {"GP": heads, "BQ": max(queries, 16 // heads), "DP": padded(dim)}
+
+
+def score_config(tokens: int, group: int, dim: int, itemsize: int) -> dict[str, int]:
+    tile = tile_config(tokens, group, dim, itemsize)
+    return {**tile, "PB": 64 if itemsize == 2 else 32, "num_warps": 4, "num_stages": 2}
+
+
+def lse_config(tokens: int, group: int, dim: int, itemsize: int) -> dict[str, int]:
+    panel = 64 if itemsize == 2 else 32 if dim <= 128 else 16
+    return {**tile_config(tokens, group, dim, itemsize), "BN": panel, "num_warps": 4 if itemsize == 2 else 8, "num_stages": 2}
+
+
+def _compressed(k: Tensor, size: int, stride: int, rows: Rows) -> Tensor:
+    """All windows of k; those of packed documents in the documents' slots."""
+    if rows.cu is not None:
+        return compress_packed(k, size, stride, rows)
+    out = torch.empty(k.shape[0], max(1, cdiv(k.shape[1], stride)), *k.shape[2:], dtype=k.dtype, device=k.device)
+    triton_extend_compressed(k, out, 0, k.shape[1], size, stride)
+    return out
+
+
+def _denominators(q: Tensor, k1: Tensor, k2: Tensor, spec: BlockSpec, rows: Rows, factor: float, coarse: bool) -> Tensor:
+    """Parts of the softmax denominators, `[PARTS, B, T, Hq]` in base 2."""
+    (batch, tokens, heads, dim), kv_heads = q.shape, k1.shape[2]
+    config = lse_config(tokens, heads // kv_heads, dim, q.element_size())
+    tiles = rows.tiles(config["BQ"], 0, tokens)
+    panels = cdiv((k2 if coarse else k1).shape[1], config["BN"])
+    parts = max(1, min(panels, cdiv(LSE_PROGRAMS * cores(q.device), batch * kv_heads * tiles)))
+    lse = torch.empty(parts, batch, tokens, heads, dtype=torch.float32, device=q.device)
+    with on_device(q):
+        lse_kernel[(tiles * parts, kv_heads, batch)](
+            q, k1, k2, lse, rows.lengths, rows.cu, *q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3],
+            k1.shape[1], k2.shape[1], tokens, rows.length, rows.documents, spec.num_blocks, spec.block_size, factor, HEADS=kv_heads, GROUP=heads // kv_heads, D=dim,
+            SIZE=spec.kernel_size, STRIDE=spec.kernel_stride, COARSE=coarse, PARTS=parts, STEPS=rows.steps, **config,
+        )  # fmt: skip
+    return lse
+
+
+def _scores(
+    q: Tensor, k1: Tensor, lse: Tensor, spec: BlockSpec, rows: Rows, factor: float, begin: int, end: int, width: int
+) -> Tensor:
+    """Block scores `[B, end - begin, Hkv, width]` of queries begin ... end - 1; entries that nobody reads are not written."""
+    (batch, tokens, heads, dim), kv_heads = q.shape, k1.shape[2]
+    config = score_config(end - begin, heads // kv_heads, dim, q.element_size())
+    tiles = rows.tiles(config["BQ"], begin, end)
+    splits = max(1, min(cdiv(width, config["PB"]), cdiv(PROGRAMS * cores(q.device), batch * kv_heads * tiles)))
+    scores = torch.empty(batch, end - begin, kv_heads, width, dtype=torch.float32, device=q.device)
+    # Windows of the blocks that are not forced end before the first query that has them so: then nothing needs a mask.
+    masked = spec.block_size - spec.kernel_stride + spec.kernel_size - 1 > (spec.window_blocks + 1) * spec.block_size
+    with on_device(q):
+        score_kernel[(tiles * splits, kv_heads, batch)](
+            q, k1, lse, scores, rows.lengths, rows.cu, *q.stride()[:3], *k1.stride()[:3], k1.shape[1], tokens, rows.length, begin, end, width,
+            rows.documents, factor, HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, SIZE=spec.kernel_size,
+            STRIDE=spec.kernel_stride, RATIO=spec.ratio, WINDOW=spec.window_blocks, KEEP=spec.num_blocks, PARTS=lse.shape[0],
+            PARTS_P=1 << (lse.shape[0] - 1).bit_length(), SPLITS=splits, MASK=masked, STEPS=rows.steps, **config,
+        )  # fmt: skip
+    return scores
+
+
+def triton_select_blocks(
+    q: Tensor, k: Tensor | None, spec: BlockSpec, compressed: tuple[Tensor, Tensor] | None, lengths: Tensor | int | None,
+    scale: float, lse: str, cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """See `select_blocks`. Compressed keys that are not given are made here, those of packed documents one by one."""
+    if k is not None:
+        capacity = k.shape[1]
+    else:  # what the windows given can have come from, and the keys of the unfinished one
+        assert compressed is not None, "checked by select_blocks"
+        capacity = (compressed[0].shape[1] + 1) * spec.kernel_stride + spec.kernel_size
+    rows = rows_of(q, capacity, lengths, cu_seqlens)
+    if compressed is None or cu_seqlens is not None:
+        assert k is not None, "checked by select_blocks"
+        keys = inner_contiguous(computable(k))
+        compressed = (_compressed(keys, spec.kernel_size, spec.kernel_stride, rows),
+                      _compressed(keys, spec.coarse_size, spec.coarse_stride, rows))
+    k1, k2 = (inner_contiguous(computable(x)) for x in compressed)
+    queries = inner_contiguous(computable(q))
+    batch, tokens, kv_heads = *q.shape[:2], k1.shape[2]
+    most = capacity if rows.lengths is not None else rows.length
+    width = cdiv(cdiv(most, spec.block_size), 16) * 16
+    out = torch.empty(batch, tokens, kv_heads, spec.num_blocks, dtype=torch.int32, device=q.device)
+    factor = scale * math.log2(math.e)
+    parts = _denominators(queries, k1, k2, spec, rows, factor, lse == "coarse")
+    chunk = max(64, SCRATCH // (batch * kv_heads * width) // 64 * 64)
+    for begin in range(0, tokens, chunk):
+        end = min(begin + chunk, tokens)
+        scores = _scores(queries, k1, parts, spec, rows, factor, begin, end, width)
+        top_blocks(scores, out, spec, rows, begin, end)
+    return out
+
+
+def _case_types(dtype: str, pointers: tuple[str, ...], integers: tuple[str, ...], given: dict[str, None]) -> dict[str, str]:
+    types = dict.fromkeys(integers, "i32")
+    types.update({p: "*fp32" if p in ("lse", "scores") else "*i32" if p in ("lengths", "cu") else f"*{dtype}" for p in pointers})
+    return {"factor": "fp32", **{name: kind for name, kind in types.items() if name not in given}}
+
+
+def compile_cases(arch: int) -> CompileCases:
+    """Prefill and decoding at the released sizes, and a float32 model with two heads a kv head and packed documents."""
+    spec = BlockSpec()
+    for name, dtype, tokens, group, dim, parts, splits, given in (
+        ("prefill", "bf16", 4096, 16, 128, 1, 1, {"lengths": None, "cu": None}),
+        ("decode", "bf16", 1, 16, 128, 64, 128, {"cu": None}),
+        ("wide", "bf16", 4096, 4, 256, 1, 1, {"lengths": None, "cu": None}),
+        ("float", "fp32", 4096, 2, 64, 1, 1, {"lengths": None}),
+        ("float wide", "fp32", 4096, 2, 256, 1, 1, {"lengths": None}),
+    ):
+        common = {"HEADS": 2, "GROUP": group, "D": dim, "SIZE": spec.kernel_size, "STRIDE": spec.kernel_stride, "PARTS": parts,
+                  "STEPS": 4, **given}
+        size = 4 if dtype == "fp32" else 2
+        for config, kernel, pointers, integers, more in (
+            (lse_config(tokens, group, dim, size), lse_kernel, ("q", "k1", "k2", "lse", "lengths", "cu"),
+             ("q_b", "q_t", "q_h", "k1_b", "k1_n", "k1_h", "k2_b", "k2_n", "k2_h", "room1", "room2", "tokens", "length",
+              "documents", "keep", "block_size"), {"COARSE": True}),
+            (score_config(tokens, group, dim, size), score_kernel, ("q", "k1", "lse", "scores", "lengths", "cu"),
+             ("q_b", "q_t", "q_h", "k1_b", "k1_n", "k1_h", "room1", "tokens", "length", "begin", "end", "width", "documents"),
+             {"RATIO": spec.ratio, "WINDOW": spec.window_blocks, "KEEP": spec.num_blocks, "SPLITS": splits, "MASK": False,
+              "PARTS_P": parts}),
+        ):
+            options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
+            types = _case_types(dtype, pointers, integers, given)
+            yield CompileCase(f"{kernel.__name__} {name}", kernel, types, {**common, **more, **config}, options, ("room1", "room2"))

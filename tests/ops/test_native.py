@@ -1,0 +1,106 @@
+"""The compiled kernels: built once, cached, and replaced by PyTorch, with a reason, where they cannot be built."""
+
+import logging
+
+import pytest
+import torch
+
+from opensala.ops import backends, lightning_attention, native, select_blocks, use_backend
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """As in a new process: nothing loaded, nothing said."""
+    native.library.cache_clear()
+    monkeypatch.setattr(backends, "_said", set())
+    yield monkeypatch
+    native.library.cache_clear()
+
+
+def run():
+    x = torch.randn(1, 5, 2, 4)
+    return lightning_attention(x, x, x, torch.tensor([0.1, 0.2]))[0]
+
+
+def test_kernels_are_compiled_once_and_kept(fresh, tmp_path, caplog):
+    fresh.setenv("OPENSALA_CACHE", str(tmp_path))
+    with caplog.at_level(logging.INFO, "opensala"):
+        run()
+        made = list(tmp_path.iterdir())
+        assert [p.suffix for p in made] == [".so"] and native.library().reason is None
+        time = made[0].stat().st_mtime_ns
+        native.library.cache_clear()
+        run()
+    assert [p.stat().st_mtime_ns for p in tmp_path.iterdir()] == [time]
+    assert sum("compiling" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_without_a_compiler_torch_runs_and_says_so(fresh, tmp_path, caplog):
+    fresh.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.INFO, "opensala"):
+        run(), run()
+    lines = [(r.levelname, r.getMessage()) for r in caplog.records]
+    assert lines == [("WARNING", "lightning_attention: torch backend on cpu (cpp cannot run it: no C++ compiler was found "
+                                 "(g++ or clang++; the variable CXX names another))")]
+    with pytest.raises(ValueError, match="backend 'cpp' cannot run lightning_attention here: no C.. compiler"), use_backend("cpp"):
+        run()
+
+
+def test_a_compiler_that_fails_is_reported(fresh, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\necho "vec.h: no such instruction" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    fresh.setenv("CXX", str(broken))
+    fresh.setenv("OPENSALA_CACHE", str(tmp_path / "cache"))
+    assert "could not compile the kernels: vec.h: no such instruction" in native.library().reason
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_reported(fresh, tmp_path):
+    (tmp_path / "file").write_text("")
+    fresh.setenv("OPENSALA_CACHE", str(tmp_path / "file"))
+    assert "could not be stored or loaded" in native.library().reason
+
+
+def test_the_choice_of_backend(monkeypatch):
+    x = torch.zeros(1)
+    both = {"cpp": None, "triton": None}
+    assert backends.choose_backend("op", x, None, both) == "cpp"
+    assert backends.choose_backend("op", x.double(), None, both) == "torch"
+    assert backends.choose_backend("op", x, None, {}) == "torch"
+    assert backends.choose_backend("op", x, None, {"cpp": "too odd"}) == "torch"
+    with use_backend("torch"):
+        assert backends.choose_backend("op", x, None, both) == "torch"
+        assert backends.choose_backend("op", x, "cpp", both) == "cpp"
+    with use_backend("cpp"):
+        assert backends.choose_backend("op without it", x, None, {}) == "torch"
+    monkeypatch.setenv("OPENSALA_BACKEND", "naive")
+    assert backends.choose_backend("op", x, None, both) == "naive"
+    monkeypatch.setenv("OPENSALA_BACKEND", "fast")
+    with pytest.raises(ValueError, match="'fast' is not one of naive, torch, cpp, triton"):
+        backends.choose_backend("op", x, None, both)
+    with pytest.raises(ValueError, match="backend 'cpp' cannot run op here: too odd"):
+        backends.choose_backend("op", x, "cpp", {"cpp": "too odd"})
+    with pytest.raises(ValueError, match="it computes in float32, and the tensors are float64"):
+        select_blocks(torch.zeros(1, 1, 1, 4).double(), torch.zeros(1, 1, 1, 4).double(), native_spec(), backend="cpp")
+
+
+def native_spec():
+    from opensala.ops import BlockSpec
+
+    return BlockSpec()
+
+
+def test_as_many_threads_as_torch_uses_give_the_same_answer():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 3000, 1, 16, generator=generator) for _ in range(3))
+    decay, before = torch.tensor([0.01]), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = lightning_attention(q, k, v, decay, backend="cpp")
+        torch.set_num_threads(4)  # more threads than heads: the sequence is cut into segments
+        four = lightning_attention(q, k, v, decay, backend="cpp")
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(one, four, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

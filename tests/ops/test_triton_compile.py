@@ -1,0 +1,46 @@
+"""Every Triton kernel compiles for GPUs this machine need not have, keeps its values in registers and fits shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ops.grid import HAS_TRITON
+
+ARCHS = (80, 90, 120)
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.triton, pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    run = subprocess.run([sys.executable, "-m", "tests.ops.compile_kernels", *map(str, ARCHS)], cwd=ROOT, text=True,
+                         capture_output=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_compile_without_spilling(compiled, arch):
+    cases = [case for case in compiled["cases"] if case["arch"] == arch]
+    assert cases
+    problems = []
+    for case in cases:
+        name = f"{case['kernel']} ({case['name']})"
+        if case["error"]:
+            problems.append(f"{name}: {case['error']}")
+        elif case["spilled"]:
+            problems.append(f"{name} spills {case['spilled']} bytes a thread with {case['registers']} registers")
+        elif case["shared"] > case["limit"]:
+            problems.append(f"{name} wants {case['shared']} bytes of shared memory, there are {case['limit']}")
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_launched_kernel_has_a_case(compiled, arch):
+    covered = {case["kernel"] for case in compiled["cases"] if case["arch"] == arch}
+    assert set(compiled["kernels"]) == covered
