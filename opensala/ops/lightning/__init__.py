@@ -47,7 +47,8 @@ def lightning_attention(
         decay (Tensor): non-negative decay rate per head and token, `[H]`; no gradient flows to it.
         scale (float): factor on the output; 1/sqrt(D) if None.
         initial_state (Tensor): state to start from, `[N, H, D, Dv]`, zeros if None.
-        cu_seqlens (Tensor): `[N + 1]` integer boundaries of N documents packed into one row (B must be 1).
+        cu_seqlens (Tensor): `[N + 1]` integer boundaries of N documents packed into one row (B must be 1). On a
+            GPU their values are not checked: that would make the CPU wait.
         backend: which implementation runs; chosen by `choose_backend` if None.
 
     Returns:

@@ -1,4 +1,5 @@
 # mypy: allow-untyped-defs
+# mypy: allow-untyped-defs
 """Block-sparse attention in Triton, query by query: one program walks the block list of one query and kv head.
 
 The G query heads that share a list are the rows of its products (padded to 16). It is the path of decoding and of short
@@ -130,14 +131,13 @@ def merge_kernel(
     tl.store(lse + r, total, mask=r < rows)
 
 
-def merge(parts: Tensor, part_lse: Tensor, like: Tensor, count: int, outer: int, inner: int, step: int) -> tuple[Tensor, Tensor]:
-    """Join partial attentions (see `merge_kernel`): the result in the shape and dtype of `like`, and its lse `[B, T, Hq]`."""
-    out, lse = torch.empty_like(like), torch.empty(like.shape[:-1], dtype=torch.float32, device=like.device)
-    rows, width = lse.numel(), like.shape[-1]
-    config = merge_config(rows, count, width)
-    with on_device(like):
-        merge_kernel[(cdiv(rows, config["R"]),)](parts, part_lse, out, lse, rows, count, outer, inner, step, E=width, **config)
-    return out, lse
+def merge(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, count: int, outer: int, inner: int, step: int) -> None:
+    """Join partial attentions (see `merge_kernel`) into out `[..., E]` and its lse `[...]`, both contiguous."""
+    config = merge_config(lse.numel(), count, out.shape[-1])
+    with on_device(out):
+        merge_kernel[(cdiv(lse.numel(), config["R"]),)](
+            parts, part_lse, out, lse, lse.numel(), count, outer, inner, step, E=out.shape[-1], **config
+        )
 
 
 def merge_config(rows: int, count: int, width: int) -> dict[str, int]:
@@ -167,8 +167,10 @@ def attend_by_query(
         )  # fmt: skip
     if splits == 1:
         return out[0], lse[0]
-    step = lse[0].numel()
-    return merge(out, lse, torch.empty(shape, dtype=q.dtype, device=q.device), splits, 1, 1, step)
+    whole = torch.empty(shape, dtype=q.dtype, device=q.device)
+    whole_lse = torch.empty_like(lse[0])
+    merge(out, lse, whole, whole_lse, splits, 1, 1, whole_lse.numel())
+    return whole, whole_lse
 
 
 INTEGERS = ("q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h", "tokens", "length", "capacity")

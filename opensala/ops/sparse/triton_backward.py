@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_interpreted
-from ..triton_common import CompileCase, CompileCases, arch_of, cdiv, find_document, on_device, padded
+from ..triton_common import CompileCase, CompileCases, arch_of, cdiv, on_device, padded
 from .triton_attend import SIZES, case_types, list_config, listed_tokens
-from .triton_index import invert, place_of, segment_of
+from .triton_index import block_of, invert, place_of, segment_of
 from .triton_rows import Rows, inner_contiguous, load_rows, locate
 
 SEGMENT = 8192  # pairs of a block that one program sums up
@@ -81,19 +81,7 @@ def key_grad_kernel(
     if mine >= bins:
         return
     slot, h, b = place_of(mine, slots, HEADS)
-    if cu is not None:
-        n, block = find_document(cu, slot, documents, SIZE, STEPS)
-        start = tl.load(cu + n).to(tl.int64)
-        total_keys = tl.load(cu + n + 1).to(tl.int64) - start
-        shift = -start
-    else:
-        block = slot
-        start = slot * 0
-        if lengths is not None:
-            total_keys = tl.load(lengths + b).to(tl.int64)
-        else:
-            total_keys = slot * 0 + length
-        shift = total_keys - tokens
+    block, start, total_keys, shift = block_of(slot, b, lengths, length, cu, documents, tokens, SIZE, STEPS)
     inside = tl.program_id(1) * SP + tl.arange(0, SP)
     token = block * SIZE + inside
     there = (inside < SIZE) & (token < total_keys)
@@ -135,23 +123,16 @@ def add_kernel(
     """out `[B, L, Hkv, D]`: the parts of each block added up in order; zero where nobody chose the block."""
     mine = tl.program_id(0)
     slot, h, b = place_of(mine, slots, HEADS)
-    if cu is not None:
-        n, block = find_document(cu, slot, documents, SIZE, STEPS)
-        start = tl.load(cu + n).to(tl.int64)
-        end = tl.load(cu + n + 1).to(tl.int64)
-    else:
-        block = slot
-        start = slot * 0
-        end = slot * 0 + capacity
+    block, start, keys, _ = block_of(slot, b, None, capacity, cu, documents, 0, SIZE, STEPS)
     inside = tl.program_id(1) * SP + tl.arange(0, SP)
-    token = start + block * SIZE + inside
-    there = (inside < SIZE) & (token < end)
+    token = block * SIZE + inside
+    there = (inside < SIZE) & (token < keys)
     d = tl.arange(0, DP)
     mask = there[:, None] & (d < D)[None, :]
     total = tl.zeros((SP, DP), tl.float32)
     for part in range(tl.load(firsts + mine), tl.load(firsts + mine + 1)):
         total += tl.load(parts + (part * SIZE + inside)[:, None] * D + d[None, :], mask=mask, other=0.0)
-    place = (b * capacity + token) * HEADS + h
+    place = (b * capacity + start + token) * HEADS + h
     tl.store(out + place[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs
 """Block lists turned around: for each key block the queries that chose it, made on the device with shapes known beforehand.
 
-A pair is one entry of `blocks [B, T, Hkv, K]`, numbered as it lies in memory. A bin is one block of one kv head and row (or
+A pair is one entry of `blocks [B, T, Hkv, K]` (T queries from `begin` on), numbered as it lies in memory. A bin is one block of one kv head and row (or
 one slot of packed documents, see `triton_rows`). Pairs are sorted by bin, stably, so that the queries of a bin ascend and
 sums over them always run in the same order. Bins are cut into segments of at most SEG pairs, the unit of work of a program;
 since nobody on the host knows how full the bins are, there are as many segments as there could be, and some stay empty.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import CompileCase, CompileCases, cdiv, on_device
+from ..triton_common import CompileCase, CompileCases, cdiv, find_document, on_device
 from .triton_rows import Rows, locate
 
 KEYED = 1024  # pairs that a program gives their bin
@@ -34,42 +34,56 @@ class Index(NamedTuple):
 
 @triton.jit
 def bin_kernel(
-    blocks, bins, lengths, cu, number, tokens, length, slots, none,
-    HEADS: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    blocks, bins, lows, lengths, cu, number, tokens, length, begin, count, tiles, slots, none,
+    HEADS: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The bin of each pair; `none` for entries without a block or wholly in the future of their query."""
+    """The bin of each pair; `none` for entries without a block, wholly in the future of their query, or, with `lows`
+    `[B, tiles, Hkv]`, among the blocks from there on, which the tile of the query sees together."""
     b = tl.program_id(1).to(tl.int64)
     pair = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     t = pair // (LIST * HEADS)
     h = pair // LIST % HEADS
-    there = t < tokens
-    pair += b * tokens * (LIST * HEADS)
+    there = t < count
+    pair += b * count * (LIST * HEADS)
     block = tl.load(blocks + pair, mask=there, other=-1).to(tl.int32)
-    t = tl.where(there, t, 0)
+    t = tl.where(there, begin + t, begin)
     position, start = locate(lengths, length, cu, number, b, t, tokens)
+    chosen = (block >= 0) & (block * SIZE <= position)
     if cu is not None:
-        slot = block + start // SIZE + tl.load(number + t)
+        n = tl.load(number + t)
+        slot = block + start // SIZE + n
     else:
         slot = block + t * 0
-    chosen = (block >= 0) & (block * SIZE <= position)
+    if lows is not None:
+        if cu is not None:
+            tile = start // BQ + n + (t - start) // BQ - tl.maximum(begin // BQ - 1, 0)
+        else:
+            tile = (t - begin) // BQ
+        chosen = chosen & (block < tl.load(lows + (b * tiles + tile) * HEADS + h))
     tl.store(bins + pair, tl.where(chosen, (b * HEADS + h) * slots + slot, none).to(tl.int32), mask=there)
 
 
-def invert(blocks: Tensor, size: int, rows: Rows, segment: int) -> Index:
-    """The index of `blocks [B, T, Hkv, K]` (contiguous) with segments of at most `segment` pairs."""
-    (batch, tokens, heads, chosen), device = blocks.shape, blocks.device
+def invert(
+    blocks: Tensor, size: int, rows: Rows, segment: int, begin: int = 0, lows: Tensor | None = None, tile: int = 1
+) -> Index:
+    """The index of `blocks [B, T, Hkv, K]` (contiguous) of queries from `begin` on, in segments of at most `segment` pairs.
+
+    `lows [B, tiles, Hkv]`: leave out the blocks from there on, for each tile of `tile` queries.
+    """
+    (batch, count, heads, chosen), device = blocks.shape, blocks.device
     slots, pairs = rows.slots(size), blocks.numel()
     bins = batch * heads * slots
     key = torch.empty(pairs, dtype=torch.int32, device=device)
     with on_device(blocks):
         bin_kernel[(cdiv(pairs // batch, KEYED), batch)](
-            blocks, key, rows.lengths, rows.cu, rows.number, tokens, rows.length, slots, bins, HEADS=heads, LIST=chosen, SIZE=size,
-            N=KEYED, num_warps=4,
+            blocks, key, lows, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, count,
+            1 if lows is None else lows.shape[1], slots, bins, HEADS=heads, LIST=chosen, SIZE=size, BQ=tile, N=KEYED,
+            num_warps=4,
         )  # fmt: skip
     key, order = torch.sort(key, stable=True)
     bounds = torch.searchsorted(key, torch.arange(bins + 1, dtype=torch.int32, device=device))
-    count = (bounds.diff() + (segment - 1)) // segment
-    firsts = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    needed = (bounds.diff() + (segment - 1)) // segment
+    firsts = torch.nn.functional.pad(needed.cumsum(0), (1, 0))
     most = pairs // segment + bins
     bin_of = torch.searchsorted(firsts, torch.arange(most, device=device), right=True) - 1
     return Index(order, bounds, firsts, bin_of, bins, slots, segment)
@@ -92,11 +106,25 @@ def place_of(mine, slots, HEADS: tl.constexpr):
     return (mine - head * slots).to(tl.int64), (head % HEADS).to(tl.int64), (head // HEADS).to(tl.int64)
 
 
+@triton.jit
+def block_of(slot, b, lengths, length, cu, documents, tokens, SIZE: tl.constexpr, STEPS: tl.constexpr):
+    """What a slot stands for: block of its sequence, where that begins in storage, its keys, position of query 0."""
+    if cu is not None:
+        n, block = find_document(cu, slot, documents, SIZE, STEPS)
+        start = tl.load(cu + n).to(tl.int64)
+        return block, start, tl.load(cu + n + 1).to(tl.int64) - start, -start
+    if lengths is not None:
+        keys = tl.load(lengths + b).to(tl.int64)
+    else:
+        keys = slot * 0 + length
+    return slot, slot * 0, keys, keys - tokens
+
+
 def compile_cases(arch: int) -> CompileCases:
-    """Batches with lengths on the device, and packed documents."""
-    for name, absent in (("batch", ("cu", "number")), ("packed", ("lengths",))):
-        types = {"blocks": "*i32", "bins": "*i32", "lengths": "*i32", "cu": "*i32", "number": "*i32", "tokens": "i32", "length": "i32",
-                 "slots": "i32", "none": "i32"}
-        constants = {"HEADS": 2, "LIST": 96, "SIZE": 64, "N": KEYED, **dict.fromkeys(absent)}
-        yield CompileCase(f"bin_kernel {name}", bin_kernel, {n: t for n, t in types.items() if n not in absent}, constants,
-                          {"num_warps": 4})
+    """Batches with lengths on the device, and packed documents of which tiles see the last blocks together."""
+    integers = ("tokens", "length", "begin", "count", "tiles", "slots", "none")
+    pointers = ("blocks", "bins", "lows", "lengths", "cu", "number")
+    for name, absent in (("batch", ("cu", "number", "lows")), ("packed", ("lengths",))):
+        types = {**dict.fromkeys(integers, "i32"), **{n: "*i32" for n in pointers if n not in absent}}
+        constants = {"HEADS": 2, "LIST": 96, "SIZE": 64, "BQ": 8, "N": KEYED, **dict.fromkeys(absent)}
+        yield CompileCase(f"bin_kernel {name}", bin_kernel, types, constants, {"num_warps": 4})

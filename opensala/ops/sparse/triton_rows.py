@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import cdiv, search_steps
+from ..triton_common import cdiv, find_document, search_steps
 
 
 class Rows(NamedTuple):
@@ -90,6 +90,27 @@ def locate(lengths, length, cu, number, b, t, tokens):
         start = t * 0
         position = t + (length - tokens)
     return position.to(tl.int32), start
+
+
+@triton.jit
+def tile_of(lengths, length, cu, documents, index, b, tokens, begin, end, BQ: tl.constexpr, STEPS: tl.constexpr):
+    """Tile number `index` of the queries [begin, end): its first query and the query behind its last one, the position of
+    its first query, and the number and the first token of its document (0 and 0 without documents)."""
+    if cu is not None:
+        # The first tile that can reach `begin` is at slot begin // BQ - 1: both divisions there may round down.
+        n, i = find_document(cu, tl.maximum(begin // BQ - 1, 0) + index, documents, BQ, STEPS)
+        start = tl.load(cu + n).to(tl.int64)
+        first = start + i * BQ
+        last = tl.minimum(tl.minimum(first + BQ, tl.load(cu + n + 1).to(tl.int64)), end)
+        last = tl.where(first + BQ <= begin, first, last)
+        return first, last, first - start, n, start
+    first = begin + index * BQ
+    last = tl.minimum(first + BQ, end)
+    if lengths is not None:
+        shift = tl.load(lengths + b).to(tl.int64) - tokens
+    else:
+        shift = first * 0 + (length - tokens)
+    return first, last, first + shift, first * 0, first * 0
 
 
 @triton.jit

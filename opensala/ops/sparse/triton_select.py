@@ -29,36 +29,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_interpreted
-from ..triton_common import CompileCase, CompileCases, cdiv, computable, find_document, on_device, padded
+from ..triton_common import CompileCase, CompileCases, cdiv, computable, on_device, padded
 from .spec import BlockSpec
 from .triton_compress import compress_packed, triton_extend_compressed
-from .triton_rows import Rows, cores, inner_contiguous, load_rows, rows_of, windows_in
+from .triton_rows import Rows, cores, inner_contiguous, load_rows, rows_of, tile_of, windows_in
 from .triton_top import top_blocks
 
 SCRATCH = 1 << 26  # block scores held at once: 256 MB
 PROGRAMS = 16  # programs of the score kernel for each multiprocessor that a call should have at least
 LSE_PROGRAMS = 2  # the same of the log-sum-exp kernel
-
-
-@triton.jit
-def tile_of(lengths, length, cu, documents, index, b, tokens, begin, end, BQ: tl.constexpr, STEPS: tl.constexpr):
-    """Tile number `index` of the queries [begin, end): its first query and the query behind its last one, the position of
-    its first query, and the number and the first token of its document (0 and 0 without documents)."""
-    if cu is not None:
-        # The first tile that can reach `begin` is at slot begin // BQ - 1: both divisions there may round down.
-        n, i = find_document(cu, tl.maximum(begin // BQ - 1, 0) + index, documents, BQ, STEPS)
-        start = tl.load(cu + n).to(tl.int64)
-        first = start + i * BQ
-        last = tl.minimum(tl.minimum(first + BQ, tl.load(cu + n + 1).to(tl.int64)), end)
-        last = tl.where(first + BQ <= begin, first, last)
-        return first, last, first - start, n, start
-    first = begin + index * BQ
-    last = tl.minimum(first + BQ, end)
-    if lengths is not None:
-        shift = tl.load(lengths + b).to(tl.int64) - tokens
-    else:
-        shift = first * 0 + (length - tokens)
-    return first, last, first + shift, first * 0, first * 0
 
 
 @triton.jit

@@ -1,0 +1,268 @@
+# mypy: allow-untyped-defs
+"""Block-sparse attention in Triton, block by block: the forward pass of long calls.
+
+Walking the list of one query moves a block's keys and values (32 KB at the released sizes) through the L2 cache for 16 rows
+of a product, far too little work for the bytes: 1.6 TB a layer at 256K tokens. So the work is turned around:
+
+1. The blocks just before a query are in every list (the local window). A tile of neighbouring queries sees those that all of
+   them list, without a gap up to their own, by ordinary flash attention: `low_kernel` finds them, `band_kernel` attends.
+2. The other (query, block) pairs are sorted by block (`triton_index`); `pair_kernel` loads a block once and attends with all
+   queries that chose it. Each pair leaves a partial result of its own, normalised, in the dtype of the queries.
+3. `merge_kernel` joins the partial results of each query by their log-sum-exp.
+
+The partial results take 1/8 of the bytes of 32 KB a pair, written and read once. Queries go through in chunks whose partial
+results fit PART_BYTES; nothing is added to shared memory locations, so results do not depend on timing.
+
+Shapes: B rows, T queries, K blocks of a list, G query heads a kv head, D/E key/value dim, S keys of a block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..backends import triton_interpreted
+from ..triton_common import CompileCase, CompileCases, cdiv, on_device, padded
+from .triton_attend import SIZES, case_types, merge
+from .triton_index import block_of, invert, place_of, segment_of
+from .triton_rows import Rows, load_rows, tile_of
+
+PART_BYTES = 1 << 30  # of partial results at once
+SEGMENT = 64  # pairs of a block that one program attends
+LEAST_QUERIES = 128  # below, or with less than SHARED pairs a block, queries go one by one
+SHARED = 2
+WIDEST_BLOCK = 128
+REACH = 62  # blocks before its own that a query's band can have: they are bits of one number
+
+
+@triton.jit
+def low_kernel(
+    blocks, lows, lengths, cu, number, tokens, length, begin, end, documents, HEADS: tl.constexpr, LIST: tl.constexpr,
+    LIST_P: tl.constexpr, SIZE: tl.constexpr, REACH: tl.constexpr, BQ: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """lows `[B, tiles, Hkv]`: the first block of which all queries of a tile list every block from there to their own."""
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    index = tl.program_id(0).to(tl.int64)
+    first, last, position0, _, _ = tile_of(lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS)
+    t = first + tl.arange(0, BQ)
+    there = (t < last) & (t >= begin)
+    j = tl.arange(0, LIST_P)
+    place = ((b * (end - begin) + t - begin) * HEADS + h) * LIST
+    block = tl.load(blocks + place[:, None] + j[None, :], mask=there[:, None] & (j < LIST)[None, :], other=-1).to(tl.int32)
+    own = (position0.to(tl.int32) + tl.arange(0, BQ)) // SIZE
+    back = own[:, None] - block
+    near = (block >= 0) & (back >= 0) & (back <= REACH)
+    one = tl.full((BQ, LIST_P), 1, tl.int64)
+    listed = tl.sum(tl.where(near, one << tl.where(near, back, 0).to(tl.int64), 0), axis=1)  # bit i: the block i before its own
+    run = tl.arange(0, 64)
+    full = (tl.full((64,), 1, tl.int64) << run.to(tl.int64)) - 1
+    fits = (listed[:, None] & full[None, :]) == full[None, :]
+    runs = tl.max(tl.where(fits & (run <= REACH + 1)[None, :], run[None, :], 0), axis=1)
+    low = tl.max(tl.where(there, own - runs + 1, 0), axis=0)
+    tl.store(lows + (b * tl.num_programs(0) + index) * HEADS + h, low)
+
+
+@triton.jit
+def add_keys(peak, mass, total, query, keys, values, k_t, v_t, lo, hi, position, factor, D: tl.constexpr, DP: tl.constexpr,
+             E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr):
+    """Online softmax over tokens lo ... hi - 1; with MASK each query sees those up to its position."""
+    for first in range(lo, hi, BN):
+        token = first + tl.arange(0, BN)
+        there = token < hi
+        x = load_rows(keys, token.to(tl.int64) * k_t, there, D, DP)
+        s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
+        if MASK:
+            s = tl.where(token[None, :] <= position[:, None], s, float("-inf"))
+        higher = tl.maximum(peak, tl.max(s, axis=1))
+        base = tl.where(higher == float("-inf"), 0.0, higher) if MASK else higher
+        p = tl.exp2(s - base[:, None])
+        shrink = tl.exp2(peak - base)
+        mass = mass * shrink + tl.sum(p, axis=1)
+        y = load_rows(values, token.to(tl.int64) * v_t, there, E, EP)
+        total = tl.dot(p.to(y.dtype), y, total * shrink[:, None], input_precision="ieee")
+        peak = higher
+    return peak, mass, total
+
+
+@triton.jit
+def band_kernel(
+    q, k, v, lows, parts, part_lse, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens, length, begin, end,
+    documents, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """Part LIST of each query: attention of a tile of queries over the blocks they list together."""
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    index = tl.program_id(0).to(tl.int64)
+    first, last, position0, _, start = tile_of(lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS)
+    if last <= first:
+        return
+    highest = (position0 + last - 1 - first).to(tl.int32)
+    row = tl.arange(0, GP * BQ)
+    g = row % GP
+    t = first + row // GP
+    there = (g < GROUP) & (t < last) & (t >= begin)
+    position = tl.minimum(position0.to(tl.int32) + row // GP, highest)
+    query = load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, there, D, DP)
+    keys = k + b * k_b + h * k_h + start * k_t
+    values = v + b * v_b + h * v_h + start * v_t
+    lo = tl.load(lows + (b * tl.num_programs(0) + index) * HEADS + h) * SIZE
+    middle = tl.maximum(lo, lo + (position0.to(tl.int32) + 1 - lo) // BN * BN)  # up to here every query sees every key
+    peak = tl.full((GP * BQ,), float("-inf"), tl.float32)
+    mass = tl.zeros((GP * BQ,), tl.float32)
+    total = tl.zeros((GP * BQ, EP), tl.float32)
+    peak, mass, total = add_keys(peak, mass, total, query, keys, values, k_t, v_t, lo, middle, position, factor, D, DP, E, EP,
+                                 BN, False)
+    peak, mass, total = add_keys(peak, mass, total, query, keys, values, k_t, v_t, middle, highest + 1, position, factor, D, DP,
+                                 E, EP, BN, True)
+    place = (((b * (end - begin) + t - begin) * HEADS + h) * (LIST + 1) + LIST) * GROUP + g
+    tl.store(part_lse + place, peak + tl.log2(mass), mask=there)
+    e = tl.arange(0, EP)
+    total = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    tl.store(parts + place[:, None] * E + e[None, :], total.to(parts.dtype.element_ty), mask=there[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def pair_kernel(
+    q, k, v, parts, part_lse, order, bounds, firsts, bin_of, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens,
+    length, begin, count, documents, slots, bins, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr,
+    PQ: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
+):  # fmt: skip
+    """parts `[B, count, Hkv, LIST + 1, G, E]` and part_lse: a block against a segment of the queries that chose it."""
+    mine, first_pair, last_pair = segment_of(bin_of, bounds, firsts, bins, LENGTH)
+    if mine >= bins:
+        return
+    slot, h, b = place_of(mine, slots, HEADS)
+    block, start, total_keys, shift = block_of(slot, b, lengths, length, cu, documents, tokens, SIZE, STEPS)
+    token = block * SIZE + tl.arange(0, SP)
+    there = (tl.arange(0, SP) < SIZE) & (token < total_keys)
+    x = load_rows(k, b * k_b + h * k_h + (start + token) * k_t, there, D, DP)
+    y = load_rows(v, b * v_b + h * v_h + (start + token) * v_t, there, E, EP)
+    row = tl.arange(0, PQ * GP)
+    g = row % GP
+    e = tl.arange(0, EP)
+    for i in range(first_pair, last_pair, PQ):
+        pair = tl.load(order + i + row // GP, mask=i + row // GP < last_pair, other=-1)
+        used = (pair >= 0) & (g < GROUP)
+        local = pair // (HEADS * LIST) - b * count
+        t = tl.where(used, begin + local, 0)
+        query = load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, used, D, DP)
+        s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
+        seen = there[None, :] & (token[None, :] <= (t + shift)[:, None])
+        s = tl.where(seen, s, float("-inf"))
+        peak = tl.max(s, axis=1)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)  # rows of the padding
+        p = tl.exp2(s - peak[:, None])
+        mass = tl.sum(p, axis=1)
+        result = tl.dot(p.to(y.dtype), y, input_precision="ieee") / tl.where(mass > 0, mass, 1.0)[:, None]
+        place = (((b * count + local) * HEADS + h) * (LIST + 1) + pair % LIST) * GROUP + g
+        tl.store(part_lse + place, peak + tl.log2(mass), mask=used)
+        tl.store(parts + place[:, None] * E + e[None, :], result.to(parts.dtype.element_ty), mask=used[:, None] & (e < E)[None, :])
+
+
+def band_config(tokens: int, group: int, dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+    wide, deep, heads = padded(dim), padded(value_dim), 1 << (group - 1).bit_length()
+    large = max(wide, deep) > 128
+    rows = (64 if large else 128) if itemsize == 2 else 32
+    if triton_interpreted():
+        rows = 256
+    queries = max(16 // heads, min(rows // heads, 1 << (tokens - 1).bit_length()), 1)
+    return {"GP": heads, "BQ": queries, "DP": wide, "EP": deep, "BN": (32 if large else 64) if itemsize == 2 else 32,
+            "num_warps": 8 if queries * heads >= 128 or itemsize == 4 else 4, "num_stages": 2}
+
+
+def pair_config(group: int, size: int, dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+    wide, deep, heads = padded(dim), padded(value_dim), 1 << (group - 1).bit_length()
+    large = max(wide, deep) > 128
+    rows = (64 if large or size > 64 else 128) if itemsize == 2 else 16
+    if triton_interpreted():
+        rows = 256
+    return {"GP": heads, "PQ": max(1, rows // heads), "DP": wide, "EP": deep, "SP": padded(size),
+            "num_warps": 8 if rows >= 128 or itemsize == 4 else 4, "num_stages": 2}
+
+
+def shared_enough(q: Tensor, blocks: Tensor, size: int, rows: Rows) -> bool:
+    """Whether many queries share each key block, and the kernels can hold one."""
+    tokens, heads = q.shape[1:3]
+    pairs = min(tokens, _chunk(q, blocks, q.shape[3])) * blocks.shape[3]
+    return tokens >= LEAST_QUERIES and size <= WIDEST_BLOCK and pairs >= SHARED * cdiv(rows.capacity, size)
+
+
+def _chunk(q: Tensor, blocks: Tensor, width: int) -> int:
+    """Queries whose partial results fit PART_BYTES, a multiple of 64 of them."""
+    bytes_of_one = q.shape[2] * (blocks.shape[3] + 1) * (width * q.element_size() + 4)
+    return max(64, PART_BYTES // bytes_of_one // 64 * 64)
+
+
+def attend_by_block(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows, factor: float
+) -> tuple[Tensor, Tensor]:
+    """out `[B, T, Hq, E]` in q's dtype and lse `[B, T, Hq]` in base 2; every head of q, k, v contiguous."""
+    (batch, tokens, heads, _), width = q.shape, v.shape[3]
+    out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, tokens, heads, dtype=torch.float32, device=q.device)
+    chunk = _chunk(q, blocks, width)
+    # The results of a chunk lie side by side for one row, or for whole rows.
+    together = batch if batch * tokens <= chunk else 1
+    for row in range(0, batch, together):
+        a = slice(row, row + together)
+        mine = rows._replace(lengths=None if rows.lengths is None else rows.lengths[a])
+        for begin in range(0, tokens, chunk):
+            b = slice(begin, min(begin + chunk, tokens))
+            _attend_chunk(q[a], k[a], v[a], blocks[a, b], size, mine, factor, begin, out[a, b], lse[a, b])
+    return out, lse
+
+
+def _attend_chunk(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows, factor: float, begin: int, out: Tensor, lse: Tensor
+) -> None:
+    (batch, count, kv_heads, chosen), (heads, dim), width = blocks.shape, q.shape[2:], v.shape[3]
+    group, end, item = heads // kv_heads, begin + count, q.element_size()
+    parts = torch.empty(batch, count, kv_heads, chosen + 1, group, width, dtype=q.dtype, device=q.device)
+    part_lse = torch.full(parts.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
+    common = {"HEADS": kv_heads, "LIST": chosen, "SIZE": size, "STEPS": rows.steps}
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    band = band_config(count, group, dim, width, item)
+    tiles = rows.tiles(band["BQ"], begin, end)
+    lows = torch.empty(batch, tiles, kv_heads, dtype=torch.int32, device=q.device)
+    with on_device(q):
+        low_kernel[(tiles, kv_heads, batch)](
+            blocks, lows, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, end, rows.documents,
+            LIST_P=1 << (chosen - 1).bit_length(), REACH=REACH, BQ=band["BQ"], num_warps=4, **common,
+        )  # fmt: skip
+        band_kernel[(tiles, kv_heads, batch)](
+            q, k, v, lows, parts, part_lse, rows.lengths, rows.cu, *strides, rows.tokens, rows.length, begin, end,
+            rows.documents, factor, GROUP=group, D=dim, E=width, **common, **band,
+        )  # fmt: skip
+    index = invert(blocks, size, rows, SEGMENT, begin, lows, band["BQ"])
+    with on_device(q):
+        pair_kernel[(index.bin_of.numel(),)](
+            q, k, v, parts, part_lse, index.order, index.bounds, index.firsts, index.bin_of, rows.lengths, rows.cu, *strides,
+            rows.tokens, rows.length, begin, count, rows.documents, index.slots, index.bins, factor, GROUP=group, D=dim,
+            E=width, LENGTH=index.length, **common, **pair_config(group, size, dim, width, item),
+        )  # fmt: skip
+    merge(parts, part_lse, out, lse, chosen + 1, (chosen + 1) * group, group, group)
+
+
+def compile_cases(arch: int) -> CompileCases:
+    """All sizes; the first with lengths on the device, the others with packed documents."""
+    integers = ("begin", "end", "count", "documents", "slots", "bins")
+    kinds = {**dict.fromkeys(integers, "i32"), **dict.fromkeys(("order", "bounds", "firsts", "bin_of"), "*i64"), "lows": "*i32",
+             "part_lse": "*fp32"}
+    for name, dtype, group, size, dim in SIZES:
+        item = 4 if dtype == "fp32" else 2
+        band = band_config(4096, group, dim, dim, item)
+        common = {"HEADS": 2, "GROUP": group, "LIST": 96, "SIZE": size, "D": dim, "E": dim, "STEPS": 4, "LENGTH": SEGMENT,
+                  "LIST_P": 128, "REACH": REACH}
+        absent = ("lengths",) if name else ("cu", "number")
+        for kernel, config in (
+            (low_kernel, {"BQ": band["BQ"], "num_warps": 4, "num_stages": 2}), (band_kernel, dict(band)),
+            (pair_kernel, pair_config(group, size, dim, dim, item)),
+        ):
+            options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
+            constants = {**common, **config, **dict.fromkeys(absent)}
+            constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
+            yield CompileCase(f"{kernel.__name__}{name}", kernel, case_types(kernel, dtype, constants, **kinds), constants, options)
