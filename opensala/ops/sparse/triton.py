@@ -14,7 +14,6 @@ from ..triton_common import computable
 from .triton_attend import attend_by_query
 from .triton_backward import attention_gradients
 from .triton_compress import triton_extend_compressed
-from .triton_pairs import attend_by_block, shared_enough
 from .triton_rows import Rows, inner_contiguous, rows_of
 from .triton_select import triton_select_blocks
 
