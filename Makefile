@@ -1,8 +1,10 @@
 # make demo, make test: from a bare checkout to done. make check: style, types, direction of imports.
+# make gpu: tests, times and report of the GPU kernels, with the Python that has torch and Triton; OUT is where they go.
 PYTHON ?= python3
 BIN := .venv/bin
+OUT ?= benchmarks
 
-.PHONY: demo test check clean
+.PHONY: demo test check gpu clean
 
 # torch first, alone and pinned: a CPU build is found that way on a CPU-only machine.
 .venv/ready: pyproject.toml
@@ -22,6 +24,9 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_structure.py
+
+gpu:
+	$(PYTHON) scripts/gpu.py --output $(OUT)
 
 clean:
 	rm -rf .venv build dist

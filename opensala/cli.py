@@ -6,6 +6,7 @@ Answers go to stdout, everything else to stderr. Bad input ends with one line an
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,9 @@ from . import __version__
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Read very long documents with hybrid sparse/linear models.")
+
+benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory on this machine.")
+app.add_typer(benches, name="bench")
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a MiniCPM-SALA checkpoint. Default: the small model that ships here.")]
 MaxNew = Annotated[int, typer.Option(help="Tokens to generate at most.")]
@@ -122,6 +126,19 @@ def demo(
     from .bench.demo import run
 
     run(tokens, seed)
+
+
+@benches.command()
+def ops(
+    quick: Annotated[bool, typer.Option("--quick", help="16K tokens and no whole models: a minute on two cores.")] = False,
+    million: Annotated[bool, typer.Option("--million", help="Also a million tokens through each op and the shipped model (CPU).")] = False,
+    device: Device = "auto",
+    rows: Annotated[Path, typer.Option(help="CSV file the rows are added to.")] = Path("benchmarks/results.csv"),
+) -> None:
+    """Time the attention ops against their peers, after checking their results; the last line on stdout is JSON."""
+    from .bench.ops import run
+
+    run(quick, device, rows, million)
 
 
 def _version(asked: bool) -> None:

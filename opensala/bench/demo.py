@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.facts import attribute_fact, format_question
 from ..data.text import long_document, provenance
 from ..engine import Engine, Sampling
-from .twin import TwinTiming, build_twin, time_twin
+from .twin import TwinTiming, build_dense, time_twin, twin_config
 
 
 def hide_fact(engine: Engine, tokens: int, rng: random.Random) -> tuple[Tensor, str, str, str, float]:
@@ -46,7 +46,7 @@ def run(tokens: int = 32768, seed: int | None = None) -> None:
     result = engine.generate(ids, Sampling(max_new_tokens=24), label="MiniCPM-SALA reads")
     answer = result.text.strip()
 
-    twin = build_twin(engine.config)
+    twin = build_dense(twin_config(engine.config))
     with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} layers"),
                   TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("full-attention twin reads", total=len(twin.model.layers))

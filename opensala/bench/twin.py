@@ -22,16 +22,28 @@ class TwinTiming:
     cache_bytes: int
 
 
-def build_twin(config: MiniCPMSALAConfig, seed: int = 0) -> Qwen3ForCausalLM:
-    """The twin of a configuration, float32 on the CPU."""
-    torch.manual_seed(seed)
-    twin = Qwen3ForCausalLM(Qwen3Config(
+QWEN3_8B = Qwen3Config(
+    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 20, attn_implementation="sdpa",
+)
+
+
+def twin_config(config: MiniCPMSALAConfig) -> Qwen3Config:
+    """Full attention with the layers, heads and sizes of a MiniCPM-SALA configuration."""
+    return Qwen3Config(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, tie_word_embeddings=config.tie_word_embeddings,
         max_position_embeddings=config.max_position_embeddings, attn_implementation="sdpa",
-    ))
-    return twin.eval()
+    )
+
+
+def build_dense(config: Qwen3Config, seed: int = 0, device: str | torch.device = "cpu",
+                dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
+    """A full-attention model of random weights."""
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return Qwen3ForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 @torch.inference_mode()

@@ -1,0 +1,186 @@
+"""`opensala bench ops`: the ops against their peers, after their results were checked, with targets of speed.
+
+Targets are ratios within one run (docs/speed.md says where they come from); absolute times mean little on a shared machine.
+"""
+
+from pathlib import Path
+
+import torch
+
+from ..engine import Engine
+from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from ..ops import BlockSpec
+from ..ops.backends import Backend, planned_backend
+from . import counts
+from .cases import Shape, time_decode, time_fused, time_lightning, time_other_forms, time_searches, time_sparse
+from .ceilings import measure_ceilings
+from .million import TOKENS, time_million
+from .prefill import time_first_token, time_steps, time_twin_first_token
+from .record import Report, Target
+from .twin import QWEN3_8B, build_dense, twin_config
+from .verify import verify_ops
+
+SMALL = BlockSpec(window_size=512, topk=16)  # 24 blocks of 64, as the shipped model
+K = 1024
+GPU_MODELS = 60 << 30  # bytes of free GPU memory from which the whole models are timed
+
+
+def run(quick: bool = False, device: str = "auto", rows: Path = Path("benchmarks/results.csv"), million: bool = False) -> Report:
+    """Check, time, append the rows to a CSV file, print the targets; the last line on stdout is JSON.
+
+    Args:
+        quick: 16K tokens, no whole models (a minute on two cores).
+        device: `auto`, `cpu` or `cuda`.
+        rows: CSV file that gets the rows.
+        million: also a million tokens through every op and the shipped model (CPU).
+
+    Raises:
+        ValueError: an op that differs from its plain statement, a device that is not there, a file of other columns.
+    """
+    chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device must be auto, cpu or cuda (and there is {'a' if torch.cuda.is_available() else 'no'} CUDA GPU here), got {device!r}")
+    report = Report(chosen)
+    report.say(" | ".join(f"{name} {value}" for name, value in report.machine.items() if value))
+    if million and chosen.type != "cpu":
+        raise ValueError("--million measures the CPU: add --device cpu")
+    if chosen.type == "cpu":
+        _cpu(report, quick)
+        if million:
+            _million(report)
+    else:
+        _cuda(report, quick)
+    report.append_to(rows)
+    report.show_targets()
+    print(report.as_json())
+    return report
+
+
+def _verified(report: Report, dtypes: tuple[torch.dtype, ...]) -> Backend:
+    best = planned_backend(torch.empty(0, dtype=dtypes[0], device=report.device))
+    if best == "torch":
+        report.note("the fastest form cannot run here: only the PyTorch form is timed (the log says why)")
+    report.say("results against float64")
+    for dtype in dtypes:
+        for line in verify_ops(report.device, dtype, tuple(dict.fromkeys((best, "torch"))) if dtype == torch.float32 else (best,)):  # type: ignore[arg-type]
+            report.say(f"  {line}")
+    return best  # type: ignore[return-value]
+
+
+def _cpu(report: Report, quick: bool) -> None:
+    best = _verified(report, (torch.float32,))
+    ceiling = measure_ceilings(report, quick)
+    tokens = (16 if quick else 64) * K
+    shape = Shape(tokens, 8, 1, 64, torch.float32, SMALL)
+    lightning(report, shape, best, 512, 0.5, "five projections", 1.0 if quick else 4.0)
+    part = time_sparse(report, shape, best, 1.0 if quick else 6.0, backward=True, dense_most=3 if quick else 1)
+    _backward_target(report, f"sparse attention, {tokens // K}K tokens", part.backward, part.attend)
+    if not quick:
+        report.targets.append(Target.at_least("selection + sparse attention over dense attention, 24 blocks, 64K tokens", part.speedup, 8))
+    time_other_forms(report, Shape((4 if quick else 16) * K, 8, 1, 64, torch.float32, SMALL), ["torch", "naive"], 1.0)
+    time_fused(report, shape, best, 0.5)
+    time_decode(report, shape, best, (4 * K, 256 * K), 0.5 if quick else 2.0)
+    if quick:
+        return
+    part = time_sparse(report, Shape(128 * K, 8, 1, 64, torch.float32), best, 0.0, backward=False, dense_most=1)
+    report.targets.append(Target.at_least("selection + sparse attention over dense attention, 96 blocks, 128K tokens", part.speedup, 5))
+    time_searches(report, Shape(256 * K, 2, 1, 64, torch.float32, SMALL), 0.0)
+    _shipped_model(report, ceiling["float32"])
+
+
+def lightning(report: Report, shape: Shape, best: Backend, hidden: int, limit: float, beside: str, budget: float) -> None:
+    forward, projections, backward = time_lightning(report, shape, best, hidden, budget)
+    tokens = f"{shape.tokens // K}K tokens"
+    report.targets.append(Target.at_most(f"lightning forward over {beside}, {tokens}", forward / projections, limit))
+    _backward_target(report, f"lightning, {tokens}", backward, forward)
+
+
+def _backward_target(report: Report, what: str, backward: float | None, forward: float) -> None:
+    assert backward is not None, "it was asked for"
+    report.targets.append(Target.at_most(f"backward over forward, {what}", backward / forward, 3))
+
+
+def _shipped_model(report: Report, ceiling: float) -> None:
+    report.say("the shipped model, and its full-attention twin")
+    engine = Engine(device="cpu")
+    _, short = time_first_token(report, "shipped model", engine.model, 4 * K, 2, keep=True)
+    middle, _ = time_first_token(report, "shipped model", engine.model, 64 * K, 3)
+    long, cache = time_first_token(report, "shipped model", engine.model, 256 * K, 1, keep=True)
+    assert short is not None and cache is not None, "they were kept"
+    steps = time_steps(report, "shipped model", engine.model, {4 * K: short, 256 * K: cache})
+    del short, cache
+    twin = time_twin_first_token(report, "full-attention twin", build_dense(twin_config(engine.config)), 64 * K)
+    rate = counts.prefill_flops(engine.config, 64 * K) / middle.p50
+    report.targets += [
+        Target.at_most("decoding step at 256K over 4K, shipped model", steps[256 * K] / steps[4 * K], 1.4),
+        Target.at_least("prefill of 64K, share of the fp32 matrix rate, shipped model", rate / ceiling, 0.5),
+        Target.at_least("first token at 64K, full-attention twin over shipped model", twin / middle.p50, 8),
+        Target.at_most("first token at 256K over 64K, shipped model", long.p50 / middle.p50, 6),
+    ]
+
+
+def _million(report: Report) -> None:
+    results = time_million(report, TOKENS)
+    report.targets += [
+        Target.at_most("1M tokens through each op, GB of memory at most", max(r["peak"] for op, r in results.items() if op != "shipped model") / 1e9, 4),
+        Target.at_most("shipped model reads 1M tokens, minutes", results["shipped model"]["seconds"] / 60, 10),
+        Target.at_most("shipped model reads 1M tokens, GB of memory", results["shipped model"]["peak"] / 1e9, 4),
+    ]
+
+
+def _cuda(report: Report, quick: bool) -> None:
+    best = _verified(report, (torch.float32, torch.bfloat16, torch.float16))
+    ceiling = measure_ceilings(report, quick)
+    half = torch.bfloat16
+    tokens = (16 if quick else 128) * K
+    forward, _, backward = time_lightning(report, Shape(tokens, 32, 32, 128, half), best, 4096, 2.0)
+    floor = counts.lightning_bytes(tokens, 32, 128, 2) / ceiling["copy"]
+    report.targets.append(Target.at_most(f"lightning forward over its bandwidth floor, {tokens // K}K tokens", forward / floor, 2))
+    _backward_target(report, f"lightning, {tokens // K}K tokens", backward, forward)
+    for r in report.rows:
+        if r["backend"] == "fla simple_gla":
+            report.targets.append(Target.at_least("fla simple_gla over lightning forward", r["p50_ms"] / 1e3 / forward, 1))
+    for tokens in (16 * K,) if quick else (64 * K, 256 * K):
+        shape = Shape(tokens, 32, 2, 128, half)
+        part = time_sparse(report, shape, best, 3.0, backward=tokens <= 64 * K, dense_most=3)
+        if part.backward:
+            _backward_target(report, f"sparse attention, {tokens // K}K tokens", part.backward, part.attend)
+        for name, seconds, flops in (("selection", part.select, counts.selection_flops(tokens, 32, 128, shape.spec)),
+                                     ("sparse attention", part.attend, counts.sparse_flops(tokens, 32, 128, shape.spec))):
+            report.targets.append(Target.at_most(f"{name} over its floor, {tokens // K}K tokens", seconds * ceiling["bfloat16"] / flops, 2.5))
+        if tokens == 256 * K:
+            report.targets.append(Target.at_least("selection + sparse attention over dense attention, 256K tokens", part.speedup, 6))
+    shape = Shape(16 * K, 32, 2, 128, half)
+    time_fused(report, shape, best, 0.5)
+    time_decode(report, shape, best, (8 * K, 256 * K) if quick else (8 * K, 256 * K, K * K), 1.0)
+    if quick:
+        return
+    free = torch.cuda.mem_get_info(report.device)[0]
+    if free < GPU_MODELS:
+        report.note(f"whole models of 9B and 8B parameters left out: {free >> 30} GiB of GPU memory are free, {GPU_MODELS >> 30} are wanted")
+        return
+    _released_shapes(report)
+
+
+def _released_shapes(report: Report) -> None:
+    """The released 9B model's shape with random weights, and Qwen3-8B's."""
+    report.say("the released model's shape with random weights, and Qwen3-8B's shape")
+    with torch.device(report.device):
+        model = MiniCPMSALAForCausalLM._from_config(MiniCPMSALAConfig(), dtype=torch.bfloat16).eval()
+    weights = sum(p.nbytes for n, p in model.named_parameters() if "embed_tokens" not in n)
+    time_first_token(report, "SALA 9B shape", model, 8 * K, 1)  # warm-up: the kernels are compiled here
+    caches = {}
+    for tokens in (64 * K, 256 * K):
+        ours, cache = time_first_token(report, "SALA 9B shape", model, tokens, 1, keep=True)
+        caches[tokens] = cache
+    steps = time_steps(report, "SALA 9B shape", model, {n: c for n, c in caches.items() if c is not None})
+    copy = next(r["gbs"] for r in report.rows if r["op"] == "copy") * 1e9
+    report.targets.append(Target.at_most("decoding step at 256K over reading the weights once (a copy's rate)", steps[256 * K] * copy / weights, 1.4))
+    del model, cache, caches
+    torch.cuda.empty_cache()
+    twin = build_dense(QWEN3_8B, device=report.device, dtype=torch.bfloat16)
+    time_twin_first_token(report, "Qwen3 8B shape", twin, 8 * K)
+    dense = time_twin_first_token(report, "Qwen3 8B shape", twin, 256 * K)
+    report.targets.append(Target.at_least("first token at 256K, Qwen3-8B's shape over ours", dense / ours.p50, 4))
+
+

@@ -1,0 +1,150 @@
+"""What measurements leave behind: rows with the machine and versions on each, targets, a table, a CSV file, JSON.
+
+It knows nothing of what was measured.
+"""
+
+import csv
+import importlib.metadata
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+from .timing import Timing
+
+MEASURED = ("op", "pass", "backend", "dtype", "shape", "p20_ms", "p50_ms", "p80_ms", "runs", "gflops", "gbs", "peak_mib")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure asked for, and what came out; `ok` when the value reaches it."""
+
+    name: str
+    value: float
+    target: float
+    ok: bool
+
+    @classmethod
+    def at_most(cls, name: str, value: float, limit: float) -> "Target":
+        return cls(name, round(value, 4), limit, value <= limit)
+
+    @classmethod
+    def at_least(cls, name: str, value: float, limit: float) -> "Target":
+        return cls(name, round(value, 4), limit, value >= limit)
+
+
+@dataclass
+class Report:
+    """Rows and targets of one run on one machine."""
+
+    device: torch.device
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.machine = describe(self.device)
+        self.console = Console(stderr=True)
+
+    def add(self, op: str, backend: str, timing: Timing, *, shape: str, dtype: torch.dtype = torch.float32, kind: str = "forward",
+            flops: float = 0, moved: float = 0, peak: float | None = None) -> None:
+        """Keep a row and show it. `flops`: operations of a call; `moved`: bytes; `peak`: bytes of memory."""
+        row = {
+            "op": op, "pass": kind, "backend": backend, "dtype": str(dtype).removeprefix("torch."), "shape": shape,
+            "p20_ms": significant(timing.p20 * 1e3), "p50_ms": significant(timing.p50 * 1e3), "p80_ms": significant(timing.p80 * 1e3),
+            "runs": timing.runs, "gflops": significant(flops / timing.p50 / 1e9) if flops else "",
+            "gbs": significant(moved / timing.p50 / 1e9) if moved else "", "peak_mib": "" if peak is None else round(peak / 2**20),
+        }
+        self.rows.append(row)
+        rates = [f"{row['gflops']} GFLOP/s" if flops else "", f"{row['gbs']} GB/s" if moved else "",
+                 f"peak {row['peak_mib']} MiB" if peak is not None else ""]
+        self.say(f"  {op} {kind}, {backend}, {shape}: {row['p50_ms']} ms ({row['p20_ms']} ... {row['p80_ms']}, {timing.runs} runs) "
+                 + ", ".join(r for r in rates if r))
+
+    def note(self, text: str) -> None:
+        """Keep and show something a reader of the figures should know."""
+        self.notes.append(text)
+        self.say(f"  note: {text}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def append_to(self, path: Path) -> None:
+        """Add the rows to a CSV file, which gets a header if it is new.
+
+        Raises:
+            ValueError: the file has other columns.
+        """
+        columns = [*MEASURED, *self.machine]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size:
+            with path.open(newline="") as file:
+                header = next(csv.reader(file))
+            if header != columns:
+                raise ValueError(f"{path} has the columns {', '.join(header)}, not {', '.join(columns)}: name another file with --rows")
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if not file.tell():
+                writer.writeheader()
+            writer.writerows(row | self.machine for row in self.rows)
+
+    def show_targets(self) -> None:
+        table = Table(box=None, pad_edge=False)
+        for column in ("target", "value", "asked", ""):
+            table.add_column(column)
+        for t in self.targets:
+            table.add_row(t.name, f"{t.value:g}", f"{t.target:g}", "met" if t.ok else "MISSED")
+        self.console.print(table)
+
+    def as_json(self) -> str:
+        return json.dumps({"rows": self.rows, "targets": [asdict(t) for t in self.targets], "notes": self.notes, "machine": self.machine})
+
+
+def significant(x: float) -> float:
+    """Four significant digits."""
+    return float(f"{x:.4g}")
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Machine, threads, versions, commit and time, as they go on every row."""
+    threads = torch.get_num_threads()
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"machine": machine, "threads": str(threads), "torch": torch.__version__, "triton": version("triton"),
+            "fla": version("flash-linear-attention"), "opensala": __version__, "commit": commit(),
+            "time": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
+
+
+def processor() -> str:
+    """The processor's model name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """Short hash of the checkout the package lies in, with a + if files were changed; empty outside a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    def run(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
