@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
 from .timing import Timing
 
 MEASURED = ("op", "pass", "backend", "dtype", "shape", "p20_ms", "p50_ms", "p80_ms", "runs", "gflops", "gbs", "peak_mib")
@@ -118,7 +117,7 @@ def describe(device: torch.device) -> dict[str, str]:
     threads = torch.get_num_threads()
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
     return {"machine": machine, "threads": str(threads), "torch": torch.__version__, "triton": version("triton"),
-            "fla": version("flash-linear-attention"), "opensala": __version__, "commit": commit(),
+            "fla": version("flash-linear-attention"), "opensala": version("opensala"), "commit": commit(),
             "time": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
 
 

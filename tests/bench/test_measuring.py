@@ -89,10 +89,14 @@ def test_random_lists_are_lists_that_selection_could_make():
         assert set(range(max(0, t // 64 - SPEC.window_blocks), t // 64 + 1)) <= set(row)
 
 
+def test_right_ops_are_told_by_name_and_error():
+    lines = verify.verify_ops(CPU, torch.float32, ("torch",))
+    assert len(lines) == 5 and lines[0].startswith("lightning_attention, torch: outputs and gradients within ")
+
+
 @pytest.mark.parametrize("op", ["lightning_attention", "sparse_attention", "select_blocks", "norm_rope", "norm_gate"])
 def test_a_wrong_op_is_not_timed(op, monkeypatch):
     right = getattr(verify, op)
-    assert verify.verify_ops(CPU, torch.float32, ("torch",))
     monkeypatch.setattr(verify, op, lambda *args, backend, **options: _spoiled(op, right(*args, backend=backend, **options), args[0].dtype))
     with pytest.raises(ValueError, match=f"{op} is not timed"):
         verify.verify_ops(CPU, torch.float32, ("torch",))
