@@ -184,7 +184,7 @@ class RegionTile : public Scorer {
     for (int64_t t = 0; t < queries(); ++t) std::fill_n(scores_.data + t * row_stride_, row_stride_, -INF);
     for (int64_t first_block = 0; first_block < blocks; first_block += REGION) {
       int64_t a = start_[first_block / REGION], b = start_[first_block / REGION + 1];
-      for (int64_t i = a; i < b; ++i) carry_.data[by_region_[i]] = before(by_region_[i], first_block);
+      for (int64_t i = a; i < b; ++i) carry_.data[(by_region_[i] + 1) * W - 1] = before(by_region_[i], first_block);
       if (a == b) continue;
       for (int64_t block = first_block; block < std::min(blocks, first_block + REGION); block += W) {
         pack_panel(block, windows);

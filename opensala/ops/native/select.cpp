@@ -11,11 +11,12 @@
 namespace {
 
 constexpr int PANEL = COLS * W;  // windows of a panel of the denominator pass
+constexpr float SLACK = 30.0f;   // exponents above the reference of a sum that are let pass before it is raised
 
 class Tile : public Scorer {
  public:
   Tile(const Selection& s, int64_t step)
-      : Scorer(s, s.position(s.tokens - 1) / s.size + 1, step, PANEL), peak_(step * s.group()) {}
+      : Scorer(s, s.position(s.tokens - 1) / s.size + 1, step, PANEL), peak_(step * s.group()), mass_(step * s.group() * W) {}
 
   void run(int64_t first, int64_t last, int64_t head, int32_t* out) {
     first_ = first, last_ = last, head_ = head;
@@ -27,12 +28,12 @@ class Tile : public Scorer {
   }
 
  private:
-  Scratch peak_;
+  Scratch peak_, mass_;
 
   // lse_[row]: log2 of the sum of 2^(s * factor) over the windows of one level that the row's query sees.
   void denominators(const Rows& keys, int64_t kernel, int64_t step) {
     int64_t rows = (last_ - first_) * s_.group();
-    std::fill_n(lse_.data, rows, 0.0f);  // holds the running sum until the end
+    std::fill_n(mass_.data, rows * W, 0.0f);
     std::fill_n(peak_.data, rows, -INF);
     int64_t most = seen(s_.position(last_ - 1), kernel, step), least = seen(s_.position(first_), kernel, step);
     Vec factor = splat(s_.factor);
@@ -50,24 +51,30 @@ class Tile : public Scorer {
           }
           Vec high = load(x);
           for (int j = W; j < PANEL; j += W) high = larger(high, load(x + j));
-          float old = peak_.data[row + r], peak = std::max(old, largest(high) * s_.factor);
-          Vec sum{}, shift = splat(peak);
+          float& peak = peak_.data[row + r];
+          float* mass = mass_.data + (row + r) * W;  // sums lane by lane, added up at the end
+          if (peak == -INF || lanes_at_least(high * factor, splat(peak + SLACK))) {
+            float old = peak;
+            peak = std::max(old, largest(high) * s_.factor);
+            if (peak > old) store(mass, load(mass) * splat(std::exp2(old - peak)));
+          }
+          Vec sum = load(mass), shift = splat(peak);
           for (int j = 0; j < PANEL; j += W) sum += exp2_below(load(x + j) * factor - shift);
-          float& mass = lse_.data[row + r];
-          if (peak > old) mass *= std::exp2(old - peak), peak_.data[row + r] = peak;
-          mass += total(sum);
+          store(mass, sum);
         }
       }
     }
-    for (int64_t row = 0; row < rows; ++row)
-      lse_.data[row] = lse_.data[row] > 0 ? peak_.data[row] + std::log2(lse_.data[row]) : 0.0f;
+    for (int64_t row = 0; row < rows; ++row) {
+      float sum = total(load(mass_.data + row * W));
+      lse_.data[row] = sum > 0 ? peak_.data[row] + std::log2(sum) : 0.0f;
+    }
   }
 
   // Block scores: maximum over the windows that touch the block of the probabilities summed over heads.
   void score_blocks() {
     int64_t group = s_.group(), columns = W * s_.ratio(), queries = last_ - first_;
     int64_t windows = visible(queries - 1), blocks = s_.position(last_ - 1) / s_.size + 1;
-    std::fill_n(carry_.data, queries, -INF);
+    std::fill_n(carry_.data, queries * W, -INF);
     int64_t together = std::max<int64_t>(1, CHUNK / group);
     for (int64_t block = 0; block < blocks; block += W) {
       pack_panel(block, windows);

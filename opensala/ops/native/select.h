@@ -36,51 +36,54 @@ class Best {
     if (open < 0 || !by_threshold(scores, init, window, open)) return by_sort(scores, blocks, init, window, wanted, out);
     int64_t n = 0;
     for (int64_t b = 0; b < init; ++b) out[n++] = int32_t(b);
-    if (open > 0) {
-      int64_t b = init;
-      for (; b + W <= window; b += W)
-        for (uint32_t bits = lanes_at_least(load(scores + b), splat(edge_)); bits; bits &= bits - 1)
-          out[n++] = int32_t(b + __builtin_ctz(bits));
-      for (; b < window; ++b)
-        if (scores[b] >= edge_) out[n++] = int32_t(b);
-    }
+    for (int32_t b : candidates_) out[n++] = b;
     for (int64_t b = window; b < blocks; ++b) out[n++] = int32_t(b);
   }
 
  private:
-  float edge_ = 0;
-  std::vector<float> candidates_;
+  static constexpr int SIDE = 4;  // vectors of maxima that grow side by side
+  std::vector<int32_t> candidates_;  // blocks, ascending
+  std::vector<float> values_;
   std::vector<std::pair<float, int64_t>> queue_;
 
-  // Keep what can still be among the best `open`; the threshold only rises.
-  float tighten(int64_t open) {
-    auto nth = candidates_.begin() + (open - 1);
-    std::nth_element(candidates_.begin(), nth, candidates_.end(), std::greater<float>());
-    float edge = *nth;
-    candidates_.erase(std::remove_if(candidates_.begin(), candidates_.end(), [&](float x) { return x < edge; }), candidates_.end());
-    return edge;
+  static float nth_largest(std::vector<float>& values, int64_t n) {
+    std::nth_element(values.begin(), values.begin() + (n - 1), values.end(), std::greater<float>());
+    return values[n - 1];
   }
 
-  // Sets edge_ to the score of the last block taken; false if blocks tie there and more tie than there is room for.
+  // A score that at least `open` of the scores reach, hardly more: the open-th largest of the maxima of equal parts.
+  float lower_bound(const float* scores, int64_t count, int64_t open) {
+    int64_t runs = (4 * open + SIDE * W - 1) / (SIDE * W), length = count / (runs * SIDE * W);  // of a run: vectors a side
+    if (length < 2) return -INF;
+    values_.resize(runs * SIDE * W);
+    for (int64_t run = 0; run < runs; ++run) {
+      const float* x = scores + run * length * SIDE * W;
+      Vec high[SIDE];
+      for (int i = 0; i < SIDE; ++i) high[i] = load(x + i * W);
+      for (int64_t j = 1; j < length; ++j)
+        for (int i = 0; i < SIDE; ++i) high[i] = larger(high[i], load(x + (j * SIDE + i) * W));
+      for (int i = 0; i < SIDE; ++i) store(values_.data() + (run * SIDE + i) * W, high[i]);
+    }
+    return nth_largest(values_, open);
+  }
+
+  // Puts the best `open` blocks of [init, window) into candidates_; false if blocks tie there and more tie than there is room for.
   bool by_threshold(const float* scores, int64_t init, int64_t window, int64_t open) {
+    candidates_.clear();
     if (open == 0) return true;
     if (open > window - init) return false;
-    candidates_.clear();
-    float edge = -INF;
-    size_t full = 2 * open + 4 * W;
-    auto take = [&](float x) { if (x >= edge) candidates_.push_back(x); };
+    float edge = lower_bound(scores + init, window - init, open);
     int64_t b = init;
-    for (; b + W <= window; b += W) {
+    for (; b + W <= window; b += W)
       for (uint32_t bits = lanes_at_least(load(scores + b), splat(edge)); bits; bits &= bits - 1)
-        candidates_.push_back(scores[b + __builtin_ctz(bits)]);
-      if (candidates_.size() >= full) {
-        edge = tighten(open);
-        full = std::max<size_t>(full, 2 * candidates_.size());  // many ties: do not tighten at every step
-      }
-    }
-    for (; b < window; ++b) take(scores[b]);
+        candidates_.push_back(int32_t(b + __builtin_ctz(bits)));
+    for (; b < window; ++b)
+      if (scores[b] >= edge) candidates_.push_back(int32_t(b));
     if (int64_t(candidates_.size()) < open) return false;  // NaN somewhere: let the sort decide
-    edge_ = tighten(open);
+    values_.clear();
+    for (int32_t c : candidates_) values_.push_back(scores[c]);
+    edge = nth_largest(values_, open);
+    candidates_.erase(std::remove_if(candidates_.begin(), candidates_.end(), [&](int32_t c) { return scores[c] < edge; }), candidates_.end());
     return int64_t(candidates_.size()) == open;
   }
 
@@ -103,15 +106,15 @@ class Scorer {
   Scorer(const Selection& s, int64_t most_blocks, int64_t tile, int64_t widest)
       : s_(s), panel_(s.dim * std::max<int64_t>(widest, W * s.ratio())),
         products_(std::max<int64_t>(CHUNK, s.group()) * std::max<int64_t>(widest, W * s.ratio())),
-        row_stride_(round_up(most_blocks + 1, W)), scores_(tile * row_stride_), lse_(tile * s.group()), carry_(tile),
-        pooled_(W + 1), rows_(std::max<int64_t>(CHUNK, s.group())) {}
+        row_stride_(round_up(most_blocks + 1, W)), scores_(tile * row_stride_), lse_(tile * s.group()), carry_(tile * W),
+        rows_(std::max<int64_t>(CHUNK, s.group())) {}
 
  protected:
   const Selection& s_;
   int64_t first_ = 0, last_ = 0, head_ = 0;  // the tile: queries first_ ... last_ - 1 of one kv head
   Scratch panel_, products_;
   int64_t row_stride_;
-  Scratch scores_, lse_, carry_, pooled_;
+  Scratch scores_, lse_, carry_;
   std::vector<const float*> rows_;
   Best best_;
 
@@ -164,10 +167,9 @@ class Scorer {
       last = p;
     }
     // The last window of a block reaches into the next one.
-    pooled_.data[0] = carry_.data[t];
-    store(pooled_.data + 1, last);
-    carry_.data[t] = pooled_.data[W];
-    store(scores_.data + t * row_stride_ + block, larger(best, load(pooled_.data)));
+    float* carry = carry_.data + t * W;
+    store(scores_.data + t * row_stride_ + block, larger(best, follow(load(carry), last)));
+    store(carry, last);
   }
 
   void choose(int32_t* out) {

@@ -83,23 +83,32 @@ static inline uint32_t lanes_at_least(Vec a, Vec b) {
 #endif
 }
 
-// 2^x to 2e-7 relative; exactly 0 below -126, so that no denormal number (slow on CPUs) is ever made.
-// Above 127 it is not defined: callers keep x below.
-static inline Vec exp2_below(Vec x) {
-  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  VecInt keep = x >= splat(-126.0f);
-  Vec y = larger(x, splat(-126.0f));
-  Vec r = y + shift;
-  Vec f = y - (r - shift);
-  VecInt n = (VecInt)r - (VecInt)shift;
+// 2^f for |f| <= 1/2, to 2e-7 relative.
+static inline Vec exp2_fraction(Vec f) {
   Vec p = splat(1.54035304e-4f);
   p = p * f + 1.33335581e-3f;
   p = p * f + 9.61812911e-3f;
   p = p * f + 5.55041087e-2f;
   p = p * f + 2.40226507e-1f;
   p = p * f + 6.93147181e-1f;
-  p = p * f + 1.0f;
-  return (Vec)(((VecInt)p + (n << 23)) & keep);
+  return p * f + 1.0f;
+}
+
+// 2^x; exactly 0 below -126, so that no denormal number (slow on CPUs) is ever made. Above 127 it is not defined: callers
+// keep x below.
+static inline Vec exp2_below(Vec x) {
+#if defined(__AVX512F__)
+  __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // NaN stays NaN
+  __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (Vec)_mm512_maskz_scalef_ps(keep, (__m512)exp2_fraction(x - (Vec)n), n);
+#else
+  const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  VecInt keep = x >= splat(-126.0f);
+  Vec y = larger(x, splat(-126.0f));
+  Vec r = y + shift;
+  VecInt n = (VecInt)r - (VecInt)shift;
+  return (Vec)(((VecInt)exp2_fraction(y - (r - shift)) + (n << 23)) & keep);
+#endif
 }
 
 // 2^x for any x: what would overflow becomes 2^127.
@@ -126,6 +135,13 @@ static inline Vec load_wide(const T* p) {
   for (int i = 0; i < W; ++i) t[i] = widen(p[i]);
   return load(t);
 }
+
+// The last lane of a, then all but the last of b.
+template <int... I>
+static inline Vec follow(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (W - 1 + I)...);
+}
+static inline Vec follow(Vec a, Vec b) { return follow(a, b, std::make_integer_sequence<int, W>()); }
 
 // --- transposition ---
 

@@ -15,7 +15,7 @@ from ..native.tensors import address, inner_contiguous, kind, plain, threads
 from .spec import BlockSpec
 
 TILE_ROWS = 4096  # (query, head) rows whose partial results one thread holds at once: 1 MB of float32 at E = 64
-SELECT_ROWS = 512  # (query, head) rows of a tile of the selection
+SELECT_ROWS = 1024  # (query, head) rows of a tile of the selection
 REGION_ROWS = 256  # the same for hierarchical selection, which keeps three numbers a row and region
 PART_BYTES = 1 << 30  # memory the separate sums of the backward pass may take
 
