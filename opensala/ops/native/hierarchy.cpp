@@ -163,16 +163,17 @@ class RegionTile : public Scorer {
     for (auto [region, t] : pairs_) by_region_[start_[region + 1]++] = t;
   }
 
-  // The window before a region's first block reaches into that block.
-  float before(int64_t t, int64_t block) const {
-    int64_t window = block * s_.ratio() - 1;
+  // The window before a region's first block reaches into that block: its probability for one query.
+  float before(int64_t t, int64_t window, const float* key) const {
     if (window < 0 || window >= visible(t)) return -INF;
-    float p = 0, *key = panel_.data;  // free at this moment
-    pack_rows(keys1(), window, 1, s_.dim, key, s_.dim);
+    float p = 0;
     for (int64_t g = 0; g < s_.group(); ++g) {
       const float* q = query(t * s_.group() + g);
-      float dot = 0;
-      for (int64_t d = 0; d < s_.dim; ++d) dot += q[d] * key[d];
+      Vec sums{};
+      int64_t d = 0;
+      for (; d + W <= s_.dim; d += W) sums += load(q + d) * load(key + d);
+      float dot = total(sums);
+      for (; d < s_.dim; ++d) dot += q[d] * key[d];
       p += std::exp2(std::min(dot * s_.factor - lse_.data[t * s_.group() + g], 127.0f));
     }
     return std::min(p, LARGEST);
@@ -184,8 +185,11 @@ class RegionTile : public Scorer {
     for (int64_t t = 0; t < queries(); ++t) std::fill_n(scores_.data + t * row_stride_, row_stride_, -INF);
     for (int64_t first_block = 0; first_block < blocks; first_block += REGION) {
       int64_t a = start_[first_block / REGION], b = start_[first_block / REGION + 1];
-      for (int64_t i = a; i < b; ++i) carry_.data[(by_region_[i] + 1) * W - 1] = before(by_region_[i], first_block);
       if (a == b) continue;
+      int64_t window = first_block * s_.ratio() - 1;
+      float* key = panel_.data;  // free at this moment
+      if (window >= 0) pack_rows(keys1(), window, 1, s_.dim, key, s_.dim);
+      for (int64_t i = a; i < b; ++i) carry_.data[(by_region_[i] + 1) * W - 1] = before(by_region_[i], window, key);
       for (int64_t block = first_block; block < std::min(blocks, first_block + REGION); block += W) {
         pack_panel(block, windows);
         for (int64_t i = a; i < b; i += together) {
