@@ -37,13 +37,14 @@ def run(quick: bool = False, device: str = "auto", rows: Path = Path("benchmarks
     Raises:
         ValueError: an op that differs from its plain statement, a device that is not there, a file of other columns.
     """
-    chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"--device must be auto, cpu or cuda (and there is {'a' if torch.cuda.is_available() else 'no'} CUDA GPU here), got {device!r}")
-    report = Report(chosen)
-    report.say(" | ".join(f"{name} {value}" for name, value in report.machine.items() if value))
+    gpu = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpu):
+        raise ValueError(f"--device must be auto, cpu or cuda (and there is {'a' if gpu else 'no'} CUDA GPU here), got {device!r}")
+    chosen = torch.device("cuda" if gpu and device != "cpu" else "cpu")
     if million and chosen.type != "cpu":
         raise ValueError("--million measures the CPU: add --device cpu")
+    report = Report(chosen)
+    report.say(" | ".join(f"{name} {value}" for name, value in report.machine.items() if value))
     if chosen.type == "cpu":
         _cpu(report, quick)
         if million:

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from opensala.bench.markdown import as_markdown
 from opensala.bench.million import SPEC, random_lists
 from opensala.bench.record import Report, Target
 from opensala.bench.timing import Timing, quantiles, take_turns
+from opensala.cli import main
 from opensala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from opensala.ops import BlockSpec
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
@@ -109,3 +114,23 @@ def _spoiled(op, result, dtype):
     if op == "select_blocks":
         return result.flip(-1)
     return (result[0] * 1.001, result[1]) if isinstance(result, tuple) else result * 1.001
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_make_gpu_says_what_is_missing():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "gpu.py"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA GPU" in done.stderr
+
+
+@pytest.mark.parametrize(("options", "message"), [(["--device", "tpu"], "--device must be"), (["--device", "cuda"], "no CUDA GPU"),
+                                                  (["--fast"], "No such option")])
+def test_bad_options_end_with_one_line(options, message, monkeypatch, capsys, tmp_path):
+    if torch.cuda.is_available() and "cuda" in options:
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["opensala", "bench", "ops", *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
