@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backends import triton_interpreted
-from ..triton_common import CompileCase, CompileCases, cdiv, on_device, padded
+from ..triton_common import CompileCase, CompileCases, arch_of, cdiv, on_device, padded
 from .triton_attend import SIZES, case_types, merge
 from .triton_index import block_of, invert, place_of, segment_of
 from .triton_rows import Rows, load_rows, tile_of
@@ -32,6 +32,7 @@ SEGMENT = 64  # pairs of a block that one program attends
 LEAST_QUERIES = 128  # below, or with less than SHARED pairs a block, queries go one by one
 SHARED = 2
 WIDEST_BLOCK = 128
+BLOCK_BYTES = 64 * 1024  # of keys and values of one block: what a program holds without spilling
 REACH = 62  # blocks before its own that a query's band can have: they are bits of one number
 
 
@@ -163,32 +164,46 @@ def pair_kernel(
         tl.store(parts + place[:, None] * E + e[None, :], result.to(parts.dtype.element_ty), mask=used[:, None] & (e < E)[None, :])
 
 
-def band_config(tokens: int, group: int, dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+def band_config(tokens: int, group: int, dim: int, value_dim: int, itemsize: int, arch: int) -> dict[str, int]:
+    """Tile of `band_kernel`: by compilation, the largest whose sums stay in registers on each architecture."""
     wide, deep, heads = padded(dim), padded(value_dim), 1 << (group - 1).bit_length()
-    large = max(wide, deep) > 128
-    rows = (64 if large else 128) if itemsize == 2 else 32
+    widest = max(wide, deep)
+    if itemsize == 4:
+        rows = 32 if widest <= 64 else 16
+    else:
+        rows = 64 if widest > 128 else 128
     if triton_interpreted():
         rows = 256
     queries = max(16 // heads, min(rows // heads, 1 << (tokens - 1).bit_length()), 1)
-    return {"GP": heads, "BQ": queries, "DP": wide, "EP": deep, "BN": (32 if large else 64) if itemsize == 2 else 32,
-            "num_warps": 8 if queries * heads >= 128 or itemsize == 4 else 4, "num_stages": 2}
+    return {"GP": heads, "BQ": queries, "DP": wide, "EP": deep, "BN": 64 if itemsize == 2 and widest <= 128 and arch == 90 else 32,
+            "num_warps": 8 if queries * heads > 32 or itemsize == 4 else 4, "num_stages": 2}
 
 
-def pair_config(group: int, size: int, dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+def pair_config(group: int, size: int, dim: int, value_dim: int, itemsize: int, arch: int) -> dict[str, int]:
+    """Tile of `pair_kernel`, chosen likewise; a block stays in registers or shared memory beside it (`BLOCK_BYTES`)."""
     wide, deep, heads = padded(dim), padded(value_dim), 1 << (group - 1).bit_length()
-    large = max(wide, deep) > 128
-    rows = (64 if large or size > 64 else 128) if itemsize == 2 else 16
+    large = max(wide, deep) > 128 or size > 64
+    if itemsize == 4:
+        rows, warps, stages = 16, 8, 1
+    elif arch == 90:
+        rows, warps, stages = (64, 8, 1) if large else (128, 8, 2)
+    else:
+        rows, warps, stages = (32, 4, 2) if large else (64, 4, 2)
     if triton_interpreted():
         rows = 256
-    return {"GP": heads, "PQ": max(1, rows // heads), "DP": wide, "EP": deep, "SP": padded(size),
-            "num_warps": 8 if rows >= 128 or itemsize == 4 else 4, "num_stages": 2}
+    return {"GP": heads, "PQ": max(1, rows // heads), "DP": wide, "EP": deep, "SP": padded(size), "num_warps": warps,
+            "num_stages": stages}
 
 
-def shared_enough(q: Tensor, blocks: Tensor, size: int, rows: Rows) -> bool:
+def shared_enough(q: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows) -> bool:
     """Whether many queries share each key block, and the kernels can hold one."""
-    tokens, heads = q.shape[1:3]
-    pairs = min(tokens, _chunk(q, blocks, q.shape[3])) * blocks.shape[3]
-    return tokens >= LEAST_QUERIES and size <= WIDEST_BLOCK and pairs >= SHARED * cdiv(rows.capacity, size)
+    tokens, width = q.shape[1], v.shape[3]
+    pairs = min(tokens, _chunk(q, blocks, width)) * blocks.shape[3]
+    return tokens >= LEAST_QUERIES and pairs >= SHARED * cdiv(rows.capacity, size) and _fits(q.shape[3], width, size, q.element_size())
+
+
+def _fits(dim: int, value_dim: int, size: int, itemsize: int) -> bool:
+    return size <= WIDEST_BLOCK and padded(size) * (padded(dim) + padded(value_dim)) * itemsize <= BLOCK_BYTES
 
 
 def _chunk(q: Tensor, blocks: Tensor, width: int) -> int:
@@ -225,7 +240,8 @@ def _attend_chunk(
     part_lse = torch.full(parts.shape[:-1], float("-inf"), dtype=torch.float32, device=q.device)
     common = {"HEADS": kv_heads, "LIST": chosen, "SIZE": size, "STEPS": rows.steps}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    band = band_config(count, group, dim, width, item)
+    arch = arch_of(q.device)
+    band = band_config(count, group, dim, width, item, arch)
     tiles = rows.tiles(band["BQ"], begin, end)
     lows = torch.empty(batch, tiles, kv_heads, dtype=torch.int32, device=q.device)
     with on_device(q):
@@ -242,7 +258,7 @@ def _attend_chunk(
         pair_kernel[(index.bin_of.numel(),)](
             q, k, v, parts, part_lse, index.order, index.bounds, index.firsts, index.bin_of, rows.lengths, rows.cu, *strides,
             rows.tokens, rows.length, begin, count, rows.documents, index.slots, index.bins, factor, GROUP=group, D=dim,
-            E=width, LENGTH=index.length, **common, **pair_config(group, size, dim, width, item),
+            E=width, LENGTH=index.length, **common, **pair_config(group, size, dim, width, item, arch),
         )  # fmt: skip
     merge(parts, part_lse, out, lse, chosen + 1, (chosen + 1) * group, group, group)
 
@@ -254,13 +270,15 @@ def compile_cases(arch: int) -> CompileCases:
              "part_lse": "*fp32"}
     for name, dtype, group, size, dim in SIZES:
         item = 4 if dtype == "fp32" else 2
-        band = band_config(4096, group, dim, dim, item)
+        if not _fits(dim, dim, size, item):
+            continue
+        band = band_config(4096, group, dim, dim, item, arch)
         common = {"HEADS": 2, "GROUP": group, "LIST": 96, "SIZE": size, "D": dim, "E": dim, "STEPS": 4, "LENGTH": SEGMENT,
                   "LIST_P": 128, "REACH": REACH}
         absent = ("lengths",) if name else ("cu", "number")
         for kernel, config in (
             (low_kernel, {"BQ": band["BQ"], "num_warps": 4, "num_stages": 2}), (band_kernel, dict(band)),
-            (pair_kernel, pair_config(group, size, dim, dim, item)),
+            (pair_kernel, pair_config(group, size, dim, dim, item, arch)),
         ):
             options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
             constants = {**common, **config, **dict.fromkeys(absent)}
