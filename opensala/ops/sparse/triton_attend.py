@@ -190,16 +190,16 @@ SIZES = (("", "bf16", 16, 64, 128), (" wide", "bf16", 8, 64, 256), (" large bloc
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Whole lists and split ones, in all sizes; merging the parts of a decoding step."""
+    """Whole lists of packed documents in all sizes, split ones of the release; merging the parts of a decoding step."""
     for name, dtype, group, size, dim in SIZES:
-        for splits, absent in ((1, ("lengths",)), (48, ("cu", "number"))):
+        for splits, absent in ((1, ("lengths",)), (48, ("cu", "number")))[: 1 if name else 2]:
             config = list_config(group, size, dim, dim, 4 if dtype == "fp32" else 2, arch)
             options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
             constants = {"HEADS": 2, "GROUP": group, "LIST": 96, "SIZE": size, "D": dim, "E": dim, "SPLITS": splits, **config,
                          **dict.fromkeys(absent)}
             types = case_types(attend_kernel, dtype, constants)
             yield CompileCase(f"attend_kernel{name} {splits}", attend_kernel, types, constants, options)
-    for rows, count, width in ((32, 48, 128), (1 << 16, 96, 128), (1 << 16, 96, 256)):
+    for rows, count, width in ((32, 48, 128), (1 << 16, 97, 128)):
         config = merge_config(rows, count, width)
         options = {"num_warps": config.pop("num_warps")}
         constants = {"E": width, **config}

@@ -187,20 +187,21 @@ def attention_gradients(
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """All sizes, batches and packed documents."""
+    """All sizes; the first with lengths on the device, the others with packed documents."""
     integers = ("do_b", "do_t", "do_h", "documents", "slots", "bins")
     indices = ("order", "bounds", "firsts", "bin_of")
     for name, dtype, group, size, dim in SIZES:
         item = 4 if dtype == "fp32" else 2
         common = {"HEADS": 2, "GROUP": group, "LIST": 96, "SIZE": size, "D": dim, "E": dim, "STEPS": 4, "LENGTH": SEGMENT}
         kinds = {**dict.fromkeys(integers, "i32"), **dict.fromkeys(indices, "*i64"), "parts": "*fp32"}
-        for kernel, config, absent in (
-            (query_grad_kernel, list_config(group, size, dim, dim, item, arch), ("cu", "number")),
-            (key_grad_kernel, key_grad_config(group, size, dim, dim, item), ("cu",)),
-            (add_kernel, {"DP": padded(dim), "SP": ADDED, "num_warps": 4, "num_stages": 2}, ()),
+        absent = ("lengths",) if name else ("cu", "number")
+        for kernel, config in (
+            (query_grad_kernel, list_config(group, size, dim, dim, item, arch)),
+            (key_grad_kernel, key_grad_config(group, size, dim, dim, item)),
+            (add_kernel, {"DP": padded(dim), "SP": ADDED, "num_warps": 4, "num_stages": 2}),
         ):
             options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
-            constants = {**{n: x for n, x in common.items() if n in kernel.arg_names}, **config, **dict.fromkeys(absent)}
+            constants = {n: x for n, x in {**common, **config, **dict.fromkeys(absent)}.items() if n in kernel.arg_names}
             if kernel is key_grad_kernel:
                 kinds.update(d_k="*fp32", d_v="*fp32")
             yield CompileCase(f"{kernel.__name__}{name}", kernel, case_types(kernel, dtype, constants, **kinds), constants, options)
