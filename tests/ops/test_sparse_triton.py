@@ -11,7 +11,7 @@ from tests.ops.grid import HAS_TRITON, TRITON_DEVICE, assert_close
 from tests.ops.test_sparse import SMALL, draw, gradients
 
 if HAS_TRITON:
-    from opensala.ops.sparse import triton, triton_pairs
+    from opensala.ops.sparse import triton, triton_attend, triton_pairs, triton_select
     from opensala.ops.sparse.triton_rows import rows_of
 
 pytestmark = [
@@ -25,7 +25,7 @@ def on_device(*tensors):
     return [x.to(TRITON_DEVICE, torch.float32 if x.is_floating_point() else x.dtype) for x in tensors]
 
 
-def assert_best(blocks, q, k, spec: BlockSpec):
+def assert_best(blocks, q, k, spec: BlockSpec, lse="coarse"):
     """Every row holds the best blocks by the float64 scores, up to near-ties: ascending, padded with -1, none twice."""
     scale = 1 / math.sqrt(q.shape[-1])
     for b in range(q.shape[0]):
@@ -33,7 +33,7 @@ def assert_best(blocks, q, k, spec: BlockSpec):
         k2 = naive_compress_keys(k[b], spec.coarse_size, spec.coarse_stride)
         for t in range(q.shape[1]):
             position = k.shape[1] - q.shape[1] + t
-            scores = naive_block_scores(q[b, t], k1, k2, spec, position, scale, "coarse")
+            scores = naive_block_scores(q[b, t], k1, k2, spec, position, scale, lse)
             for h in range(k.shape[2]):
                 row = blocks[b, t, h].tolist()
                 count = min(spec.num_blocks, scores.shape[1])
@@ -47,6 +47,18 @@ def assert_best(blocks, q, k, spec: BlockSpec):
 def test_selection_takes_the_best_blocks(length, tokens, heads, kv_heads, dim):
     q, k, _ = draw(length, tokens, heads, kv_heads, dim)
     assert_best(select_blocks(*on_device(q, k), SMALL, backend="triton").cpu(), q, k, SMALL)
+
+
+@pytest.mark.parametrize("lse", ["coarse", "exact"])
+def test_programs_that_share_the_keys_of_a_query(lse, monkeypatch):
+    """As on a GPU with idle multiprocessors: several programs for each denominator, each row of scores and each list."""
+    monkeypatch.setattr(triton_select, "cores", lambda _: 8)
+    monkeypatch.setattr(triton_attend, "cores", lambda _: 8)
+    q, k, v = draw(620, 2, 4, 2)
+    blocks = select_blocks(*on_device(q, k), SMALL, lse=lse, backend="triton").cpu()
+    assert_best(blocks, q, k, SMALL, lse)
+    out = sparse_attention(*on_device(q, k, v, blocks), 16, backend="triton")
+    assert_close(out, sparse_attention(q, k, v, blocks, 16, backend="naive"), 2e-5)
 
 
 def test_of_blocks_that_tie_exactly_the_lower_is_taken():
