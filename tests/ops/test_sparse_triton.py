@@ -5,20 +5,20 @@ import math
 import pytest
 import torch
 
-from opensala.ops import BlockSpec, compress_keys, select_blocks, sparse_attention
+from opensala.ops import BlockSpec, compress_keys, extend_compressed, select_blocks, sparse_attention
 from opensala.ops.sparse.naive import naive_block_scores, naive_compress_keys
 from tests.ops.grid import HAS_TRITON, TRITON_DEVICE, assert_close
-from tests.ops.test_sparse import SMALL, draw, gradients
+from tests.ops.test_sparse import ODD, SMALL, draw, gradients
 
 if HAS_TRITON:
-    from opensala.ops.sparse import triton, triton_attend, triton_pairs, triton_select
+    from opensala.ops.sparse import triton, triton_attend, triton_backward, triton_pairs, triton_select, triton_top
     from opensala.ops.sparse.triton_rows import rows_of
 
 pytestmark = [
     pytest.mark.triton, pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),  # a query that sees no key of a part: -inf is meant
 ]
-SHAPES = [(220, 30, 4, 2, 16), (120, 90, 2, 2, 16), (300, 9, 8, 1, 60), (260, 1, 3, 1, 64), (200, 21, 16, 1, 16)]
+SHAPES = [(220, 20, 4, 2, 16), (120, 30, 2, 2, 16), (300, 9, 8, 1, 60), (260, 1, 3, 1, 64), (200, 12, 16, 1, 16)]
 
 
 def on_device(*tensors):
@@ -61,7 +61,16 @@ def test_programs_that_share_the_keys_of_a_query(lse, monkeypatch):
     assert_close(out, sparse_attention(q, k, v, blocks, 16, backend="naive"), 2e-5)
 
 
-def test_of_blocks_that_tie_exactly_the_lower_is_taken():
+@pytest.mark.parametrize("spec", ODD, ids=["wide windows", "two windows a block", "no local window", "nothing a power of two"])
+def test_selection_for_any_spec(spec):
+    q, k, _ = draw(330, 40, 6, 2, 20)
+    assert_best(select_blocks(*on_device(q, k), spec, backend="triton").cpu(), q, k, spec)
+
+
+@pytest.mark.parametrize("widest", [1 << 13, 16])
+def test_of_blocks_that_tie_exactly_the_lower_is_taken(widest, monkeypatch):
+    """In one piece, and in rows of scores that are walked in pieces."""
+    monkeypatch.setattr(triton_top, "WIDEST", widest)
     q, _, _ = draw(300, 4, 2, 1, 16)
     k = torch.ones(1, 300, 1, 16, dtype=torch.float64)
     q, k = on_device(q, k)
@@ -94,24 +103,27 @@ def test_attention_and_gradients_equal_naive(length, tokens, heads, kv_heads, di
 
 
 @pytest.mark.parametrize("path", ["by query", "by block in chunks"], indirect=True)
-def test_packed_documents_equal_naive(path):
-    q, k, v = draw(150, 150, 2, 1, 16)
-    cu = torch.tensor([0, 3, 50, 150])
+def test_packed_documents_equal_naive(path, monkeypatch):
+    monkeypatch.setattr(triton_backward, "SEGMENT", 32)  # of the first blocks of documents: several parts to add
+    q, k, v = draw(110, 110, 2, 1, 16)
+    cu = torch.tensor([0, 3, 40, 110])
     blocks = select_blocks(q, k, SMALL, cu_seqlens=cu)
     wanted = gradients("naive", q, k, v, blocks, SMALL, cu)
     assert_all_close(gradients("triton", *on_device(q, k, v, blocks), SMALL, cu.to(TRITON_DEVICE)), wanted)
 
 
-def test_selection_in_packed_documents():
-    q, k, _ = draw(150, 150, 2, 1, 16)
-    cu = torch.tensor([0, 3, 50, 150], device=TRITON_DEVICE)
+def test_selection_in_packed_documents(monkeypatch):
+    monkeypatch.setattr(triton_select, "SCRATCH", 1)  # 64 queries at once
+    q, k, _ = draw(110, 110, 2, 1, 16)
+    cu = torch.tensor([0, 3, 40, 110], device=TRITON_DEVICE)
     chosen = select_blocks(*on_device(q, k), SMALL, cu_seqlens=cu, backend="triton").cpu()
-    for a, b in ((0, 3), (3, 50), (50, 150)):
+    for a, b in ((0, 3), (3, 40), (40, 110)):
         assert_best(chosen[:, a:b], q[:, a:b], k[:, a:b], SMALL)
 
 
 @pytest.mark.parametrize(("tokens", "path"), [(2, "by query"), (2, "by block"), (70, "by block in chunks")], indirect=["path"])
-def test_rows_of_different_lengths_do_not_see_unused_room(tokens, path):
+def test_rows_of_different_lengths_do_not_see_unused_room(tokens, path, monkeypatch):
+    monkeypatch.setattr(triton_select, "SCRATCH", 1)  # 64 queries at once
     q, k, v = draw(240, tokens, 2, 1, 16, batch=2)
     lengths = torch.tensor([240, 170])
     k[1, 170:] = v[1, 170:] = float("nan")
@@ -157,3 +169,18 @@ def test_compression_equals_naive():
     for size, stride in ((8, 4), (32, 16)):
         got = compress_keys(*on_device(k), size, stride, backend="triton").cpu()
         assert (got - compress_keys(k, size, stride, backend="naive")).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 5]], ids=["a number", "numbers on the device"])
+def test_compressed_keys_grow_as_keys_come(starts):
+    _, k, _ = draw(120, 1, batch=len(starts))
+    (keys,), past = on_device(k), torch.tensor(starts, device=TRITON_DEVICE)
+    out = torch.full((len(starts), 40, 2, 16), float("nan"), device=TRITON_DEVICE)
+    for step in (1, 7, 1, 40, 3, 50):
+        extend_compressed(keys, out, past if len(starts) > 1 else int(past), step, 8, 4, backend="triton")
+        past = past + step
+    for row, (first, end) in enumerate(zip(starts, past.tolist(), strict=True)):
+        wanted = compress_keys(k[row : row + 1, :end], 8, 4, backend="naive")
+        there = range(max(0, (first - 8) // 4 + 1), wanted.shape[1])
+        assert_close(out[row : row + 1, there.start : there.stop], wanted[:, there.start :], 1e-6)
+        assert out[row, there.stop :].isnan().all()
