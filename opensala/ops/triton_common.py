@@ -31,7 +31,7 @@ class CompileCase(NamedTuple):
     `types` gives the run-time arguments as Triton writes types ("*bf16", "*fp32", "*i32", "i32", "i64", "fp32");
     `constants` all other arguments: the constexprs, None for absent pointers, and 1 for strides that are 1 (a launch
     turns both into constants). `options` are num_warps and num_stages. Run-time pointers and integers are taken to be
-    divisible by 16, as the tensors of a real model are, but for those named in `odd`.
+    divisible by 16, as the tensors of a real model are, but for those that the kernel does not specialize.
     """
 
     name: str
@@ -39,7 +39,6 @@ class CompileCase(NamedTuple):
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     options: Mapping[str, int]
-    odd: tuple[str, ...] = ()
 
 
 CompileCases = Iterator[CompileCase]

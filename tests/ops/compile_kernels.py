@@ -59,9 +59,12 @@ def compile_case(case: CompileCase, arch: int) -> dict[str, Any]:
     missing = [n for n in kernel.arg_names if n not in case.types and n not in case.constants]
     if unknown or missing:
         return report | {"error": f"not arguments: {unknown}; without a type or a value: {missing}"}
+    blunt = [n for i, n in enumerate(kernel.arg_names) if case.types.get(n, "").startswith("*") and kernel.params[i].do_not_specialize]
+    if blunt:
+        return report | {"error": f"pointers of unknown alignment: {blunt}"}
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-               if name not in case.odd and case.types.get(name, "").startswith(("*", "i"))}
+               if not kernel.params[i].do_not_specialize and case.types.get(name, "").startswith(("*", "i"))}
     started = time.perf_counter()
     try:
         compiled = triton.compile(ASTSource(kernel, signature, dict(case.constants), aligned),

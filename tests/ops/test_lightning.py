@@ -75,6 +75,19 @@ def test_segments_of_the_triton_kernels_join(backend, segment, lengths, monkeypa
     compare(backend, draw(rows, sum(lengths), 3, 8, 12, max(rows, len(lengths))), decay, *documents)
 
 
+@pytest.mark.triton
+def test_the_last_segment_leaves_no_state(monkeypatch):
+    """There is no room for it. Here there is, and nobody writes there: memory nobody wrote reads as NaN."""
+    kernels = pytest.importorskip("opensala.ops.lightning.triton")
+    monkeypatch.setattr(kernels, "SEGMENTS", (64, 64))
+    slots = kernels._Plan.slots.fget
+    monkeypatch.setattr(kernels._Plan, "slots", property(lambda plan: slots(plan) + 1))
+    _, k, v, _ = (x.to(TRITON_DEVICE) for x in draw(1, 128, 1, 8, 8, 1, torch.float32))
+    decay = torch.tensor([0.1], device=TRITON_DEVICE)
+    states = kernels._states(k, v, decay, None, kernels._plan(k, v, None), reverse=False, update_scale=1.0)
+    assert states.isfinite().all((1, 2, 3)).tolist() == [True, False] and states[1].isnan().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs(backend):
     decay = torch.tensor(alibi_slopes(3), dtype=torch.float64)

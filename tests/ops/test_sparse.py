@@ -144,7 +144,7 @@ def test_compression_equals_naive_and_has_full_windows_only():
 def gradients(backend, q, k, v, blocks, spec, cu_seqlens=None):
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     o = sparse_attention(*leaves, blocks, spec.block_size, backend=backend, cu_seqlens=cu_seqlens)
-    (o * torch.randn(o.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(o.dtype)).sum().backward()
+    (o * torch.randn(o.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(o)).sum().backward()
     return o, *(x.grad for x in leaves)
 
 

@@ -9,6 +9,8 @@ share the rows, and each leaves one partial sum of the weight's gradient, so tha
 import triton
 import triton.language as tl
 
+_COUNTS = ["rows", "table_rows"]  # differ from call to call: no kernel of their own for each kind of number
+
 
 @triton.jit
 def _load(pointer, cells, mask):
@@ -26,7 +28,7 @@ def _angles(cos, sin, row, live, columns, H: tl.constexpr, HALF: tl.constexpr, t
     return _load(cos, cells, mask), _load(sin, cells, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def norm_rope_kernel(
     x, weight, cos, sin, out, rows, table_rows, eps,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, REPEATED: tl.constexpr,
@@ -51,7 +53,7 @@ def norm_rope_kernel(
     tl.store(out + cells + HALF, b.to(out.dtype.element_ty), mask=in_b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def norm_rope_grad_kernel(
     x, weight, cos, sin, grad, dx, dweight, rows, table_rows, eps,
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, REPEATED: tl.constexpr,
@@ -95,7 +97,7 @@ def norm_rope_grad_kernel(
         tl.store(dweight + at + HALF, tl.sum(sum_b, 0), mask=columns < D - HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def norm_gate_kernel(x, weight, gate, out, rows, eps, W: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
     """out [rows, W]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -110,7 +112,7 @@ def norm_gate_kernel(x, weight, gate, out, rows, eps, W: tl.constexpr, COLS: tl.
     tl.store(out + cells, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def norm_gate_grad_kernel(
     x, weight, gate, grad, dx, dweight, dgate, rows, eps, W: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr
 ):

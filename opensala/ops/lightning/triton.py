@@ -223,20 +223,19 @@ def compile_cases(arch: int) -> CompileCases:
         common = {"H": 32, "K": dim, "V": value_dim, "L": 4096, "REVERSE": backward, "SHIFT": 1 - backward, "STEPS": 3}
         cu = {"cu": "*i64"} if backward else {}
         absent = {} if backward else {"cu": None}
-        odd = tuple(shapes)
         config = _output_config(dim, value_dim, dtype, arch)
         yield CompileCase(
             f"output {name}", output_kernel,
             {**dict.fromkeys("qkvo", x), **dict.fromkeys(("decay", "initial", "states", "final"), f), **shapes, **cu,
              **dict.fromkeys(("score_scale", "state_scale", "update_scale"), "fp32")},
-            {**common, **absent, "TRANSPOSED": backward, **_without_warps(config)}, {"num_warps": config["num_warps"]}, odd)
+            {**common, **absent, "TRANSPOSED": backward, **_without_warps(config)}, {"num_warps": config["num_warps"]})
         config = _segment_config(dim, value_dim, dtype, arch)
         yield CompileCase(
             f"segment {name}", segment_kernel,
             {"k": x, "v": x, "decay": f, "states": f, "update_scale": "fp32", **shapes, **cu},
-            {**common, **absent, **_without_warps(config)}, {"num_warps": config["num_warps"]}, odd)
+            {**common, **absent, **_without_warps(config)}, {"num_warps": config["num_warps"]})
     yield CompileCase("scan", scan_kernel, {**dict.fromkeys(("states", "initial", "decay"), "*fp32"), "segments": "i32"},
-                      {"cu": None, "H": 32, "SIZE": 128 * 128, "L": 4096, "BLOCK": SCAN_BLOCK}, {"num_warps": 4}, ("segments",))
+                      {"cu": None, "H": 32, "SIZE": 128 * 128, "L": 4096, "BLOCK": SCAN_BLOCK}, {"num_warps": 4})
     yield CompileCase("step", step_kernel, {**dict.fromkeys("qkvo", "*bf16"), "scale": "fp32",
                                              **dict.fromkeys(("decay", "initial", "final"), "*fp32")},
                       {"H": 32, "K": 128, "V": 128, "KP": 128, "BV": STEP_TILE}, {"num_warps": 4})

@@ -1,6 +1,9 @@
 """The Triton forms of compression, selection and block-sparse attention, as `opensala.ops.sparse` calls them.
 
 Nothing here waits for the GPU: lengths and document boundaries stay where they are, and every shape follows from shapes.
+
+Attention goes block by block where many queries share a block (`shared_enough`), else query by query. The choice is made
+by counting bytes and has not been measured on a GPU yet.
 """
 
 import math
@@ -14,6 +17,7 @@ from ..triton_common import computable
 from .triton_attend import attend_by_query
 from .triton_backward import attention_gradients
 from .triton_compress import triton_extend_compressed
+from .triton_pairs import attend_by_block, shared_enough
 from .triton_rows import Rows, inner_contiguous, rows_of
 from .triton_select import triton_select_blocks
 
@@ -25,8 +29,10 @@ class _SparseAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows, scale: float) -> Tensor:
         factor = scale * math.log2(math.e)
         ctx.size, ctx.rows, ctx.scale, ctx.dtypes = size, rows, scale, (q.dtype, k.dtype, v.dtype)
-        q, k, v = (inner_contiguous(computable(x)) for x in (q, k, v))
-        out, lse = attend_by_query(q, k, v, blocks, size, rows, factor)
+        common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        q, k, v = (inner_contiguous(computable(x.to(common))) for x in (q, k, v))
+        attend = attend_by_block if shared_enough(q, v, blocks, size, rows) else attend_by_query
+        out, lse = attend(q, k, v, blocks, size, rows, factor)
         ctx.save_for_backward(q, k, v, blocks, out, lse)
         return out.to(ctx.dtypes[0])
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..backends import triton_interpreted
 from ..triton_common import CompileCase, CompileCases, arch_of, cdiv, on_device, padded
-from .triton_rows import Rows, cores, load_rows, locate
+from .triton_rows import COUNTS, Rows, cores, load_rows, locate
 
 PROGRAMS = 4  # programs for each multiprocessor that a call should have at least
 LEAST_SHARE = 2  # blocks of a list that are worth a program of their own
@@ -52,7 +52,7 @@ def listed_tokens(listed, first, stop, i, SIZE: tl.constexpr, PAD: tl.constexpr,
     return tl.where(inside < SIZE, block * SIZE + inside, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attend_kernel(
     q, k, v, blocks, lengths, cu, number, out, lse, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens, length, capacity,
     factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
@@ -99,7 +99,7 @@ def attend_kernel(
     tl.store(out + place[:, None] * E + e[None, :], total.to(out.dtype.element_ty), mask=(g < GROUP)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
     parts, part_lse, out, lse, rows, count, outer, inner, step, E: tl.constexpr, EP: tl.constexpr,
     R: tl.constexpr, MANY: tl.constexpr, TOGETHER: tl.constexpr,
@@ -148,13 +148,20 @@ def merge_config(rows: int, count: int, width: int) -> dict[str, int]:
             "EP": wide, "num_warps": 4}
 
 
+def split_list(chosen: int, wanted: int) -> int:
+    """Programs that share a list: at most `wanted`, and one of few numbers, as each is a kernel of its own."""
+    splits = max(1, chosen // LEAST_SHARE)
+    while splits > max(1, wanted):
+        splits = splits // 2
+    return splits
+
+
 def attend_by_query(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows, factor: float
 ) -> tuple[Tensor, Tensor]:
     """out `[B, T, Hq, E]` in q's dtype and lse `[B, T, Hq]` in base 2; every head of q, k, v contiguous."""
     (batch, tokens, heads, dim), (kv_heads, width), chosen = q.shape, v.shape[2:], blocks.shape[3]
-    wanted = PROGRAMS * cores(q.device) // max(1, batch * tokens * kv_heads)
-    splits = max(1, min(wanted, chosen // LEAST_SHARE))
+    splits = split_list(chosen, PROGRAMS * cores(q.device) // max(1, batch * tokens * kv_heads))
     shape = (batch, tokens, heads, width)
     out = torch.empty((splits, *shape), dtype=q.dtype if splits == 1 else torch.float32, device=q.device)
     lse = torch.empty((splits, *shape[:3]), dtype=torch.float32, device=q.device)

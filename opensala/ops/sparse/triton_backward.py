@@ -22,13 +22,13 @@ from ..backends import triton_interpreted
 from ..triton_common import CompileCase, CompileCases, arch_of, cdiv, on_device, padded
 from .triton_attend import SIZES, case_types, list_config, listed_tokens
 from .triton_index import block_of, invert, place_of, segment_of
-from .triton_rows import Rows, inner_contiguous, load_rows, locate
+from .triton_rows import COUNTS, Rows, inner_contiguous, load_rows, locate
 
 SEGMENT = 8192  # pairs of a block that one program sums up
 ADDED = 32  # keys whose parts one program adds up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def query_grad_kernel(
     q, k, v, blocks, lengths, cu, number, out, d_out, lse, delta, d_q, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t,
     do_h, tokens, length, capacity, factor, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr,
@@ -69,7 +69,7 @@ def query_grad_kernel(
              mask=(g < GROUP)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_grad_kernel(
     q, k, v, d_out, lse, delta, order, bounds, firsts, bin_of, lengths, cu, d_k, d_v, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t,
     v_h, do_b, do_t, do_h, tokens, length, documents, slots, bins, factor, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
@@ -115,7 +115,7 @@ def key_grad_kernel(
     tl.store(d_v + place[:, None] * E + e[None, :], d_values, mask=(inside < SIZE)[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def add_kernel(
     parts, out, firsts, cu, slots, documents, capacity, HEADS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
     STEPS: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import CompileCase, CompileCases, cdiv, computable, find_document, on_device, padded
-from .triton_rows import Rows, inner_contiguous, windows_in
+from .triton_rows import COUNTS, Rows, inner_contiguous, windows_in
 
 LOADED = 8192  # elements of keys that a program holds at once
 
@@ -27,7 +27,7 @@ def _config(windows: int, size: int, dim: int) -> dict[str, int]:
     return {"BW": together, "PART": part, "DP": wide}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def compress_kernel(
     k, out, past, cu, past_all, new_tokens, capacity, room, documents, k_b, k_t, k_h, o_b, o_n, o_h,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BW: tl.constexpr,

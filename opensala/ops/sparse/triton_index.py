@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import CompileCase, CompileCases, cdiv, find_document, on_device
-from .triton_rows import Rows, locate
+from .triton_rows import COUNTS, Rows, locate
 
 KEYED = 1024  # pairs that a program gives their bin
 
@@ -32,9 +32,9 @@ class Index(NamedTuple):
     length: int  # pairs of a segment at most
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def bin_kernel(
-    blocks, bins, lows, lengths, cu, number, tokens, length, begin, count, tiles, slots, none,
+    blocks, key, lows, lengths, cu, number, tokens, length, begin, count, tiles, slots, none,
     HEADS: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The bin of each pair; `none` for entries without a block, wholly in the future of their query, or, with `lows`
@@ -60,7 +60,7 @@ def bin_kernel(
         else:
             tile = (t - begin) // BQ
         chosen = chosen & (block < tl.load(lows + (b * tiles + tile) * HEADS + h))
-    tl.store(bins + pair, tl.where(chosen, (b * HEADS + h) * slots + slot, none).to(tl.int32), mask=there)
+    tl.store(key + pair, tl.where(chosen, (b * HEADS + h) * slots + slot, none).to(tl.int32), mask=there)
 
 
 def invert(
@@ -123,7 +123,7 @@ def block_of(slot, b, lengths, length, cu, documents, tokens, SIZE: tl.constexpr
 def compile_cases(arch: int) -> CompileCases:
     """Batches with lengths on the device, and packed documents of which tiles see the last blocks together."""
     integers = ("tokens", "length", "begin", "count", "tiles", "slots", "none")
-    pointers = ("blocks", "bins", "lows", "lengths", "cu", "number")
+    pointers = ("blocks", "key", "lows", "lengths", "cu", "number")
     for name, absent in (("batch", ("cu", "number", "lows")), ("packed", ("lengths",))):
         types = {**dict.fromkeys(integers, "i32"), **{n: "*i32" for n in pointers if n not in absent}}
         constants = {"HEADS": 2, "LIST": 96, "SIZE": 64, "BQ": 8, "N": KEYED, **dict.fromkeys(absent)}

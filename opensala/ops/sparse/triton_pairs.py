@@ -25,7 +25,7 @@ from ..backends import triton_interpreted
 from ..triton_common import CompileCase, CompileCases, arch_of, cdiv, on_device, padded
 from .triton_attend import SIZES, case_types, merge
 from .triton_index import block_of, invert, place_of, segment_of
-from .triton_rows import Rows, load_rows, tile_of
+from .triton_rows import COUNTS, Rows, load_rows, tile_of
 
 PART_BYTES = 1 << 30  # of partial results at once
 SEGMENT = 64  # pairs of a block that one program attends
@@ -36,7 +36,7 @@ BLOCK_BYTES = 64 * 1024  # of keys and values of one block: what a program holds
 REACH = 62  # blocks before its own that a query's band can have: they are bits of one number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def low_kernel(
     blocks, lows, lengths, cu, number, tokens, length, begin, end, documents, HEADS: tl.constexpr, LIST: tl.constexpr,
     LIST_P: tl.constexpr, SIZE: tl.constexpr, REACH: tl.constexpr, BQ: tl.constexpr, STEPS: tl.constexpr,
@@ -86,7 +86,7 @@ def add_keys(peak, mass, total, query, keys, values, k_t, v_t, lo, hi, position,
     return peak, mass, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def band_kernel(
     q, k, v, lows, parts, part_lse, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens, length, begin, end,
     documents, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
@@ -125,7 +125,7 @@ def band_kernel(
     tl.store(parts + place[:, None] * E + e[None, :], total.to(parts.dtype.element_ty), mask=there[:, None] & (e < E)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def pair_kernel(
     q, k, v, parts, part_lse, order, bounds, firsts, bin_of, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens,
     length, begin, count, documents, slots, bins, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr,

@@ -18,6 +18,13 @@ from torch import Tensor
 
 from ..triton_common import cdiv, find_document, search_steps
 
+# Numbers that change from call to call. Kernels take them as they come: else a chat would wait for a kernel of its own to be
+# compiled whenever one of them is 1, or a multiple of 16 for the first time.
+COUNTS = [
+    "tokens", "length", "capacity", "room", "room1", "room2", "begin", "end", "count", "documents", "slots", "bins", "tiles", "none",
+    "past_all", "new_tokens", "keep", "shares", "splits", "rows", "outer", "inner", "step",
+]
+
 
 class Rows(NamedTuple):
     """Lengths of the rows of a call, or boundaries of the documents of its one row."""

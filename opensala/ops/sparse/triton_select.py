@@ -32,7 +32,7 @@ from ..backends import triton_interpreted
 from ..triton_common import CompileCase, CompileCases, cdiv, computable, on_device, padded
 from .spec import BlockSpec
 from .triton_compress import compress_packed, triton_extend_compressed
-from .triton_rows import Rows, cores, inner_contiguous, load_rows, rows_of, tile_of, windows_in
+from .triton_rows import COUNTS, Rows, cores, inner_contiguous, load_rows, rows_of, tile_of, windows_in
 from .triton_top import top_blocks
 
 SCRATCH = 1 << 26  # block scores held at once: 256 MB
@@ -72,21 +72,21 @@ def add_visible(peak, mass, query, keys, k_n, room, position, last, part, parts,
     return add_panels(peak, mass, query, keys, k_n, middle, hi, visible, factor, D, DP, BN, True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def lse_kernel(
-    q, k1, k2, lse, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, k2_b, k2_n, k2_h, room1, room2, tokens,
-    length, documents, keep, block_size, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    COARSE: tl.constexpr, PARTS: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr,
+    q, k1, k2, lse, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, k2_b, k2_n, k2_h, room1, room2, tokens, length, documents,
+    keep, block_size, shares, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
+    STRIDE: tl.constexpr, COARSE: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    """lse `[PARTS, B, T, Hq]`: log2 of the softmax denominator of each query and head over a share of the panels.
+    """lse `[shares, B, T, Hq]`: log2 of the softmax denominator of each query and head over a share of the panels.
 
     Tiles of which every query takes all its blocks (at most `keep`) are left out: nobody reads their scores.
     """
-    part = tl.program_id(0) % PARTS
+    part = tl.program_id(0) % shares
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    index = tl.num_programs(0) // PARTS - 1 - tl.program_id(0) // PARTS  # the longest first
+    index = tl.num_programs(0) // shares - 1 - tl.program_id(0) // shares  # the longest first
     first, last, position0, n, start = tile_of(lengths, length, cu, documents, index.to(tl.int64), b, tokens, 0, tokens, BQ, STEPS)
     highest = (position0 + last - 1 - first).to(tl.int32)
     if (last <= first) | (highest // block_size < keep):
@@ -102,40 +102,40 @@ def lse_kernel(
     keys1 = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
     if COARSE:
         keys2 = k2 + b * k2_b + h * k2_h + (start // (4 * STRIDE) + n) * k2_n
-        peak2, mass2 = add_visible(peak, mass, query, keys2, k2_n, room2, position, highest, part, PARTS, factor, D, DP, BN,
+        peak2, mass2 = add_visible(peak, mass, query, keys2, k2_n, room2, position, highest, part, shares, factor, D, DP, BN,
                                    4 * SIZE, 4 * STRIDE)
         if position0 + 1 < 4 * SIZE:  # no window of the second level: the first one serves
-            peak, mass = add_visible(peak, mass, query, keys1, k1_n, room1, position, highest, part, PARTS, factor, D, DP, BN,
+            peak, mass = add_visible(peak, mass, query, keys1, k1_n, room1, position, highest, part, shares, factor, D, DP, BN,
                                      SIZE, STRIDE)
         coarse = position + 1 >= 4 * SIZE
         peak, mass = tl.where(coarse, peak2, peak), tl.where(coarse, mass2, mass)
     else:
-        peak, mass = add_visible(peak, mass, query, keys1, k1_n, room1, position, highest, part, PARTS, factor, D, DP, BN, SIZE, STRIDE)
+        peak, mass = add_visible(peak, mass, query, keys1, k1_n, room1, position, highest, part, shares, factor, D, DP, BN, SIZE, STRIDE)
     place = ((part * tl.num_programs(2) + b) * tokens + t) * (HEADS * GROUP) + h * GROUP + g
     tl.store(lse + place, peak + tl.log2(mass), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def score_kernel(
-    q, k1, lse, scores, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, room1, tokens, length, begin, end, width, documents, factor,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr,
-    WINDOW: tl.constexpr, KEEP: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, MASK: tl.constexpr,
-    STEPS: tl.constexpr, PARTS_P: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, PB: tl.constexpr,
+    q, k1, lse, scores, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, room1, tokens, length, begin, end, width, documents, shares,
+    splits, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
+    RATIO: tl.constexpr, WINDOW: tl.constexpr, KEEP: tl.constexpr, MASK: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr,
+    GP: tl.constexpr, BQ: tl.constexpr, PB: tl.constexpr,
 ):  # fmt: skip
     """scores `[B, end - begin, Hkv, width]` of the blocks that are not forced by the window, for queries begin ... end - 1.
 
     A block without a visible window scores -1. The blocks a query sees in full need no mask; MASK is set where the window
     of forced blocks is too small to cover the others.
     """
-    part = tl.program_id(0) % SPLITS
+    part = tl.program_id(0) % splits
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    index = tl.num_programs(0) // SPLITS - 1 - tl.program_id(0) // SPLITS
+    index = tl.num_programs(0) // splits - 1 - tl.program_id(0) // splits
     first, last, position0, n, start = tile_of(lengths, length, cu, documents, index.to(tl.int64), b, tokens, begin, end, BQ, STEPS)
     highest = (position0 + last - 1 - first).to(tl.int32)
     own = highest // (RATIO * STRIDE)
     panels = tl.cdiv(tl.minimum(own - WINDOW, width), PB)
-    share = tl.cdiv(panels, SPLITS)
+    share = tl.cdiv(panels, splits)
     lo = part * share
     hi = tl.minimum(lo + share, panels)
     if (last <= first) | (own < KEEP) | (lo >= hi):
@@ -146,7 +146,7 @@ def score_kernel(
     there = (g < GROUP) & (t < last) & (t >= begin)
     query = tl.trans(load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, there, D, DP))
     total = joined_lse(lse, (b * tokens + t) * (HEADS * GROUP) + h * GROUP + g, there,
-                       tl.num_programs(2).to(tl.int64) * tokens * (HEADS * GROUP), PARTS, PARTS_P)
+                       tl.num_programs(2).to(tl.int64) * tokens * (HEADS * GROUP), shares, GP * BQ)
     total = tl.where(g < GROUP, total, float("inf"))  # heads of the padding weigh nothing
     keys = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
     visible = tl.minimum(windows_in(highest + 1, SIZE, STRIDE), room1)
@@ -178,17 +178,18 @@ def score_kernel(
 
 
 @triton.jit
-def joined_lse(lse, place, there, step, PARTS: tl.constexpr, PARTS_P: tl.constexpr):
-    """log2 of the sum of the denominators of all parts; 0 where nothing was visible."""
-    if PARTS == 1:
-        total = tl.load(lse + place, mask=there, other=0.0)
-    else:
-        p = tl.arange(0, PARTS_P)
-        each = tl.load(lse + place[None, :] + p[:, None] * step, mask=there[None, :] & (p < PARTS)[:, None], other=float("-inf"))
-        peak = tl.max(each, axis=0)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        total = peak + tl.log2(tl.sum(tl.exp2(each - peak[None, :]), axis=0))
-    return tl.where(total == float("-inf"), 0.0, total)
+def joined_lse(lse, place, there, step, shares, COLUMNS: tl.constexpr):
+    """log2 of the sum of the denominators of all shares; 0 where nothing was visible."""
+    peak = tl.full((COLUMNS,), float("-inf"), tl.float32)
+    mass = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, shares, 8):
+        n = first + tl.arange(0, 8)
+        each = tl.load(lse + place[None, :] + n[:, None] * step, mask=there[None, :] & (n < shares)[:, None], other=float("-inf"))
+        higher = tl.maximum(peak, tl.max(each, axis=0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(each - base[None, :]), axis=0)
+        peak = higher
+    return tl.where(mass > 0, peak + tl.log2(mass), 0.0)
 
 
 def tile_config(tokens: int, group: int, dim: int, itemsize: int) -> dict[str, int]:
@@ -207,8 +208,7 @@ def score_config(tokens: int, group: int, dim: int, itemsize: int) -> dict[str, 
 
 
 def lse_config(tokens: int, group: int, dim: int, itemsize: int) -> dict[str, int]:
-    panel = 64 if itemsize == 2 else 32 if dim <= 128 else 16
-    return {**tile_config(tokens, group, dim, itemsize), "BN": panel, "num_warps": 4 if itemsize == 2 else 8, "num_stages": 2}
+    return {**tile_config(tokens, group, dim, itemsize), "BN": 64 if itemsize == 2 else 32, "num_warps": 4 if itemsize == 2 else 8, "num_stages": 2}
 
 
 def _compressed(k: Tensor, size: int, stride: int, rows: Rows) -> Tensor:
@@ -221,18 +221,19 @@ def _compressed(k: Tensor, size: int, stride: int, rows: Rows) -> Tensor:
 
 
 def _denominators(q: Tensor, k1: Tensor, k2: Tensor, spec: BlockSpec, rows: Rows, factor: float, coarse: bool) -> Tensor:
-    """Parts of the softmax denominators, `[PARTS, B, T, Hq]` in base 2."""
+    """Shares of the softmax denominators, `[shares, B, T, Hq]` in base 2."""
     (batch, tokens, heads, dim), kv_heads = q.shape, k1.shape[2]
     config = lse_config(tokens, heads // kv_heads, dim, q.element_size())
     tiles = rows.tiles(config["BQ"], 0, tokens)
     panels = cdiv((k2 if coarse else k1).shape[1], config["BN"])
-    parts = max(1, min(panels, cdiv(LSE_PROGRAMS * cores(q.device), batch * kv_heads * tiles)))
-    lse = torch.empty(parts, batch, tokens, heads, dtype=torch.float32, device=q.device)
+    shares = max(1, min(panels, cdiv(LSE_PROGRAMS * cores(q.device), batch * kv_heads * tiles)))
+    lse = torch.empty(shares, batch, tokens, heads, dtype=torch.float32, device=q.device)
     with on_device(q):
-        lse_kernel[(tiles * parts, kv_heads, batch)](
+        lse_kernel[(tiles * shares, kv_heads, batch)](
             q, k1, k2, lse, rows.lengths, rows.cu, *q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3],
-            k1.shape[1], k2.shape[1], tokens, rows.length, rows.documents, spec.num_blocks, spec.block_size, factor, HEADS=kv_heads, GROUP=heads // kv_heads, D=dim,
-            SIZE=spec.kernel_size, STRIDE=spec.kernel_stride, COARSE=coarse, PARTS=parts, STEPS=rows.steps, **config,
+            k1.shape[1], k2.shape[1], tokens, rows.length, rows.documents, spec.num_blocks, spec.block_size, shares, factor,
+            HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, SIZE=spec.kernel_size, STRIDE=spec.kernel_stride, COARSE=coarse,
+            STEPS=rows.steps, **config,
         )  # fmt: skip
     return lse
 
@@ -250,10 +251,10 @@ def _scores(
     masked = spec.block_size - spec.kernel_stride + spec.kernel_size - 1 > (spec.window_blocks + 1) * spec.block_size
     with on_device(q):
         score_kernel[(tiles * splits, kv_heads, batch)](
-            q, k1, lse, scores, rows.lengths, rows.cu, *q.stride()[:3], *k1.stride()[:3], k1.shape[1], tokens, rows.length, begin, end, width,
-            rows.documents, factor, HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, SIZE=spec.kernel_size,
-            STRIDE=spec.kernel_stride, RATIO=spec.ratio, WINDOW=spec.window_blocks, KEEP=spec.num_blocks, PARTS=lse.shape[0],
-            PARTS_P=1 << (lse.shape[0] - 1).bit_length(), SPLITS=splits, MASK=masked, STEPS=rows.steps, **config,
+            q, k1, lse, scores, rows.lengths, rows.cu, *q.stride()[:3], *k1.stride()[:3], k1.shape[1], tokens,
+            rows.length, begin, end, width, rows.documents, lse.shape[0], splits, factor, HEADS=kv_heads, GROUP=heads // kv_heads,
+            D=dim, SIZE=spec.kernel_size, STRIDE=spec.kernel_stride, RATIO=spec.ratio, WINDOW=spec.window_blocks,
+            KEEP=spec.num_blocks, MASK=masked, STEPS=rows.steps, **config,
         )  # fmt: skip
     return scores
 
@@ -274,18 +275,18 @@ def triton_select_blocks(
         keys = inner_contiguous(computable(k))
         compressed = (_compressed(keys, spec.kernel_size, spec.kernel_stride, rows),
                       _compressed(keys, spec.coarse_size, spec.coarse_stride, rows))
-    k1, k2 = (inner_contiguous(computable(x)) for x in compressed)
-    queries = inner_contiguous(computable(q))
+    common = torch.promote_types(q.dtype, compressed[0].dtype)
+    queries, k1, k2 = (inner_contiguous(computable(x.to(common))) for x in (q, *compressed))
     batch, tokens, kv_heads = *q.shape[:2], k1.shape[2]
     most = capacity if rows.lengths is not None else rows.length
     width = cdiv(cdiv(most, spec.block_size), 16) * 16
     out = torch.empty(batch, tokens, kv_heads, spec.num_blocks, dtype=torch.int32, device=q.device)
     factor = scale * math.log2(math.e)
-    parts = _denominators(queries, k1, k2, spec, rows, factor, lse == "coarse")
+    shares = _denominators(queries, k1, k2, spec, rows, factor, lse == "coarse")
     chunk = max(64, SCRATCH // (batch * kv_heads * width) // 64 * 64)
     for begin in range(0, tokens, chunk):
         end = min(begin + chunk, tokens)
-        scores = _scores(queries, k1, parts, spec, rows, factor, begin, end, width)
+        scores = _scores(queries, k1, shares, spec, rows, factor, begin, end, width)
         top_blocks(scores, out, spec, rows, begin, end)
     return out
 
@@ -297,27 +298,27 @@ def _case_types(dtype: str, pointers: tuple[str, ...], integers: tuple[str, ...]
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Prefill and decoding at the released sizes, and a float32 model with two heads a kv head and packed documents."""
+    """Prefill and decoding at the released sizes, wide heads, and float32: exact denominators, a small window, documents."""
     spec = BlockSpec()
-    for name, dtype, tokens, group, dim, parts, splits, given in (
-        ("prefill", "bf16", 4096, 16, 128, 1, 1, {"lengths": None, "cu": None}),
-        ("decode", "bf16", 1, 16, 128, 64, 128, {"cu": None}),
-        ("wide", "bf16", 4096, 4, 256, 1, 1, {"lengths": None, "cu": None}),
-        ("float", "fp32", 4096, 2, 64, 1, 1, {"lengths": None}),
-        ("float wide", "fp32", 4096, 2, 256, 1, 1, {"lengths": None}),
+    for name, dtype, tokens, group, dim, given in (
+        ("prefill", "bf16", 4096, 16, 128, {"lengths": None, "cu": None}),
+        ("decode", "bf16", 1, 16, 128, {"cu": None}),
+        ("wide", "bf16", 4096, 4, 256, {"lengths": None, "cu": None}),
+        ("float", "fp32", 4096, 2, 64, {"lengths": None}),
+        ("float wide", "fp32", 4096, 2, 256, {"lengths": None}),
     ):
-        common = {"HEADS": 2, "GROUP": group, "D": dim, "SIZE": spec.kernel_size, "STRIDE": spec.kernel_stride, "PARTS": parts,
-                  "STEPS": 4, **given}
+        common = {"HEADS": 2, "GROUP": group, "D": dim, "SIZE": spec.kernel_size, "STRIDE": spec.kernel_stride, "STEPS": 4,
+                  **given}
         size = 4 if dtype == "fp32" else 2
         for config, kernel, pointers, integers, more in (
             (lse_config(tokens, group, dim, size), lse_kernel, ("q", "k1", "k2", "lse", "lengths", "cu"),
              ("q_b", "q_t", "q_h", "k1_b", "k1_n", "k1_h", "k2_b", "k2_n", "k2_h", "room1", "room2", "tokens", "length",
-              "documents", "keep", "block_size"), {"COARSE": True}),
+              "documents", "keep", "block_size", "shares"), {"COARSE": name != "float"}),
             (score_config(tokens, group, dim, size), score_kernel, ("q", "k1", "lse", "scores", "lengths", "cu"),
-             ("q_b", "q_t", "q_h", "k1_b", "k1_n", "k1_h", "room1", "tokens", "length", "begin", "end", "width", "documents"),
-             {"RATIO": spec.ratio, "WINDOW": spec.window_blocks, "KEEP": spec.num_blocks, "SPLITS": splits, "MASK": False,
-              "PARTS_P": parts}),
+             ("q_b", "q_t", "q_h", "k1_b", "k1_n", "k1_h", "room1", "tokens", "length", "begin", "end", "width", "documents",
+              "shares", "splits"),
+             {"RATIO": spec.ratio, "WINDOW": spec.window_blocks, "KEEP": spec.num_blocks, "MASK": name == "float"}),
         ):
             options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
             types = _case_types(dtype, pointers, integers, given)
-            yield CompileCase(f"{kernel.__name__} {name}", kernel, types, {**common, **more, **config}, options, ("room1", "room2"))
+            yield CompileCase(f"{kernel.__name__} {name}", kernel, types, {**common, **more, **config}, options)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..triton_common import CompileCase, CompileCases, cdiv, on_device
 from .spec import BlockSpec
-from .triton_rows import Rows, locate
+from .triton_rows import COUNTS, Rows, locate
 
 WIDEST = 1 << 13  # scores of a row that a program holds in registers: 512K tokens at the released sizes
 ELEMENTS = 1 << 10  # scores of several rows that a program holds
@@ -37,7 +37,7 @@ def keys_of(scores, here, own, first, width, INIT: tl.constexpr, WINDOW: tl.cons
     return tl.where(mine, tl.where(forced, INFINITE, key), -2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def top_kernel(
     scores, out, lengths, cu, number, tokens, length, begin, end, width, count,
     HEADS: tl.constexpr, SIZE: tl.constexpr, INIT: tl.constexpr, WINDOW: tl.constexpr, KEEP: tl.constexpr,
