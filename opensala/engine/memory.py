@@ -1,5 +1,7 @@
 """How much memory a prompt will need and how much there is: asked before any work is done."""
 
+import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -61,8 +63,9 @@ def peak_bytes(device: torch.device) -> int:
     """Highest memory use of this process so far: resident bytes on a CPU, allocated bytes on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:  # of this program only; getrusage also counts the process that started it
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):  # not Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

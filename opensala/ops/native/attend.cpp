@@ -203,9 +203,13 @@ void backward_tile(const Problem& p, const Gradients& g, int64_t first, int64_t 
     std::copy_n(dq.data + i * inner, p.dim, g.dq + row_of(int32_t(i)) * p.dim);
 }
 
+constexpr int64_t SHARED = 32;  // queries of a tile that a block should have, for unpacking it to pay
+
+// Queries of a tile: some tiles for each thread, but where blocks are many (a long context) rather fewer and larger ones.
 int64_t tile_queries(const Problem& p, int64_t rows, int64_t threads) {
-  int64_t share = (p.tokens * p.kv_heads + threads - 1) / threads;
-  return std::max<int64_t>(1, std::min(rows / p.group() + 1, (share + 3) / 4));
+  int64_t share = (p.tokens * p.kv_heads + threads - 1) / threads, blocks = (p.length + p.size - 1) / p.size;
+  int64_t wanted = std::max((share + 3) / 4, std::min(share, SHARED * blocks / p.chosen));
+  return std::max<int64_t>(1, std::min(rows / p.group() + 1, wanted));
 }
 
 }  // namespace
