@@ -23,10 +23,11 @@ class Haystack:
         tokenizer: a transformers tokenizer.
         characters: how much of each kind of real text to read and tokenize.
         seed: order in which files are read.
+        part: `all` texts, those to `train` on, or those `held_out` (see `opensala.data.text.documents`).
     """
 
-    def __init__(self, tokenizer: Any, characters: int = 6_000_000, seed: int = 0) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, characters: int = 6_000_000, seed: int = 0, part: str = "all") -> None:
+        self.tokenizer, self.part = tokenizer, part
         self.real = [self._tokenize(kind, characters, seed) for kind in ("code", "prose", "headers")]
         self.real = [ids for ids in self.real if len(ids)]
         self.words = self._words()
@@ -34,7 +35,7 @@ class Haystack:
                                                              self._foreign_code]
 
     def _tokenize(self, kind: str, characters: int, seed: int) -> np.ndarray:
-        texts = list(documents(kind))
+        texts = list(documents(kind, self.part))
         random.Random(seed).shuffle(texts)
         chosen, total = [], 0
         for text in texts:
