@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_convert import app as convert_app
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -122,6 +123,9 @@ def demo(
     from .bench.demo import run
 
     run(tokens, seed)
+
+
+app.add_typer(convert_app, name="convert")
 
 
 def _version(asked: bool) -> None:

@@ -4,8 +4,8 @@ Transfer of weights, alignment of the new mixers, choice of the layers that stay
 all of it. Builds on the model and the data; knows nothing of continual training or of the engine.
 """
 
-#from .config import ConvertConfig, halo, sala, tiny
-#from .run import convert
+from .config import ConvertConfig, halo, sala, tiny
+from .run import convert
 from .selection import Scores, importance, select_layers
 from .teacher import FAMILIES, load_teacher
 from .transfer import assemble, lightning_mixers, student_config

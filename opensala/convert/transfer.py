@@ -91,6 +91,7 @@ def _output(attention: State, gate: str, like: Tensor) -> State:
 
 
 def _add_norms(state: State, head_dim: int | None) -> None:
+    assert head_dim, "filled by the configuration"
     for name in ("q_norm.weight", "k_norm.weight"):
         state.setdefault(name, state["q_proj.weight"].new_ones(head_dim))
 
