@@ -66,7 +66,7 @@ def print_plan(rows: list[tuple[str, int, int, float]], needed: int, device: tor
     for name, steps, tokens, seconds in rows:
         table.add_row(name, f"{steps:,}", f"{steps * tokens:,}", f"{seconds:.2f}", _clock(steps * seconds))
     total = sum(steps * seconds for _, steps, _, seconds in rows)
-    console = Console(file=sys.stderr, width=100)
+    console = Console(file=sys.stderr, soft_wrap=True)
     console.print(table)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     console.print(f"in all {_clock(total)}; weights, gradients and optimizer {needed / 2**20:,.0f} MiB, activations beside them; "

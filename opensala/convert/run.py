@@ -58,6 +58,23 @@ def convert(config: ConvertConfig, output: str | Path, *, resume: bool = False, 
     return Conversion(config, output, resume, quiet).run(plan_only)
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: torch sees no GPU here; use cpu")
+    return device
+
+
+def _tokenizer(path: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"teacher: {path} has no tokenizer that can be read ({error}); save one beside the model") from error
+
+
 class Conversion:
     """A run in progress. See `convert`."""
 
@@ -68,11 +85,12 @@ class Conversion:
         layers = teacher_config(given).num_hidden_layers
         self.config, self.quiet = config, quiet
         self.keep = self._number_kept(layers)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.teacher)
+        device = _device(config.device)
+        self.tokenizer = _tokenizer(config.teacher)
         self.batches = Batches(self.tokenizer, config)
         self.prober = Prober(self.batches, config.probes)
         self.folder = RunFolder(output, config, resume)
-        self.teacher = load_teacher(config.teacher, getattr(torch, config.dtype), config.device)
+        self.teacher = load_teacher(config.teacher, getattr(torch, config.dtype), device)
         self._fill_end_of_text()
         self.mixers = lightning_mixers(self.teacher)
         self.scores: dict[str, Any] = {}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import opensala.convert.run as run_module
 from opensala.convert import convert, halo, sala, tiny
 from opensala.convert.config import RECIPES, Phase, Probes
-from opensala.convert.probes import answers_right, lm_eval_score
+from opensala.convert.probes import answers_right
 from opensala.convert.run import Conversion
 
 
@@ -78,7 +77,7 @@ def test_ask_takes_the_checkpoint(finished, tmp_path):
     assert done.returncode == 0 and json.loads(done.stdout)["new_tokens"] <= 3
 
 
-@pytest.mark.parametrize("phase,step", [("align", 5), ("align", 7), ("distill", 1), ("distill", 6)])
+@pytest.mark.parametrize("phase,step", [("align", 5), ("distill", 6)])
 def test_a_run_that_breaks_off_resumes_bit_for_bit(config, finished, tmp_path, monkeypatch, phase, step):
     original = Conversion._batch
 
@@ -102,32 +101,22 @@ def same_weights(one, other):
 
 
 def test_kill_9_in_mid_run_and_resume(config, finished, tmp_path):
-    """A process is killed as soon as some steps are saved, in either phase; what follows is as if nothing had happened."""
-    options = ["--recipe", "tiny", "--length", "128", "--align-steps", "8", "--align-batch", "2", "--align-lr", "3e-3",
-               "--distill-steps", "8", "--distill-batch", "2", "--distill-lr", "1e-3", "--probe-length", "128",
-               "--probe-sequences", "4", "--data", config.data[0], "--save-every", "1", "--quiet"]
-    command = [sys.executable, "-m", "opensala", "convert", config.teacher, "-o", str(tmp_path / "run"), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = [*command[:6], str(tmp_path / "whole"), *options]
-    subprocess.run(whole, check=True, capture_output=True, env=environment, timeout=120)
+    """A process is killed as soon as a step is saved, in either phase; what follows is as if nothing had happened."""
+    config = replace(config, save_every=1)
+    code = ("import sys, torch; from opensala.convert.config import *; from opensala.convert import convert; torch.set_num_threads(1)\n"
+            f"convert({config!r}, sys.argv[1], resume=True, quiet=True)")
     for wanted in ("align.pt", "distill.pt"):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 100
         while not (tmp_path / "run" / wanted).exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.003)
         assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        if command[-1] != "--resume":
-            command.append("--resume")
-    assert len(losses_as_left(tmp_path / "run")) < 16
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=120)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    same_weights(tmp_path / "run", tmp_path / "whole")
-
-
-def losses_as_left(folder):
-    return (folder / "metrics.jsonl").read_text().splitlines()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 16
+    convert(config, tmp_path / "run", resume=True, quiet=True)
+    assert losses(tmp_path / "run") == losses(finished)
+    same_weights(tmp_path / "run", finished)
 
 
 def test_a_line_cut_short_by_a_kill_is_dropped(config, finished, tmp_path):
@@ -223,6 +212,7 @@ def test_what_cannot_be_converted_is_refused_before_any_work(config, teacher_fol
         ({"rule": "halos"}, "Did you mean 'halo'"), ({"trainable": "some"}, "trainable must be one of 'linear', 'all'"),
         ({"task_share": 2.0}, "task_share must be 0 to 1, got 2.0"), ({"length": 8}, "length must be at least 16, got 8"),
         ({"align": Phase(3, 2, math.nan, 0.0)}, "align.lr must be a number above 0, got nan"),
+        ({"device": "tpu0"}, "device must be cpu, cuda or cuda:N, got 'tpu0'"),
         ({"probes": Probes(recall_tasks=("squad",))}, "pip install 'opensala\\[eval\\]'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -252,8 +242,3 @@ def test_an_answer_counts_if_all_of_its_value_is_right():
     marks = torch.tensor([[0, 1, 1, 1, 0, 1, 1], [0, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     right = torch.tensor([[1, 1, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
     assert answers_right(right, marks) == [True, False, True]  # the end-of-text after a value does not count
-
-
-def test_lm_eval_scores_where_it_is_installed(finished):
-    pytest.importorskip("lm_eval")
-    assert callable(lm_eval_score)
