@@ -55,7 +55,7 @@ def planned(words, folder):
     return [*words[:2], str(folder / "teacher"), *words[3:], *small, *([] if "--plan" in words else ["--plan"])]
 
 
-ANSWERS = {"report.txt": "48213", "ask src/": "512", "server.log": "90417"}
+ANSWERS = {"report.txt": "48213", "src/": "512", "server.log": "90417"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -58,14 +58,16 @@ class Alignment:
         errors, powers = torch.stack(squared), torch.stack(power)
         return {"loss": errors.tolist(), "relative": (errors / powers.clamp(min=1e-30)).tolist()}
 
-    def update(self, step: int) -> list[float]:
-        """Clip each layer's gradient, take optimizer step `step` and forget the gradients. Returns the gradient norms."""
-        norms = [nn.utils.clip_grad_norm_(mixer.parameters(), CLIP).item() for mixer in self.mixers]
+    def clip(self) -> list[float]:
+        """Clip each layer's gradient. Returns the norms they had."""
+        return [nn.utils.clip_grad_norm_(mixer.parameters(), CLIP).item() for mixer in self.mixers]
+
+    def update(self, step: int) -> None:
+        """Take optimizer step `step` and forget the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.phase.rate(step)
         self.optimizer.step()
         self.forget()
-        return norms
 
     def forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

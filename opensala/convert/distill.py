@@ -131,14 +131,16 @@ class Distillation:
         loss.backward()
         return loss.item()
 
-    def update(self, step: int) -> float:
-        """Clip, take optimizer step `step`, forget the gradients. Returns the gradient norm."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
+    def clip(self) -> float:
+        """Clip the gradient. Returns the norm it had."""
+        return nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
+
+    def update(self, step: int) -> None:
+        """Take optimizer step `step` and forget the gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.phase.rate(step)
         self.optimizer.step()
         self.forget()
-        return norm
 
     def forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

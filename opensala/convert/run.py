@@ -4,6 +4,7 @@ Each phase saves its state every so many steps; a run that resumes takes up the 
 on a CPU gives the same numbers bit for bit. What a phase computes is in the other modules; here is only their order.
 """
 
+import copy
 import logging
 import math
 import shutil
@@ -178,9 +179,10 @@ class Conversion:
         with progress_bar("alignment", config.align.steps, step, self.quiet or step == config.align.steps) as bar:
             while step < config.align.steps:
                 errors = alignment.gradients(self._batch("align", step))
-                bad = [i for i, value in enumerate(errors["loss"]) if not math.isfinite(value)]
-                self._refuse_non_finite("align", step, f"the loss of layer {bad[0]} is {errors['loss'][bad[0]]}" if bad else None)
-                norms = alignment.update(step)
+                self._check_finite("align", step, {f"the loss of layer {i}": value for i, value in enumerate(errors["loss"])})
+                norms = alignment.clip()
+                self._check_finite("align", step, {f"the gradient of layer {i}": value for i, value in enumerate(norms)})
+                alignment.update(step)
                 self.folder.log({"phase": "align", "step": step, "lr": config.align.rate(step), **errors, "grad_norm": norms})
                 step += 1
                 bar.advance(f"error {sum(errors['relative']) / len(norms):.3f}")
@@ -241,10 +243,10 @@ class Conversion:
             bar.advance()
             for i in range(layers):
                 if i >= len(record["layers"]):
-                    with replaced(self.teacher, {i: self.mixers[i]}):
+                    with replaced(self.teacher, {i: self._cast(i)}):
                         record["layers"].append(self.prober.score(self.teacher).as_dict())
                 if self.config.rule == "kl" and "kl" not in record["layers"][i]:
-                    others = {j: self.mixers[j] for j in range(layers) if j != i}
+                    others = {j: self._cast(j) for j in range(layers) if j != i}
                     record["layers"][i]["kl"] = self.prober.divergence(self.teacher, others)
                 write_json(file, record)
                 bar.advance(f"layer {i}: recall {record['layers'][i]['recall']:.3f}, nll {record['layers'][i]['nll']:.3f}")
@@ -252,6 +254,11 @@ class Conversion:
         lists = {name: [layer[name] for layer in record["layers"]] for name in names}
         write_json(file, record | lists)
         return Scores.from_dict(lists)
+
+    def _cast(self, layer: int) -> nn.Module:
+        """The mixer of a layer in the teacher's dtype."""
+        mixer = self.mixers[layer]
+        return mixer if self.teacher.dtype == torch.float32 else copy.deepcopy(mixer).to(self.teacher.dtype)
 
     # --- distillation ---
 
@@ -280,8 +287,10 @@ class Conversion:
         with progress_bar("distillation", config.distill.steps, step, self.quiet or step == config.distill.steps) as bar:
             while step < config.distill.steps:
                 loss = distillation.gradients(step, self._batch("distill", step))
-                self._refuse_non_finite("distill", step, None if math.isfinite(loss) else f"the loss is {loss}")
-                norm = distillation.update(step)
+                self._check_finite("distill", step, {"the loss": loss})
+                norm = distillation.clip()
+                self._check_finite("distill", step, {"the gradient": norm})
+                distillation.update(step)
                 self.folder.log({"phase": "distill", "step": step, "lr": config.distill.rate(step), "loss": loss, "grad_norm": norm})
                 step += 1
                 bar.advance(f"KL {loss:.4f}")
@@ -344,9 +353,10 @@ class Conversion:
         if step % self.config.save_every == 0 or step == steps:
             self.folder.save_state(phase, {"weights": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
 
-    def _refuse_non_finite(self, phase: str, step: int, problem: str | None) -> None:
-        if problem:
-            file = self.folder.path / f"{phase}.pt"
-            kept = f"{file} (step {step // self.config.save_every * self.config.save_every}) is kept" if file.exists() else "nothing was saved yet"
-            raise ValueError(f"{phase} step {step}: {problem}; the last good state, {kept}. Lower {phase}.lr and start another run "
-                             "from it (reuse), or look for the cause")
+    def _check_finite(self, phase: str, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                file, saved = self.folder.path / f"{phase}.pt", step // self.config.save_every * self.config.save_every
+                kept = f"the last good state, {file} (step {saved}), is kept" if file.exists() else "nothing was saved yet"
+                raise ValueError(f"{phase} step {step}: {name} is {value}; {kept}. Try another run with a lower {phase}.lr, or look "
+                                 "for the cause in the data")

@@ -159,10 +159,19 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(config, tmp_path, m
         return errors if len(calls) < 6 else {**errors, "loss": [*errors["loss"][:-1], math.nan]}
 
     monkeypatch.setattr(run_module.Alignment, "gradients", poisoned)
-    with pytest.raises(ValueError, match=r"align step 5: the loss of layer 7 is nan; .*align.pt \(step 3\) is kept"):
+    with pytest.raises(ValueError, match=r"align step 5: the loss of layer 7 is nan; .*align.pt \(step 3\), is kept"):
         convert(config, tmp_path / "run", quiet=True)
     state = torch.load(tmp_path / "run" / "align.pt", weights_only=True)
     assert state["step"] == 3 and all(torch.isfinite(w).all() for w in state["weights"].values())
+
+
+def test_a_teacher_in_bfloat16_with_what_is_trained_in_float32(config, tmp_path):
+    short = replace(config, dtype="bfloat16", align=replace(config.align, steps=2), distill=replace(config.distill, steps=2),
+                    trainable="all")
+    folder = convert(short, tmp_path / "run", quiet=True)
+    assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
+    state = torch.load(tmp_path / "run" / "distill.pt", weights_only=True)
+    assert {w.dtype for w in state["weights"].values()} == {torch.float32}
 
 
 def test_variants_take_over_what_they_share(config, finished, tmp_path):
