@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
+from .cli_convert import app as convert_app
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -139,6 +140,9 @@ def ops(
     from .bench.ops import run
 
     run(quick, device, rows, million)
+
+
+app.add_typer(convert_app, name="convert")
 
 
 def _version(asked: bool) -> None:

@@ -5,7 +5,7 @@ model does not learn to find facts only in the kinds of text it was trained on.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,18 +23,21 @@ class Haystack:
         tokenizer: a transformers tokenizer.
         characters: how much of each kind of real text to read and tokenize.
         seed: order in which files are read.
+        part: `all` texts, those to `train` on, or those `held_out` (see `opensala.data.text.documents`).
+        texts: real text to use instead of what the Python installation carries.
     """
 
-    def __init__(self, tokenizer: Any, characters: int = 6_000_000, seed: int = 0) -> None:
+    def __init__(self, tokenizer: Any, characters: int = 6_000_000, seed: int = 0, part: str = "all",
+                 texts: Sequence[str] | None = None) -> None:
         self.tokenizer = tokenizer
-        self.real = [self._tokenize(kind, characters, seed) for kind in ("code", "prose", "headers")]
+        sources = [list(documents(kind, part)) for kind in ("code", "prose", "headers")] if texts is None else [list(texts)]
+        self.real = [self._tokenize(source, characters, seed) for source in sources]
         self.real = [ids for ids in self.real if len(ids)]
         self.words = self._words()
         self._made: list[Callable[[random.Random], str]] = [self._log, self._table, self._word_salad, self._repeated,
                                                              self._foreign_code]
 
-    def _tokenize(self, kind: str, characters: int, seed: int) -> np.ndarray:
-        texts = list(documents(kind))
+    def _tokenize(self, texts: list[str], characters: int, seed: int) -> np.ndarray:
         random.Random(seed).shuffle(texts)
         chosen, total = [], 0
         for text in texts:

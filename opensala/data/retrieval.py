@@ -50,7 +50,8 @@ def hide(tokenizer: Any, rng: random.Random, hay: np.ndarray, statements: list[s
 
 
 def training_sequence(tokenizer: Any, haystack: Haystack, rng: random.Random, length: int, facts: int) -> Sequence:
-    """A sequence of exactly `length` tokens: bos, a document with hidden facts, then all questions answered.
+    """A sequence of exactly `length` tokens: bos (if the tokenizer has one), a document with hidden facts, then all
+    questions answered.
 
     Raises ValueError if the questions alone do not fit.
     """
@@ -66,10 +67,11 @@ def training_sequence(tokenizer: Any, haystack: Haystack, rng: random.Random, le
     statements += [_decoy(rng, f, haystack.words) for f in chosen for _ in range(rng.choice((0, 1, 1, 2, 3)))]
     rng.shuffle(statements)
     used = sum(len(ids) for ids in tokenizer(statements, add_special_tokens=False)["input_ids"])
-    room = length - 1 - len(tail) - used
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room = length - len(start) - len(tail) - used
     if room < 0:
         raise ValueError(f"{facts} facts need {length - room} tokens, the sequence has {length}")
     body = hide(tokenizer, rng, haystack.span(rng, room), statements)
-    ids = np.concatenate([[tokenizer.bos_token_id], body, tail]).astype(np.int32)
-    answer = np.concatenate([np.zeros(1 + len(body), bool), marks])
+    ids = np.concatenate([start, body, tail]).astype(np.int32)
+    answer = np.concatenate([np.zeros(len(start) + len(body), bool), marks])
     return Sequence(ids, answer)

@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 
 KINDS = ("code", "prose", "headers")
+PARTS = ("all", "train", "held_out")
+_HELD_OUT = 12  # every so-many-th text is held out
 _SKIPPED = {"__pycache__", "site-packages", "dist-packages", "ensurepip", "lib-dynload"}
 
 
@@ -45,8 +47,19 @@ def _docstrings(source: str) -> Iterator[str]:
                 yield doc
 
 
-def documents(kind: str) -> Iterator[str]:
-    """Texts of one kind, in a fixed order. Raises ValueError for an unknown kind."""
+def documents(kind: str, part: str = "all") -> Iterator[str]:
+    """Texts of one kind, in a fixed order: all of them, or only those to train on or those held out to measure with.
+
+    Raises ValueError for an unknown kind or part.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    for n, text in enumerate(_documents(kind)):
+        if part == "all" or (n % _HELD_OUT == _HELD_OUT - 1) == (part == "held_out"):
+            yield text
+
+
+def _documents(kind: str) -> Iterator[str]:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     library = Path(sysconfig.get_path("stdlib"))

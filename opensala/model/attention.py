@@ -70,10 +70,13 @@ class SparseMixer(nn.Module):
     def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
         """q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` in x's dtype."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = layout.angles(self.head_dim, self.config.rope_theta) if self.config.attn_use_rope else (None, None)
+        cos, sin = layout.angles(self.head_dim, self.config) if self.config.attn_use_rope else (None, None)
         if self.config.attn_qk_norm or cos is not None:
             norms = (self.q_norm.weight, self.k_norm.weight) if self.config.attn_qk_norm else (None, None)
             q, k = (norm_rope(y, w, cos, sin, self.config.rms_norm_eps) for y, w in zip((q, k), norms, strict=True))
+        base = self.config.attn_scale_base
+        if base is not None:  # on the query, so that the selection of blocks follows
+            q = q * (torch.log(layout.positions.double() + base) / math.log(base)).to(q.dtype)[..., None, None]
         return q, k, v
 
     def forward(self, x: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
@@ -134,7 +137,7 @@ class LightningMixer(nn.Module):
     def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, T, H, D]`, normalised, rotated and repeated to the query heads."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = layout.angles(self.head_dim, self.config.rope_theta) if self.config.lightning_use_rope else (None, None)
+        cos, sin = layout.angles(self.head_dim, self.config) if self.config.lightning_use_rope else (None, None)
         if self.config.qk_norm or cos is not None:
             norms = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else (None, None)
             # Left in float32: rounding q and k behind the rotation costs accuracy on long contexts.

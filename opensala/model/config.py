@@ -1,8 +1,8 @@
 """The configuration of MiniCPM-SALA, with the keys of the released `config.json`.
 
-Defaults are those of the released 9B model. Four keys are extensions that a released file does not have
-and that are written only when they are in use: `attn_qk_norm`, `attention_mode`, `block_search` and
-`sparse_config.lse`.
+Defaults are those of the released 9B model. Some keys are extensions that a released file does not have and that
+are written only when they are in use: `attn_qk_norm`, `attn_scale_base`, `attention_mode`, `block_search` and
+`sparse_config.lse`; so is any `rope_scaling` but null.
 Everything is checked when the object is made, so that a bad file is refused before any weight is read.
 """
 
@@ -33,7 +33,11 @@ RELEASED_SPARSE_CONFIG = {
 _COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
            "num_key_value_heads", "head_dim", "lightning_nh", "lightning_nkv", "lightning_head_dim",
            "max_position_embeddings")
-_EXTENSION_DEFAULTS = {"attn_qk_norm": False, "attention_mode": "auto", "block_search": "exact"}
+_EXTENSION_DEFAULTS = {"attn_qk_norm": False, "attn_scale_base": None, "attention_mode": "auto", "block_search": "exact"}
+ROPE_SCALINGS = {  # the kinds that change frequencies once and for all, with the numbers each needs
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -52,7 +56,9 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     `attention_mode`: `auto` attends densely below `sparse_config["dense_len"]` tokens and sparsely from
     there on; `dense` and `sparse` force one of them. `attn_qk_norm` adds a per-head RMSNorm on q and k of
     the sparse layers. `block_search`: `exact` scores every compressed key, `hierarchical` only those of promising
-    regions, for contexts near a million tokens. `sparse_config["lse"]` is `"coarse"` (released) or `"exact"`.
+    regions, for contexts near a million tokens. `attn_scale_base` a (HypeNet; near 500) multiplies the logits of the sparse
+    layers' attention at position t by log(t + a) / log(a). `rope_scaling` is null, or the `linear` or `llama3` scaling of a
+    converted teacher. `sparse_config["lse"]` is `"coarse"` (released) or `"exact"`.
 
     Raises:
         ValueError: a field out of its range, naming the field, the value and what is allowed.
@@ -78,6 +84,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     attn_use_rope: bool = False
     attn_use_output_gate: bool = True
     attn_qk_norm: bool = False
+    attn_scale_base: float | int | None = None
     use_output_gate: bool = True
     use_output_norm: bool = True
     qk_norm: bool = True
@@ -85,6 +92,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     rms_norm_eps: float = 1e-6
     rope_theta: float | int = 10000.0
+    rope_scaling: dict[str, Any] | None = None
     max_position_embeddings: int = 524288
     initializer_range: float = 0.1
     scale_emb: float | int = 12
@@ -102,9 +110,6 @@ class MiniCPMSALAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("layer_types", None)
-        rope_scaling = kwargs.pop("rope_scaling", None)
-        if rope_scaling is not None:
-            raise ValueError(f"rope_scaling must be null (the only kind MiniCPM-SALA uses), got {rope_scaling!r}")
         for field in _COUNTS:
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -142,8 +147,23 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             raise ValueError(f"attention_dropout must be 0 (the released model has none), got {self.attention_dropout}")
         check_choice("attention_mode", self.attention_mode, ATTENTION_MODES)
         check_choice("block_search", self.block_search, SEARCHES)
+        self._check_rope_scaling()
+        if self.attn_scale_base is not None and not self.attn_scale_base > 1:
+            raise ValueError(f"attn_scale_base must be null or a number above 1, got {self.attn_scale_base!r}")
         if not (isinstance(self.lightning_scale, (int, float)) or self.lightning_scale in ("1/sqrt(d)", "1/d")):
             raise ValueError(f"lightning_scale must be '1/sqrt(d)', '1/d' or a number, got {self.lightning_scale!r}")
+
+    def _check_rope_scaling(self) -> None:
+        if self.rope_scaling is None:
+            return
+        kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
+        if kind not in ROPE_SCALINGS:
+            raise ValueError(f"rope_scaling must be null or of type {' or '.join(ROPE_SCALINGS)}, got {self.rope_scaling!r}: "
+                             "other kinds depend on the length, which rotary positions here do not")
+        for key in ROPE_SCALINGS[kind]:
+            value = self.rope_scaling.get(key)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"rope_scaling.{key} must be a number above 0, got {value!r}")
 
     @staticmethod
     def _divides(name: str, value: int, by_name: str, by: int | None) -> None:
@@ -227,7 +247,6 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         for key in self.__class__.__annotations__:
             if key in everything:
                 written[key] = everything[key]
-        written["rope_scaling"] = None
         for key, default in _EXTENSION_DEFAULTS.items():
             if written.get(key) == default:
                 del written[key]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .config import MiniCPMSALAConfig
 from .layers import rotary_angles
 
 
@@ -32,13 +33,13 @@ class SequenceLayout:
     positions: Tensor
     index: Tensor | None
     shape: tuple[int, int]
-    _angles: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def angles(self, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    def angles(self, dim: int, config: MiniCPMSALAConfig) -> tuple[Tensor, Tensor]:
         """cos and sin of the rotary angles, `[B, T, dim / 2]`; computed once for all layers of the call."""
-        if (dim, theta) not in self._angles:
-            self._angles[dim, theta] = rotary_angles(self.positions, dim, theta)
-        return self._angles[dim, theta]
+        if dim not in self._angles:
+            self._angles[dim] = rotary_angles(self.positions, dim, config.rope_theta, config.rope_scaling)
+        return self._angles[dim]
 
     @property
     def rectangular(self) -> bool:

@@ -52,6 +52,7 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniCPMSALADecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"\.rotary_emb\.inv_freq$"]  # a constant that old checkpoints carry
     _can_record_outputs = {"hidden_states": MiniCPMSALADecoderLayer}
 
     @classmethod
@@ -62,8 +63,9 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; says so if the model uses extensions that other servers of the format do not know."""
-        used = [name for name, on in (("attn_qk_norm", self.config.attn_qk_norm), ("sparse_config.lse = 'exact'", self.config.lse == "exact"))
-                if on]
+        asked = {"attn_qk_norm": self.config.attn_qk_norm, "attn_scale_base": self.config.attn_scale_base is not None,
+                 "rope_scaling": self.config.rope_scaling is not None, "sparse_config.lse = 'exact'": self.config.lse == "exact"}
+        used = [name for name, on in asked.items() if on]
         if used:
             logger.warning("%s uses %s: an extension that other servers of the MiniCPM-SALA format do not know", save_directory,
                            " and ".join(used))

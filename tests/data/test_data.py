@@ -88,3 +88,36 @@ def test_text_of_this_installation():
     assert len(long_document(50_000, seed=0)) == 50_000 and long_document(5000, seed=0) != long_document(5000, seed=1)
     with pytest.raises(ValueError, match="kind must be one of"):
         next(iter(documents("novels")))
+
+
+def test_held_out_texts_are_apart():
+    from opensala.data.text import documents
+
+    everything, train, held = (list(documents("headers", part)) for part in ("all", "train", "held_out"))
+    assert len(train) + len(held) == len(everything) and 0.04 < len(held) / len(everything) < 0.12
+    assert not set(map(id, train)) & set(map(id, held)) and everything[:11] == train[:11] and everything[11] == held[0]
+    with pytest.raises(ValueError, match="part must be one of all, train, held_out, got 'test'"):
+        next(documents("code", "test"))
+
+
+def test_packed_text_is_cut_evenly_and_drawn_by_position(tokenizer):
+    from opensala.data.packing import PackedText
+
+    texts = [f"Document {n} has its own few words and the number {n * 7919}." for n in range(60)]
+    packed = PackedText(tokenizer, texts, 40)
+    flat = [t for text in texts for t in (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)]
+    assert packed.rows.flatten().tolist() == flat[: len(packed) * 40] and len(packed) == len(flat) // 40
+    whole = packed.draw(3, 0, 2 * len(packed))
+    assert sorted(map(tuple, whole[: len(packed)])) == sorted(map(tuple, packed.rows))  # an epoch is every sequence once
+    assert (packed.draw(3, 5, 4) == whole[5:9]).all() and (packed.draw(4, 0, len(packed)) != whole[: len(packed)]).any()
+    with pytest.raises(ValueError, match="notes has .* tokens, one sequence needs 400: give more text"):
+        PackedText(tokenizer, texts[:1], 400, "notes")
+
+
+def test_sequences_for_a_tokenizer_without_bos(tokenizer):
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    sequence = training_sequence(bare, Haystack(bare, texts=["Some words to hide facts in. " * 400]), random.Random(0), 300, 3)
+    assert len(sequence.ids) == len(sequence.answer) == 300 and sequence.ids[0] != tokenizer.bos_token_id

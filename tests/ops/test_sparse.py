@@ -110,6 +110,17 @@ def test_compressed_keys_grow_as_keys_come():
         extend_compressed(k, out[:, :10], 0, 300, 8, 4)
 
 
+@pytest.mark.parametrize("length", [126, 127, 128, 129, 130])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_the_denominator_changes_level_with_the_first_coarse_window(backend, length):
+    """Few blocks of few tokens: choices are open already where the second level of compressed keys begins."""
+    spec = BlockSpec(kernel_size=32, kernel_stride=16, block_size=16, window_size=16, topk=4)
+    generator = torch.Generator().manual_seed(length)
+    q, k = (torch.randn(40, length, heads, 16, generator=generator) * 2 for heads in (8, 1))
+    wanted = select_blocks(q[:, -3:].double(), k.double(), spec, backend="naive")
+    assert torch.equal(select_blocks(q[:, -3:], k, spec, backend=backend), wanted)
+
+
 def test_forced_blocks_are_always_taken():
     q, k, _ = draw(900, 900)
     blocks = select_blocks(q, k, SMALL)[0, :, 0]

@@ -1,0 +1,130 @@
+"""What a run tells its user: the plan, progress bars, plots. Nothing here decides anything."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..model import MiniCPMSALAForCausalLM
+from .config import ConvertConfig
+
+
+class Bar:
+    """A progress bar that counts steps and shows the last figures."""
+
+    def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task(label, total=total, completed=done, note="")
+
+    def advance(self, note: str = "") -> None:
+        self._progress.update(self._task, advance=1, note=note)
+
+
+@contextmanager
+def progress_bar(label: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
+    """Show a bar on stderr while the block runs."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as progress:
+        yield Bar(progress, label, total, done)
+
+
+def require_matplotlib() -> None:
+    """Raise ValueError with the command to run if plots cannot be made: before the work, not after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the run's plots need matplotlib: pip install 'opensala[train]'")
+
+
+def memory_bytes(teacher: MiniCPMSALAForCausalLM, mixers: int, config: ConvertConfig) -> int:
+    """Weights, gradients and optimizer states of the more demanding phase; activations come on top."""
+    weights = sum(p.numel() for p in teacher.parameters())
+    own = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    alignment = own + 16 * mixers
+    trained = weights if config.trainable == "all" else mixers
+    distillation = (0 if config.cache_teacher else own) + 4 * mixers + 4 * weights + 12 * trained
+    return max(alignment if config.align.steps else 0, distillation if config.distill.steps else 0)
+
+
+def print_plan(rows: list[tuple[str, int, int, float]], needed: int, device: torch.device) -> None:
+    """Phases with steps, tokens and seconds, and the memory needed, on stderr.
+
+    Args:
+        rows: name, steps left, tokens a step, seconds a step as measured.
+        needed: bytes, as `memory_bytes` counts them.
+    """
+    table = Table(box=None, pad_edge=False)
+    for column in ("phase", "steps", "tokens", "seconds a step", "expected time"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for name, steps, tokens, seconds in rows:
+        table.add_row(name, f"{steps:,}", f"{steps * tokens:,}", f"{seconds:.2f}", _clock(steps * seconds))
+    total = sum(steps * seconds for _, steps, _, seconds in rows)
+    console = Console(file=sys.stderr, soft_wrap=True)
+    console.print(table)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    console.print(f"in all {_clock(total)}; weights, gradients and optimizer {needed / 2**20:,.0f} MiB, activations beside them; "
+                  f"{free / 2**20:,.0f} MiB free on {device}", highlight=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _axes(title: str, x: str, y: str) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel=y)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_alignment(records: list[dict[str, Any]], path: Path) -> None:
+    """The relative error of every layer by step, from the metrics of the alignment."""
+    figure, axes = _axes("Alignment: error of each layer's Lightning mixer", "step", "squared error / mean square of the target")
+    layers = len(records[0]["relative"])
+    window = max(1, len(records) // 60)
+    for i in range(layers):
+        values = [r["relative"][i] for r in records]
+        smooth = [sum(values[max(0, n - window + 1) : n + 1]) / len(values[max(0, n - window + 1) : n + 1]) for n in range(len(values))]
+        axes.plot([r["step"] for r in records], smooth, color=f"C{i % 10}", linestyle="-" if i < 10 else "--", linewidth=1, label=str(i))
+    axes.set_yscale("log")
+    axes.legend(title="layer", ncols=2, fontsize=7, loc="upper right")
+    _save(figure, path)
+
+
+def plot_importance(values: list[float], kept: list[int], label: str, path: Path) -> None:
+    """Importance by layer; kept layers stand out."""
+    figure, axes = _axes("Importance of each layer's softmax attention", "layer", label)
+    colours = ["#c0392b" if i in kept else "#95a5a6" for i in range(len(values))]
+    axes.bar(range(len(values)), values, color=colours)
+    axes.set_xticks(range(len(values)))
+    axes.bar([0], [0], color="#c0392b", label="kept")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_distillation(records: list[dict[str, Any]], path: Path) -> None:
+    """KL by step."""
+    figure, axes = _axes("Distillation: divergence from the teacher", "step", "KL, nats a token")
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=0.8)
+    axes.set_yscale("log")
+    _save(figure, path)
