@@ -154,8 +154,10 @@ def test_ctrl_c_leaves_cleanly(monkeypatch, capsys, document):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("opensala.engine.generate.prefill", interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code, out, err = run(monkeypatch, capsys, "ask", document, "-q", QUESTION)
     assert code == 130 and out == "" and "Traceback" not in err and err.rstrip().endswith("opensala: interrupted")
+    signal.signal(signal.SIGINT, before)
 
 
 def test_import_needs_no_extra_and_no_driver():
