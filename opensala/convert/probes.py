@@ -141,12 +141,17 @@ def lm_eval_score(model: MiniCPMSALAForCausalLM, tokenizer: Any, tasks: tuple[st
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    results = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch), tasks=list(tasks), bootstrap_iters=0)
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    try:
+        results = simple_evaluate(wrapped, tasks=list(tasks), bootstrap_iters=0)
+    except KeyError as error:
+        raise ValueError(f"lm-eval tasks {', '.join(tasks)}: {error.args[0]}") from error
     assert results is not None, "lm-eval returns results on the first process"
-    return sum(_metric(task, results["results"][task]) for task in tasks) / len(tasks)
+    return sum(task_metric(task, results["results"][task]) for task in tasks) / len(tasks)
 
 
-def _metric(task: str, values: dict[str, Any]) -> float:
+def task_metric(task: str, values: dict[str, Any]) -> float:
+    """The figure of a task, from what lm-eval reports for it: normalised accuracy, else its first number."""
     numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and "stderr" not in key
                and key not in ("sample_len", "sample_count")}
     for key in ("acc_norm,none", *numbers):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import opensala.convert.run as run_module
 from opensala.convert import convert, halo, sala, tiny
 from opensala.convert.config import RECIPES, Phase, Probes
-from opensala.convert.probes import answers_right
+from opensala.convert.probes import answers_right, task_metric
 from opensala.convert.run import Conversion
 
 
@@ -222,11 +222,24 @@ def test_what_cannot_be_converted_is_refused_before_any_work(config, teacher_fol
         ({"task_share": 2.0}, "task_share must be 0 to 1, got 2.0"), ({"length": 8}, "length must be at least 16, got 8"),
         ({"align": Phase(3, 2, math.nan, 0.0)}, "align.lr must be a number above 0, got nan"),
         ({"device": "tpu0"}, "device must be cpu, cuda or cuda:N, got 'tpu0'"),
-        ({"probes": Probes(recall_tasks=("squad",))}, "pip install 'opensala\\[eval\\]'"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(replace(config, **changes), tmp_path / "run", quiet=True)
         assert not (tmp_path / "run").exists()
+
+
+def test_tasks_of_lm_eval_need_lm_eval(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lm_eval" else object())
+    with pytest.raises(ValueError, match="pip install 'opensala\\[eval\\]'"):
+        convert(replace(config, probes=Probes(recall_tasks=("squad",))), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_figure_of_an_lm_eval_task():
+    assert task_metric("arc", {"alias": "arc", "sample_len": 9, "acc,none": 0.4, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}) == 0.5
+    assert task_metric("fda", {"alias": "fda", "contains,none": 0.3, "contains_stderr,none": "N/A"}) == 0.3
+    with pytest.raises(ValueError, match="lm-eval task 'x' reports no number"):
+        task_metric("x", {"alias": "x"})
 
 
 def test_a_teacher_too_shallow_for_a_quarter(config, tmp_path):
