@@ -105,5 +105,5 @@ def test_links_lead_somewhere(page):
 def test_readme_names_every_command():
     from opensala.cli import app
 
-    names = {c.name or c.callback.__name__ for c in app.registered_commands}
+    names = {c.name or c.callback.__name__ for c in app.registered_commands} | {g.name for g in app.registered_groups}
     assert names == set(re.findall(r"^\| `opensala (\w+)", (ROOT / "README.md").read_text(), re.M))
