@@ -13,6 +13,7 @@ import typer
 
 from . import __version__
 from .cli_convert import app as convert_app
+from .cli_eval import evals
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -20,6 +21,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 
 benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory on this machine.")
 app.add_typer(benches, name="bench")
+app.add_typer(evals, name="eval")
 
 Model = Annotated[str | None, typer.Option(help="Folder or hub name of a MiniCPM-SALA checkpoint. Default: the small model that ships here.")]
 MaxNew = Annotated[int, typer.Option(help="Tokens to generate at most.")]

@@ -1,6 +1,7 @@
 """Every command, Python example and link in README and docs works."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -28,10 +29,24 @@ COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
 EXAMPLES = [pytest.param(code, id=f"{page.name}-{n}") for page in PAGES for n, code in enumerate(blocks(page, "python"))]
 
+FACTS_TASK = """
+task: facts
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/facts.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{text}}\\n\\nQuestion: {{question}}\\nAnswer:"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
+filter_list: [{name: none, filter: [{function: remove_whitespace}]}]
+metric_list: [{metric: exact_match}]
+"""
+
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, request):
     """The files that the documentation's commands speak of."""
+    report = " report " in str(getattr(request.node, "callspec", None) and request.node.callspec.params.get("command", ""))
     filler = "Nothing of note happened that day.\n" * 30
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "settings.py").write_text(f'"""Settings."""\n{"# filler" * 20}\nMAX_RETRY_COUNT = 512\n')
@@ -40,6 +55,19 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "server.log").write_text(f"{filler}The serial number of unit Velmora is 90417.\n{filler}")
     scores = {"recall": [0.5 + 0.01 * (7 * i % 36) for i in range(36)], "general": [0.6 + 0.005 * (5 * i % 36) for i in range(36)]}
     (tmp_path / "scores.json").write_text(json.dumps(scores))
+    (tmp_path / "qa_1.jsonl").write_text(json.dumps({"pred": "Denver", "outputs": ["Denver", "Denver, Colorado"]}) + "\n")
+    results = tmp_path / "results"
+    rows = [{"id": f"{task}/{length}/{n}", "suite": "ruler", "task": task, "length": length, "depth": n / 9, "prompt_tokens": length,
+             "read_tokens": length, "prediction": "", "references": ["x"], "score": n / 9}
+            for task in ("vt", "qa_1") for length in (4096, 16384) for n in range(10)]
+    if report:
+        results.mkdir()
+        (results / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (results / "run.json").write_text(json.dumps({"identity": {}, "suites": {}, "runs": [{"name": "some/model"}]}))
+    (tmp_path / "my_tasks").mkdir()
+    question = {"text": "The access code for old-mill is 902.", "question": "What is the access code for old-mill?", "answer": "902"}
+    (tmp_path / "my_tasks" / "facts.jsonl").write_text(json.dumps(question) + "\n")
+    (tmp_path / "my_tasks" / "facts.yaml").write_text(FACTS_TASK.replace("FOLDER", str(tmp_path / "my_tasks")))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -76,6 +104,8 @@ def test_command(command, folder, monkeypatch, capsys):
         if words[1:3] == ["bench", "ops"] and "--quick" not in words:  # minutes: the command is there and takes these options
             words.append("--help")
         words = planned(words, folder) if words[1] == "convert" else words
+        if words[1] == "eval" and "--suite" in words and "1024" not in words:  # likewise
+            words.append("--help")
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -91,7 +121,9 @@ def test_python_example(code, folder):
     """Run as written; the released model's name stands for the shipped model's folder, for want of a network."""
     code = code.replace(f'"{HUB_NAME}"', repr(str(shipped_model()))).replace(', device_map="auto"', "")
     code = code.replace("torch.bfloat16", "torch.float32")
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=300)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=offline)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_python_page_prints_the_right_answers(folder):

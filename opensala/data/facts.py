@@ -47,6 +47,16 @@ def invented_word(rng: random.Random) -> str:
     return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(syllables))
 
 
+def compound(rng: random.Random) -> str:
+    """An adjective and a noun, as keys are written: `amber-falcon`."""
+    return f"{rng.choice(_ADJECTIVES)}-{rng.choice(_NOUNS)}"
+
+
+def plain_words() -> list[str]:
+    """All adjectives and nouns the facts are made of."""
+    return sorted({*_ADJECTIVES, *_NOUNS})
+
+
 def _thing(rng: random.Random, words: Words) -> str:
     """Something that can have an attribute: a person, place, project, device or object."""
     adjective, noun, word = rng.choice(_ADJECTIVES), rng.choice(_NOUNS), invented_word(rng).capitalize()

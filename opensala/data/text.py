@@ -47,6 +47,18 @@ def _docstrings(source: str) -> Iterator[str]:
                 yield doc
 
 
+def prose() -> Iterator[str]:
+    """English about programming from the standard library alone: help topics, then docstrings; the same for every
+    installation of one Python version."""
+    from pydoc_data.topics import topics
+
+    yield from topics.values()
+    for path in _files(Path(sysconfig.get_path("stdlib")), ("*.py",)):
+        docs = list(_docstrings(read_text(path) or ""))
+        if docs:
+            yield "\n\n".join(docs)
+
+
 def documents(kind: str, part: str = "all") -> Iterator[str]:
     """Texts of one kind, in a fixed order: all of them, or only those to train on or those held out to measure with.
 

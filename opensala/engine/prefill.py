@@ -19,6 +19,7 @@ def prefill(
     *,
     chunk: int = CHUNK,
     new_tokens: int = 0,
+    following: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
     """Read `ids` `[B, T]` into `cache`, `chunk` tokens at a time.
@@ -28,6 +29,8 @@ def prefill(
 
     Args:
         new_tokens: how many tokens will be generated afterwards (room is made for them).
+        following: prompt tokens that come in later calls; they count in the length that decides between dense and
+            sparse attention.
         progress: called after each chunk with its number of tokens.
 
     Returns:
@@ -40,7 +43,7 @@ def prefill(
         raise ValueError("the prompt is empty")
     if chunk < 1:
         raise ValueError(f"the chunk size must be at least 1, got {chunk}")
-    cache.begin_prompt([ids.shape[1]] * ids.shape[0], new_tokens)
+    cache.begin_prompt([ids.shape[1] + following] * ids.shape[0], new_tokens)
     logits = None
     for part in ids.split(chunk, dim=1):
         logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

@@ -1,0 +1,119 @@
+"""The `opensala eval` commands: parsing only. `opensala eval [MODEL] ...` is `opensala eval run [MODEL] ...`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class _RunByDefault(TyperGroup):
+    """A group whose first word may be left out: then it is `run`. A folder called `score` is given as `./score`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] != "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+evals = typer.Typer(cls=_RunByDefault, rich_markup_mode=None,
+                    help="Evaluate a model: `opensala eval [MODEL] --suite NAME` (see `opensala eval run --help`), score files, make reports.")
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the results; a run stopped half-way goes on from there.")]
+
+
+@evals.command()
+def run(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name of a checkpoint. Default: the small model that ships here.")] = None,
+    suite: Annotated[str, typer.Option(help="ruler, mrcr, nolima, long, ultra, or tasks of RULER separated by commas.")] = "ruler",
+    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas. Default: those of the suite.")] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each task and length.")] = 10,
+    questions: Annotated[int, typer.Option(min=1, help="Questions asked about each generated document, read once for all.")] = 1,
+    data: Annotated[list[str] | None, typer.Option(help="Where a suite's files are: mrcr=PATH, nolima=FOLDER or ruler=FOLDER.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of generated documents.")] = 0,
+    chat: Annotated[bool | None, typer.Option(help="Use the chat template. Default: if the model has one.")] = None,
+    strip_thinking: Annotated[bool, typer.Option("--strip-thinking", help="Score only what comes after </think>.")] = False,
+    attention_mode: Annotated[str | None, typer.Option(help="auto, dense or sparse.")] = None,
+    block_search: Annotated[str | None, typer.Option(help="exact or hierarchical.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    output: Output = Path("evaluation"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bars and no notes.")] = False,
+) -> None:
+    """Run a suite, or go on with it."""
+    from .evaluate.suites import build_suites
+
+    sizes = tuple(_length(part) for part in lengths.split(",") if part.strip())
+    suites = build_suites(suite, sizes, samples, questions, seed, _paths(data or []))
+    from transformers.utils.logging import disable_progress_bar
+
+    from .engine import Engine
+    from .evaluate.tables import score_table
+    from .evaluate.work import evaluate
+
+    if quiet:
+        disable_progress_bar()
+    engine = Engine(model, device=device, dtype=dtype, attention_mode=attention_mode, block_search=block_search)
+    summary = evaluate(engine, suites, output, chat=chat, strip_thoughts=strip_thinking, quiet=quiet)
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return
+    print(score_table(summary))
+    if not quiet:
+        print(f"{summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read, the rest was shared; every sample is in "
+              f"{output / 'samples.jsonl'}", file=sys.stderr)
+
+
+@evals.command()
+def score(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of predictions, named after their task: qa_1.jsonl.")],
+    form: Annotated[str, typer.Option("--format", help="ruler: lines with pred and outputs.")] = "ruler",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Score predictions that RULER's own scripts (or anyone) wrote."""
+    from .evaluate.ruler_files import score_file
+
+    if form != "ruler":
+        raise ValueError(f"--format must be ruler, got {form!r}")
+    scores = [score_file(path) for path in files]
+    if as_json:
+        print(json.dumps({s.task: s.as_dict() for s in scores}))
+        return
+    for s in scores:
+        print(f"{s.task}: {s.score:.2f} ({s.rule}, {s.samples} samples, {s.empty} empty answers)")
+
+
+@evals.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of results.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.md and its pictures.")] = Path("evaluation-report"),
+) -> None:
+    """Make a Markdown report with the published figures beside these, and plots."""
+    from .evaluate.report import write_report
+
+    print(write_report(folders, output))
+
+
+def _length(text: str) -> int:
+    """`4096`, `64K` or `1M`."""
+    number, factor = text.strip().upper(), 1
+    if number[-1:] in ("K", "M"):
+        number, factor = number[:-1], 1024 if number[-1] == "K" else 2**20
+    if not number.isdigit() or int(number) < 1:
+        raise ValueError(f"--lengths: must be whole numbers of tokens like 4096,64K,1M, got {text!r}")
+    return int(number) * factor
+
+
+def _paths(data: list[str]) -> dict[str, Path]:
+    found = {}
+    for entry in data:
+        name, equals, path = entry.partition("=")
+        if not equals or not path:
+            raise ValueError(f"--data: must be SUITE=PATH, got {entry!r}")
+        if not Path(path).exists():
+            raise ValueError(f"--data {name}: {path} does not exist")
+        found[name] = Path(path)
+    return found

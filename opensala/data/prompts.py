@@ -1,0 +1,51 @@
+"""From a document and a question to the text a model is given, and to its tokens.
+
+A model with a chat template gets both as one user message; one without gets the question after the document,
+as `facts.format_question` writes it. It knows the tokenizer, but no model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .facts import format_question
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a tokenizer's model wants to be asked.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        chat: use the chat template; None for "if there is one".
+
+    Raises:
+        ValueError: a chat template is asked for and the tokenizer has none.
+    """
+
+    tokenizer: Any
+    chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.chat and not self.tokenizer.chat_template:
+            raise ValueError("chat=True, but the tokenizer has no chat template: use chat=False or another checkpoint")
+
+    @property
+    def uses_chat(self) -> bool:
+        return bool(self.tokenizer.chat_template) if self.chat is None else self.chat
+
+    def question(self, document: str, question: str) -> str:
+        """The whole prompt: a document, then a question about it."""
+        if self.uses_chat:
+            return self.messages([{"role": "user", "content": f"{document}\n\n{question}"}])
+        return document + format_question(question)
+
+    def messages(self, messages: list[dict[str, str]]) -> str:
+        """The whole prompt: a conversation whose next turn is the model's."""
+        if self.uses_chat:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
+        return "\n\n".join([*turns, "Assistant:"])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt; a chat template brings its own special tokens."""
+        return self.tokenizer(text, add_special_tokens=not self.uses_chat, verbose=False)["input_ids"]
