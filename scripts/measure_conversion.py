@@ -1,17 +1,21 @@
 """Measure teacher and converted models: recall and perplexity by length. Rows, plots and tables for docs/conversion.md.
 
-    python scripts/measure_conversion.py runs/teacher/model runs/convert [--lengths 256,512,1024]
+    python scripts/measure_conversion.py runs/teacher/model runs/convert [--lengths 256,512,1024] [--placements "0,3,11 0,6,11 none"]
 
 Every folder below the second one that holds a finished run of `opensala convert` is a variant, named like its folder.
 Facts are hidden in held-out text, others than those the layers were chosen with; an answer counts if every token of its
-value is the most likely one. Rows go to benchmarks/conversion.csv; `--report-only` makes plots and tables from them.
+value is the most likely one. `--placements` adds, for each choice of layers, what alignment alone gives, with rotary positions left
+in the kept layers and without, using the mixers of the first run found. Rows go to benchmarks/conversion.csv; `--report-only` makes
+plots and tables from them.
 """
 
 import csv
+import itertools
 import json
 import math
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +25,7 @@ from transformers import AutoTokenizer
 from transformers import __version__ as transformers_version
 
 from opensala import MiniCPMSALAForCausalLM
-from opensala.convert import ConvertConfig, load_teacher
+from opensala.convert import ConvertConfig, assemble, lightning_mixers, load_teacher, student_config
 from opensala.convert.batches import Batches
 from opensala.convert.probes import answers_right, token_scores
 from opensala.data.packing import PackedText
@@ -47,6 +51,19 @@ def measure(model: Any, batches: Batches, length: int, count: int) -> dict[str, 
             "nll": round(nll, 4), "perplexity": round(math.exp(nll), 2)}
 
 
+def aligned_variants(teacher: Any, runs: Path, placements: str) -> Iterator[tuple[str, Any, str]]:
+    """Name, model and kept layers of every placement, after alignment alone."""
+    state = next(p for p in sorted(runs.iterdir()) if (p / "align.pt").exists()) / "align.pt"
+    mixers = lightning_mixers(teacher)
+    mixers.load_state_dict(torch.load(state, weights_only=True)["weights"])
+    for placement in placements.split():
+        kept = [] if placement == "none" else [int(i) for i in placement.split(",")]
+        for hype in (False, True):
+            model = assemble(teacher, student_config(teacher.config, kept, hype=hype), dict(enumerate(mixers)))
+            name = f"aligned {placement}, " + ("HyPE" if hype else "rotary")
+            yield name, model, " ".join(map(str, kept)) or "none"
+
+
 def tables(rows: list[dict[str, str]]) -> str:
     """Markdown: recall and perplexity, a line for each variant, a column for each length."""
     lengths = sorted({int(r["length"]) for r in rows})
@@ -69,7 +86,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for n, name in enumerate(dict.fromkeys(r["variant"] for r in rows)):
+    for n, name in enumerate(dict.fromkeys(r["variant"] for r in rows if not r["variant"].endswith("HyPE"))):
         own = sorted((int(r["length"]), float(r["recall"]), float(r["perplexity"])) for r in rows if r["variant"] == name)
         style = {"color": "black" if name == "teacher" else f"C{n}", "linestyle": "--" if "aligned" in name else "-", "marker": "o"}
         left.plot([x for x, _, _ in own], [100 * y for _, y, _ in own], label=name, **style)
@@ -89,6 +106,7 @@ def main(
     runs: Annotated[Path, typer.Argument(help="folder of finished runs, one variant each")],
     lengths: str = "256,512,1024",
     documents_each: Annotated[int, typer.Option("--documents", help="documents with hidden facts of each length")] = 32,
+    placements: Annotated[str, typer.Option(help="choices of layers to measure after alignment alone")] = "",
     threads: int = 1,
     report_only: bool = False,
 ) -> None:
@@ -96,10 +114,11 @@ def main(
     torch.set_flush_denormal(True)
     if not report_only:
         batches = Batches(AutoTokenizer.from_pretrained(teacher), ConvertConfig(str(teacher), seed=SEED))
-        variants: dict[str, tuple[Any, str]] = {"teacher": (load_teacher(teacher), "all, softmax")}
+        original = load_teacher(teacher)
+        variants = [("teacher", original, "all")]
         for folder in sorted(p for p in runs.iterdir() if (p / "model").is_dir()):
             kept = json.loads((folder / "selection.json").read_text())["kept"]
-            variants[folder.name] = (MiniCPMSALAForCausalLM.from_pretrained(folder / "model"), " ".join(map(str, kept)) or "none")
+            variants.append((folder.name, MiniCPMSALAForCausalLM.from_pretrained(folder / "model"), " ".join(map(str, kept)) or "none"))
         ROWS.parent.mkdir(exist_ok=True)
         common = {"threads": threads, "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
                   "transformers": transformers_version, "commit": subprocess.run(
@@ -107,7 +126,7 @@ def main(
         with open(ROWS, "w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
-            for name, (model, kept) in variants.items():
+            for name, model, kept in itertools.chain(variants, aligned_variants(original, runs, placements)):
                 for length in map(int, lengths.split(",")):
                     row = {"variant": name, "kept": kept, "length": length, **measure(model.eval(), batches, length, documents_each), **common}
                     writer.writerow(row)
