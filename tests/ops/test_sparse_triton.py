@@ -49,12 +49,13 @@ def test_selection_takes_the_best_blocks(length, tokens, heads, kv_heads, dim):
     assert_best(select_blocks(*on_device(q, k), SMALL, backend="triton").cpu(), q, k, SMALL)
 
 
-@pytest.mark.parametrize("lse", ["coarse", "exact"])
-def test_programs_that_share_the_keys_of_a_query(lse, monkeypatch):
+@pytest.mark.parametrize(("lse", "cores"), [("coarse", 8), ("exact", 8), ("exact", 2)])
+def test_programs_that_share_the_keys_of_a_query(lse, cores, monkeypatch):
     """As on a GPU with idle multiprocessors: several programs for each denominator, each row of scores and each list."""
-    monkeypatch.setattr(triton_select, "cores", lambda _: 8)
-    monkeypatch.setattr(triton_attend, "cores", lambda _: 8)
-    q, k, v = draw(620, 2, 4, 2)
+    monkeypatch.setattr(triton_select, "cores", lambda _: cores)
+    monkeypatch.setattr(triton_attend, "cores", lambda _: cores)
+    q, k, v = draw(620, 2, 8, 2)
+    q = 5 * q  # denominators that differ much from head to head
     blocks = select_blocks(*on_device(q, k), SMALL, lse=lse, backend="triton").cpu()
     assert_best(blocks, q, k, SMALL, lse)
     out = sparse_attention(*on_device(q, k, v, blocks), 16, backend="triton")
@@ -65,6 +66,26 @@ def test_programs_that_share_the_keys_of_a_query(lse, monkeypatch):
 def test_selection_for_any_spec(spec):
     q, k, _ = draw(330, 40, 6, 2, 20)
     assert_best(select_blocks(*on_device(q, k), spec, backend="triton").cpu(), q, k, spec)
+
+
+@pytest.mark.parametrize(("spec", "length"), [(SMALL, 100), (ODD[0], 163)], ids=["one block too many", "first coarse window"])
+def test_queries_at_which_a_choice_begins(spec, length):
+    """The first with more blocks than they may list, and with a window of the second level."""
+    q, k, _ = draw(length, 12, 32, 4, 16)
+    q = 5 * q  # denominators that differ much from head to head
+    assert_best(select_blocks(*on_device(q, k), spec, backend="triton").cpu(), q, k, spec)
+
+
+@pytest.mark.parametrize("lse", ["coarse", "exact"])
+def test_more_keys_than_one_panel(lse):
+    """The window that matches best lies across the end of the first 32 blocks: those on both sides of it are taken."""
+    q, k, _ = draw(700, 5, 8, 2)
+    q = 5 * (q[:, :1].unflatten(2, (2, 4))[:, :, :, :1] + 0.5 * q.unflatten(2, (2, 4))).flatten(2, 3)
+    k[0, 508:516] = 0.4 * q[0, 0, ::4]
+    spec = SMALL._replace(topk=5)
+    blocks = select_blocks(*on_device(q, k), spec, lse=lse, backend="triton").cpu()
+    assert_best(blocks, q, k, spec, lse)
+    assert {31, 32} <= set(blocks[0, 0, 0].tolist()) & set(blocks[0, 0, 1].tolist())
 
 
 @pytest.mark.parametrize("widest", [1 << 13, 16])
