@@ -56,7 +56,7 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     except CheckpointException as error:
         if mesh.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise _failure(folder, error) from None
+        raise _unwritten(folder, error) from None
     done = _attempt(_finish, partial, folder, note) if mesh.rank == 0 else None
     if done is not None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -67,7 +67,9 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     """Read a checkpoint into a model (sharded or not, over any number of ranks) and its optimizer; returns `extra`.
 
     Raises:
-        ValueError: no whole checkpoint there, or one of another model: tensors named, with both shapes. Nothing is changed.
+        ValueError: no whole checkpoint there, or one of another model: tensors named, with both shapes; the weights are as they
+            were. Or a file in it is damaged.
+        OSError: a file cannot be read.
     """
     folder = Path(folder)
     if not (folder / STATE_FILE).is_file():
@@ -84,7 +86,9 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     try:
         dcp.load(state, storage_reader=reader)
     except CheckpointException as error:
-        raise _failure(folder, error) from None
+        rank, (cause, _) = next(iter(error.failures.items()))
+        kind = OSError if isinstance(cause, OSError) else ValueError
+        raise kind(f"checkpoint {folder} cannot be read on rank {rank}: {cause}. Load an earlier one") from None
     set_model_state_dict(model, state["model"])
     if optimizer is not None and note["optimizer"]:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
@@ -143,7 +147,7 @@ def _agree(mesh: ParallelMesh, error: Exception | None) -> None:
         raise found[0]
 
 
-def _failure(folder: Path, error: CheckpointException) -> OSError:
+def _unwritten(folder: Path, error: CheckpointException) -> OSError:
     rank, (cause, _) = next(iter(error.failures.items()))
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     text = f"checkpoint {folder} failed on rank {rank}: {cause} ({free / 1e9:.2f} GB are free there)"

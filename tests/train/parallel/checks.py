@@ -311,6 +311,12 @@ def disk_full(folder, model, optimizer, mesh):
     return str(caught.value)
 
 
+def numbers(model, optimizer):
+    """What this rank holds: weights, and everything the optimizer remembers."""
+    held = [*model.parameters(), *(x for p in model.parameters() for x in optimizer.state[p].values())]
+    return [x.to_local() if isinstance(x, DTensor) else x for x in held]
+
+
 def load_on(folder, sharded=True):
     """The checkpoint on this many ranks, then the step that came next."""
     world = int(os.environ["WORLD_SIZE"])
@@ -323,7 +329,11 @@ def load_on(folder, sharded=True):
     fresh, unused = build(mesh, sharded)
     load_checkpoint(folder / "start", fresh, unused)
     gaps = {n: difference(x, wanted["weights"][n]) for n, x in got.items()}
-    return {"extra": extra, "loss": abs(loss - wanted["loss"]) / wanted["loss"], "weights": max(gaps.values(), default=-1),
+    save_checkpoint(folder / f"again {world} {sharded}", model, optimizer, mesh)
+    again, restored = build(mesh, sharded)
+    load_checkpoint(folder / f"again {world} {sharded}", again, restored)
+    same = all(torch.equal(a, b) for a, b in zip(numbers(model, optimizer), numbers(again, restored), strict=True))
+    return {"extra": extra, "same": same, "loss": abs(loss - wanted["loss"]) / wanted["loss"], "weights": max(gaps.values(), default=-1),
             "named": len(gaps), "unused": len(unused.state)}
 
 
@@ -333,7 +343,11 @@ def load_the_wrong(folder):
     other = shard_model(tiny_model(intermediate_size=64), mesh)
     model, optimizer = build(mesh)
     said = {}
-    for name, trial in {"shape": lambda: load_checkpoint(folder / "saved", other, None),
+    (folder / "damaged").mkdir()
+    for file in (folder / "saved").iterdir():
+        (folder / "damaged" / file.name).write_bytes(file.read_bytes()[: 5000 if file.suffix == ".distcp" else None])
+    for name, trial in {"damaged": lambda: load_checkpoint(folder / "damaged", model, optimizer),
+                        "shape": lambda: load_checkpoint(folder / "saved", other, None),
                         "names": lambda: load_checkpoint(folder / "saved", tiny_model(attn_qk_norm=True), None),
                         "nothing": lambda: load_checkpoint(folder / "absent", model, optimizer)}.items():
         with pytest.raises(ValueError) as caught:

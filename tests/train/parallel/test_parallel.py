@@ -101,10 +101,12 @@ def test_checkpoint_is_whole_or_absent(folder):
 def test_checkpoint_reshards(folder, name):
     got = left(folder, name)
     assert got["extra"] == {"step": 2, "data": [1, "shard-7"]} and got["named"] > 40 and got["unused"] == 0
+    assert got["same"]
     assert got["loss"] < 1e-10 and got["weights"] < 1e-8, got  # AdamW divides by the root of tiny second moments
 
 
 def test_checkpoint_of_another_model_is_refused(folder):
     said = left(folder, "wrong")
+    assert "damaged cannot be read" in said["damaged"]
     assert "mlp.gate_proj.weight has shape [48, 32], not [64, 32]" in said["shape"]
     assert "q_norm.weight is missing" in said["names"] and "absent" in said["nothing"] and "state.json" in said["nothing"]
