@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, linear
 
+from opensala import MiniCPMSALAForCausalLM
 from opensala.ops import alibi_slopes, lightning_attention
 from opensala.train.parallel import (
     ParallelConfig,
@@ -184,6 +185,23 @@ def gather_alone():
             "half": half.grad.float().max().item()}
 
 
+def batch_alone():
+    """A batch put together again from the parts of all ranks: targets shifted over their borders, positions, boundaries."""
+    mesh = init_parallel(ParallelConfig(1, 4), device="cpu")
+    batch = rows(1, 4)
+    starts = torch.cat([torch.arange(b - a) for a, b in zip(PACKED, PACKED[1:], strict=False)])[None]
+    shifted = torch.cat([batch["labels"][:, 1:], torch.full((1, 1), -100)], 1)
+    by_labels = shard_sequence({**batch, "position_ids": starts}, mesh)
+    weights = torch.cat([batch["weights"][:, 1:], torch.zeros(1, 1)], 1)
+    by_targets = shard_sequence({"input_ids": batch["input_ids"], "targets": shifted, "weights": weights,
+                                 "cu_seqlens": torch.tensor(PACKED)}, mesh)
+    wanted = {"input_ids": batch["input_ids"], "targets": shifted, "weights": weights * (shifted != -100), "position_ids": starts}
+    same = [torch.equal(gather_tokens(part[name], mesh.cp_group), x) for part in (by_labels, by_targets) for name, x in wanted.items()]
+    plain = shard_sequence({"input_ids": batch["input_ids"].expand(2, -1)}, mesh)  # every token a target
+    same += [torch.equal(part["cu_seqlens"], torch.tensor(PACKED)) for part in (by_labels, by_targets)]
+    return {"same": all(same), "targets": total_over_ranks(plain["weights"].sum(), mesh), "keys": sorted(plain)}
+
+
 def half_precision():
     """Activations in bf16; shards, gradients and their sums in float32."""
     mesh = init_parallel(ParallelConfig(2, 2), device="cpu")
@@ -333,8 +351,25 @@ def load_on(folder, sharded=True):
     again, restored = build(mesh, sharded)
     load_checkpoint(folder / f"again {world} {sharded}", again, restored)
     same = all(torch.equal(a, b) for a, b in zip(numbers(model, optimizer), numbers(again, restored), strict=True))
-    return {"extra": extra, "same": same, "loss": abs(loss - wanted["loss"]) / wanted["loss"], "weights": max(gaps.values(), default=-1),
+    pretrained = exported(folder / f"pretrained {world} {sharded}", model, mesh)
+    return {"extra": extra, "same": same, "pretrained": pretrained, "loss": abs(loss - wanted["loss"]) / wanted["loss"], "weights": max(gaps.values(), default=-1),
             "named": len(gaps), "unused": len(unused.state)}
+
+
+def exported(folder, model, mesh):
+    """Does a model saved in the released format and loaded again give the same logits?"""
+    weights = whole_weights(model)
+    if mesh.rank == 0:
+        model.save_pretrained(folder, state_dict=weights)
+    ids = rows(1, 9)["input_ids"]
+    part = shard_sequence({"input_ids": ids}, mesh)
+    with torch.no_grad():
+        got = model(part["input_ids"], position_ids=part["position_ids"], cu_seqlens=part["cu_seqlens"], use_cache=False).logits
+        got = gather_tokens(got, mesh.cp_group)
+        if mesh.rank:
+            return None
+        wanted = MiniCPMSALAForCausalLM.from_pretrained(folder, dtype=torch.float64)(ids, use_cache=False).logits
+    return difference(got, wanted)
 
 
 def load_the_wrong(folder):

@@ -12,6 +12,7 @@ from .checks import (
     CASES,
     PACKED,
     bad_input,
+    batch_alone,
     equality,
     gather_alone,
     half_precision,
@@ -33,7 +34,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     jobs = [(name, equality, name) for name in CASES]
     jobs += [(f"scan {name}", scan_alone, bounds) for name, bounds in SCANS.items()]
-    jobs += [("gather", gather_alone), ("half", half_precision), ("bad input", bad_input), ("traffic", traffic)]
+    jobs += [("gather", gather_alone), ("batch", batch_alone), ("half", half_precision), ("bad input", bad_input),
+             ("traffic", traffic)]
     (folder / "checkpoints").mkdir()
     jobs.append(("save", save_on_four, folder / "checkpoints"))
     run_group(4, run_all, folder, jobs)
@@ -66,6 +68,11 @@ def test_states_pass_through_ranks(folder, name):
 def test_keys_of_all_ranks(folder):
     gaps = left(folder, "gather")
     assert gaps["values"] == 0 and gaps["gradient"] < 1e-6 and gaps["half"] == 1.0078125
+
+
+def test_batches_are_shifted_before_they_are_split(folder):
+    got = left(folder, "batch")
+    assert got["same"] and got["targets"] == 2 * 319 and got["keys"] == ["input_ids", "position_ids", "targets", "weights"]
 
 
 def test_half_precision_keeps_float32_where_it_counts(folder):
@@ -101,7 +108,7 @@ def test_checkpoint_is_whole_or_absent(folder):
 def test_checkpoint_reshards(folder, name):
     got = left(folder, name)
     assert got["extra"] == {"step": 2, "data": [1, "shard-7"]} and got["named"] > 40 and got["unused"] == 0
-    assert got["same"]
+    assert got["same"] and got["pretrained"] < 1e-12
     assert got["loss"] < 1e-10 and got["weights"] < 1e-8, got  # AdamW divides by the root of tiny second moments
 
 
