@@ -152,12 +152,12 @@ def equality(name):
             "left out": left_out}
 
 
-def scan_alone(bounds):
-    """Lightning attention over 4 ranks against one, and its gradients, in float64."""
+def scan_alone(bounds, slopes=None):
+    """Lightning attention over 4 ranks against one, and its gradients, in float64; keys in tiles that do not divide."""
     mesh = init_parallel(ParallelConfig(1, 4), device="cpu")
     g = torch.Generator().manual_seed(len(bounds))
     whole = [torch.randn(1, LENGTH, 6, d, dtype=torch.float64, generator=g) for d in (8, 8, 5, 5)]
-    slopes = alibi_slopes(6)
+    slopes = slopes or alibi_slopes(6)
     decay = torch.tensor(slopes)
     leaves = [x.clone().requires_grad_() for x in whole[:3]]
     o, _ = lightning_attention(*leaves, decay, cu_seqlens=torch.tensor(bounds))
@@ -168,10 +168,12 @@ def scan_alone(bounds):
     local = torch.tensor([0, *(a - first for a in here), part])
     reach = tuple(-(-(a - max(b for b in bounds if b <= a)) // part) for a in range(0, LENGTH, part))
     own = [x[:, first:end].clone().requires_grad_() for x in whole[:3]]
-    state = state_before(own[1], own[2], slopes, int(local[-1] - local[-2]), reach, part, mesh.cp_group)
-    state = torch.cat([state, state.new_zeros(len(local) - 2, *state.shape[1:])])
-    mine, _ = lightning_attention(*own, decay, initial_state=state, cu_seqlens=local)
-    got = torch.autograd.grad((mine * whole[3][:, first:end]).sum(), own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "TILE", 13)
+        state = state_before(own[1], own[2], slopes, int(local[-1] - local[-2]), reach, part, mesh.cp_group)
+        state = torch.cat([state, state.new_zeros(len(local) - 2, *state.shape[1:])])
+        mine, _ = lightning_attention(*own, decay, initial_state=state, cu_seqlens=local)
+        got = torch.autograd.grad((mine * whole[3][:, first:end]).sum(), own)
     gaps = [difference(mine, o.detach()[:, first:end]), *(difference(a, b[:, first:end]) for a, b in zip(got, wanted, strict=True))]
     return {"worst": total_over_ranks(max(gaps), mesh)}
 

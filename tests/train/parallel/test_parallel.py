@@ -25,7 +25,8 @@ from .checks import (
 )
 from .group import run_group
 
-SCANS = {"one": [0, 320], "packed": PACKED, "borders": AT_BORDERS, "late": [0, 310, 320]}
+SCANS = {"one": [[0, 320]], "packed": [PACKED], "borders": [AT_BORDERS], "late": [[0, 310, 320]],
+         "fast": [[0, 320], [2.0, 3.0, 1.5, 40.0, 2.5, 81.0]]}  # nothing older than 54 tokens counts
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     """Where the groups leave their numbers and checkpoints."""
     folder = tmp_path_factory.mktemp("parallel")
     jobs = [(name, equality, name) for name in CASES]
-    jobs += [(f"scan {name}", scan_alone, bounds) for name, bounds in SCANS.items()]
+    jobs += [(f"scan {name}", scan_alone, *arguments) for name, arguments in SCANS.items()]
     jobs += [("gather", gather_alone), ("batch", batch_alone), ("half", half_precision), ("bad input", bad_input),
              ("traffic", traffic)]
     (folder / "checkpoints").mkdir()
