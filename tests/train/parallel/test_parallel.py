@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from .checkpoints import load_on, load_the_wrong, save_on_four
 from .checks import (
     AT_BORDERS,
     CASES,
@@ -16,10 +17,7 @@ from .checks import (
     equality,
     gather_alone,
     half_precision,
-    load_on,
-    load_the_wrong,
     run_all,
-    save_on_four,
     scan_alone,
     traffic,
 )
@@ -79,6 +77,7 @@ def test_batches_are_shifted_before_they_are_split(folder):
 def test_half_precision_keeps_float32_where_it_counts(folder):
     got = left(folder, "half")
     assert got["loss"] < 0.02 and got["seen"] == "torch.bfloat16" and got["gradients"] == "{torch.float32}"
+    assert got["exact"] < 1e-7
     assert got["shards"] < 0.3 * got["whole"] and got["norm"] > 0.5 and abs(got["after"] - 0.5) < 1e-4 and got["named"] > 40
 
 
