@@ -49,7 +49,7 @@ def test_selection_takes_the_best_blocks(length, tokens, heads, kv_heads, dim):
     assert_best(select_blocks(*on_device(q, k), SMALL, backend="triton").cpu(), q, k, SMALL)
 
 
-@pytest.mark.parametrize(("lse", "cores"), [("coarse", 8), ("exact", 8), ("exact", 2)])
+@pytest.mark.parametrize(("lse", "cores"), [("coarse", 8), ("exact", 8)])
 def test_programs_that_share_the_keys_of_a_query(lse, cores, monkeypatch):
     """As on a GPU with idle multiprocessors: several programs for each denominator, each row of scores and each list."""
     monkeypatch.setattr(triton_select, "cores", lambda _: cores)
@@ -76,16 +76,24 @@ def test_queries_at_which_a_choice_begins(spec, length):
     assert_best(select_blocks(*on_device(q, k), spec, backend="triton").cpu(), q, k, spec)
 
 
-@pytest.mark.parametrize("lse", ["coarse", "exact"])
-def test_more_keys_than_one_panel(lse):
-    """The window that matches best lies across the end of the first 32 blocks: those on both sides of it are taken."""
-    q, k, _ = draw(700, 5, 8, 2)
-    q = 5 * (q[:, :1].unflatten(2, (2, 4))[:, :, :, :1] + 0.5 * q.unflatten(2, (2, 4))).flatten(2, 3)
-    k[0, 508:516] = 0.4 * q[0, 0, ::4]
+@pytest.mark.parametrize(("lse", "cores"), [("coarse", 1), ("exact", 1), ("exact", 2)])
+def test_denominators_of_heads_that_look_at_different_places(lse, cores, monkeypatch):
+    """Over several panels of keys, all in one program or in two that share them unevenly."""
+    monkeypatch.setattr(triton_select, "cores", lambda _: cores)
+    q, k, _ = draw(700, 3, 16, 1)
+    q, spec = 20 * q, SMALL._replace(topk=12)
+    assert_best(select_blocks(*on_device(q, k), spec, lse=lse, backend="triton").cpu(), q, k, spec, lse)
+
+
+def test_window_across_the_end_of_a_panel():
+    """It starts in block 31 and ends in block 32, the first of the next panel: both get its score."""
+    q, k, _ = draw(700, 2, 4, 2)
+    q = 5 * q[:, :1, ::2].expand(1, 2, 2, -1).repeat_interleave(2, 2)
+    k[0, 508:512], k[0, 512:516], k[0, 516:520] = q[0, 0, ::2], 0, -q[0, 0, ::2]
     spec = SMALL._replace(topk=5)
-    blocks = select_blocks(*on_device(q, k), spec, lse=lse, backend="triton").cpu()
-    assert_best(blocks, q, k, spec, lse)
-    assert {31, 32} <= set(blocks[0, 0, 0].tolist()) & set(blocks[0, 0, 1].tolist())
+    blocks = select_blocks(*on_device(q, k), spec, backend="triton").cpu()
+    assert_best(blocks, q, k, spec)
+    assert all({31, 32} <= set(blocks[0, 0, h].tolist()) for h in range(2))
 
 
 @pytest.mark.parametrize("widest", [1 << 13, 16])
