@@ -10,9 +10,9 @@ import torch
 
 from ..model import MiniCPMSALAConfig
 from .flops import all_parameters
+from .loss import LOSS_ROWS
 from .recipes import Recipe, Stage
 
-LOSS_ROWS = 1024  # tokens whose logits exist at a time
 _STATES = 16  # bytes a parameter: float32 master, gradient, two moments
 
 

@@ -1,8 +1,8 @@
 """Sequences of a stage: the mixture of its sources, packed, with a position that a checkpoint holds.
 
 The next document comes from the source that is farthest behind its share of tokens, so shares are exact at every point and
-need no chance. Documents of ordinary text are cut where a sequence ends (what is left begins the next one, as a document of
-its own); conversations stay whole, the end of a sequence is padded, and those longer than a sequence are left out and counted.
+need no chance. Documents of ordinary text are cut where a sequence ends (what is left waits to begin another one, as a document
+of its own); conversations stay whole, the end of a sequence is padded, and those longer than a sequence are left out and counted.
 """
 
 import random
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..loss import IGNORED
 from ..recipes import Source, Stage
 from .documents import DocumentSource, Files, InstalledTexts, find_files
 from .encode import Encoder, Example
 from .synthetic import Synthetic
 
-IGNORED = -100
 _WAITING = 32  # conversations held back to fill sequences with
+_OPEN = 16  # texts longer than a sequence that are taken in turns, so that one of them does not fill a batch
 _TRIES = 100_000  # documents looked at before a source is said to have none that fit
 
 
@@ -124,7 +125,7 @@ class StageData:
         return _packed(parts, length)
 
     def _next_text(self) -> Example:
-        return self.waiting.pop(0) if self.waiting else self._draw()
+        return self.waiting.pop(0) if len(self.waiting) >= _OPEN else self._draw()
 
     def _fitting(self, room: int) -> Example | None:
         """The first waiting conversation at the start of a sequence (none waits forever), else the longest that fits."""
