@@ -82,11 +82,11 @@ class SparseMixer(nn.Module):
 
     def forward(self, x: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
         q, k, v = (layout.pack(y) for y in self.project(x, layout))
-        if cache is None and layout.rectangular and not layout.sparse[0]:
+        if cache is None and layout.rectangular and layout.parallel is None and not layout.sparse[0]:
             o = dense_attention(q, k, v, self.scale)
         else:
-            pieces = zip(layout.split(q), layout.split(k), layout.split(v), strict=True)
-            rows = [self._one(n, *piece, layout, cache) for n, piece in enumerate(pieces)]
+            pieces = zip(layout.split(q), layout.split_whole(k, v), strict=True)
+            rows = [self._one(n, piece, *keys, layout, cache) for n, (piece, keys) in enumerate(pieces)]
             o = torch.cat(rows, 0 if layout.rectangular else 1)
         o = layout.unpack(o).flatten(2)
         if self.config.attn_use_output_gate:
@@ -94,7 +94,7 @@ class SparseMixer(nn.Module):
         return self.o_proj(o)
 
     def _one(self, n: int, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
-        """Sequence n of the call: q, k, v `[1, T, H, D]` -> `[1, T, H, D]`."""
+        """Sequence n of the call: q `[1, T, H, D]`, k, v from all tokens that are not in a cache -> `[1, T, H, D]`."""
         if q.shape[1] == 0:
             return q
         compressed = None
@@ -153,7 +153,10 @@ class LightningMixer(nn.Module):
         entry = None if cache is None else cache.layers[self.layer]
         assert entry is None or isinstance(entry, LightningCacheLayer), "the cache is built from the same configuration"
         decay = torch.tensor(self.slopes, dtype=torch.float32, device=x.device)
-        o, state = self._run(q, k, v, decay, layout, None if entry is None else entry.state)
+        before = None if entry is None else entry.state
+        if layout.parallel is not None:
+            before = layout.parallel.state_before(k, v, self.slopes, layout)
+        o, state = self._run(q, k, v, decay, layout, before)
         if entry is not None and cache is not None:
             recorded = (k, v) if cache.record_past and layout.rectangular else (None, None)
             entry.stage(state, *recorded)

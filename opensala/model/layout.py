@@ -1,10 +1,14 @@
 """How the tokens of one forward call lie: which belong to which sequence, at which position, in which mode.
 
 A call is a rectangle `[B, T]`. Padding (anywhere in a row) and packed documents are described here once,
-so that the mixers see whole sequences only. It knows nothing of weights or of how attention is computed.
+so that the mixers see whole sequences only. Where rows are split over ranks, it says what of each sequence lies here,
+and asks a `SequenceParallel` for the rest. It knows nothing of weights or of how attention is computed.
 """
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,18 +17,44 @@ from .config import MiniCPMSALAConfig
 from .layers import rotary_angles
 
 
+class SequenceParallel(Protocol):
+    """The ranks over which rows are split, each holding one of `ranks` stretches of T tokens: what the mixers ask of them.
+
+    Every rank must ask the same questions in the same order. `opensala.train.parallel` answers them with collectives.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def ranks(self) -> int: ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The stretches `[B, T, ...]` of all ranks in order, `[B, ranks * T, ...]`; their gradients return summed."""
+        ...
+
+    def state_before(self, k: Tensor, v: Tensor, slopes: list[float], layout: "SequenceLayout") -> Tensor | None:
+        """The Lightning state `[N, H, D, Dv]` in which each sequence of the layout arrives here; None if all begin here.
+
+        k, v are this rank's, packed: `[1, tokens, H, D]` or the rectangle.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SequenceLayout:
     """The sequences of one call.
 
     Attributes:
         lengths: new tokens of each sequence.
-        past: tokens of each sequence already in the cache (0 without one).
+        past: tokens of each sequence already in the cache, or on earlier ranks (0 without either).
         sparse: for each sequence, whether its sparse layers attend sparsely in this call.
         positions: `[B, T]` rotary position of each token (0 at padding).
         index: flat places of the real tokens in `[B * T]`, sequence after sequence; None if all are real
             and every row is one sequence.
         shape: (B, T).
+        parallel: the ranks over which rows are split, or None.
+        reach: how many ranks back the sequence begins that holds the first token of rank 0, 1, ...; empty without ranks.
     """
 
     lengths: list[int]
@@ -33,6 +63,8 @@ class SequenceLayout:
     positions: Tensor
     index: Tensor | None
     shape: tuple[int, int]
+    parallel: SequenceParallel | None = None
+    reach: tuple[int, ...] = ()
     _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def angles(self, dim: int, config: MiniCPMSALAConfig) -> tuple[Tensor, Tensor]:
@@ -66,6 +98,18 @@ class SequenceLayout:
         if self.index is None:
             return list(x.split(1))
         return list(x.split(self.lengths, 1))
+
+    def split_whole(self, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """`split` of two tensors of the same shape, each piece `[1, past + length, ...]` with its sequence's tokens of
+        earlier ranks before it."""
+        pieces = list(zip(self.split(k), self.split(v), strict=True))
+        if self.parallel is None or not any(self.reach):
+            return pieces
+        row, here = self.parallel.gather(torch.cat([k, v], -1)), self.parallel.rank * k.shape[1]
+        # Every rank takes something from what was gathered, or its part of the backward pass would never run.
+        taken = len(pieces) if self.index is None else 1
+        whole = [row[n : n + 1, here - self.past[n] : here + self.lengths[n]].chunk(2, -1) for n in range(taken)]
+        return [(a, b) for a, b in whole] + pieces[taken:]
 
 
 def packed_bounds(position_ids: Tensor | None, cu_seqlens: Tensor | None, length: int) -> list[int] | None:
@@ -110,3 +154,31 @@ def rows_layout(
     positions = (before + valid.cumsum(1) - 1).clamp(min=0) * valid
     index = valid.flatten().nonzero()[:, 0]
     return SequenceLayout(valid.sum(1).tolist(), past, sparse, positions, index, shape)
+
+
+def parallel_layout(
+    shape: tuple[int, int], bounds: list[int] | None, parallel: SequenceParallel, sparse: Callable[[list[int]], list[bool]],
+    device: torch.device, position_ids: Tensor | None = None,
+) -> SequenceLayout:
+    """This rank's stretch `[B, T]` of rows that are split over ranks.
+
+    Args:
+        bounds: boundaries of documents packed in the whole row of ranks * T tokens (B is 1); None: a row is one document.
+        sparse: from whole lengths of documents to whether each attends sparsely.
+        position_ids: `[B, T]` rotary positions of this stretch, if a row is one document.
+    """
+    batch, length = shape
+    bounds = bounds or [0, parallel.ranks * length]
+    first, end = parallel.rank * length, (parallel.rank + 1) * length
+    reach = tuple(-(-(a - bounds[bisect_right(bounds, a) - 1]) // length) for a in range(0, bounds[-1], length))
+    documents = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < end and b > first] * batch
+    lengths = [min(b, end) - max(a, first) for a, b in documents]
+    past = [max(0, first - a) for a, _ in documents]
+    modes = sparse([b - a for a, b in documents])
+    packed = len(bounds) > 2
+    starts = [torch.arange(p, p + n) for p, n in zip(past, lengths, strict=True)]
+    positions = (torch.cat(starts)[None] if packed else starts[0].expand(batch, length)).to(device)
+    if position_ids is not None and not packed:
+        positions = position_ids.expand(batch, length)
+    index = torch.arange(length, device=device) if packed and len(documents) > 1 else None
+    return SequenceLayout(lengths, past, modes, positions, index, shape, parallel, reach)

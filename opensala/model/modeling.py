@@ -23,7 +23,7 @@ from .cache import SALACache
 from .checkpoint import load_strictly
 from .config import ATTENTION_MODES, MiniCPMSALAConfig, check_choice
 from .layers import RMSNorm, SwiGLU
-from .layout import SequenceLayout, documents_layout, packed_bounds, rows_layout
+from .layout import SequenceLayout, SequenceParallel, documents_layout, packed_bounds, parallel_layout, rows_layout
 
 logger = logging.getLogger("opensala")
 
@@ -92,6 +92,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         self.layers = nn.ModuleList(MiniCPMSALADecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.parallel: SequenceParallel | None = None  # set where rows are split over ranks
         self._said: set[str] = set()
         self.post_init()
 
@@ -139,6 +140,8 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
 
     def _layout(self, shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None,
                 cache: SALACache | None, cu_seqlens: Tensor | None, device: torch.device) -> SequenceLayout:
+        if self.parallel is not None:
+            return self._split_rows(self.parallel, shape, attention_mask, position_ids, cache, cu_seqlens, device)
         batch, length = shape
         empty = cache is None or cache.columns == 0
         bounds = packed_bounds(position_ids, cu_seqlens, length) if empty and attention_mask is None else None
@@ -164,6 +167,17 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         decisive = ends if cache is None else cache.decisive_lengths(ends)
         custom = position_ids if cache is None and attention_mask is None else None
         return rows_layout(shape, valid, past, self._sparse(decisive), device, custom)
+
+    def _split_rows(self, parallel: SequenceParallel, shape: tuple[int, int], attention_mask: Tensor | None,
+                    position_ids: Tensor | None, cache: SALACache | None, cu_seqlens: Tensor | None,
+                    device: torch.device) -> SequenceLayout:
+        if cache is not None or attention_mask is not None:
+            raise ValueError("where sequences are split over ranks there is no cache and no padding: pass use_cache=False "
+                             "and no attention_mask")
+        if cu_seqlens is not None and shape[0] != 1:
+            raise ValueError(f"cu_seqlens needs a single row, got {shape[0]}")
+        bounds = packed_bounds(None, cu_seqlens, shape[1] * parallel.ranks)
+        return parallel_layout(shape, bounds, parallel, self._sparse, device, position_ids)
 
     def _sparse(self, lengths: list[int]) -> list[bool]:
         mode = self.config.attention_mode
@@ -226,8 +240,11 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
             past_key_values: a `SALACache`.
             labels: `[B, T]`, -100 where there is no loss; shifted here.
             logits_to_keep: compute logits for the last so many positions (0: all).
-            cu_seqlens: `[N + 1]` boundaries of documents packed in one row.
+            cu_seqlens: `[N + 1]` boundaries of documents packed in one row (the whole row, where it is split over ranks).
         """
+        if labels is not None and self.model.parallel is not None:
+            raise ValueError("labels are shifted here, which loses a token at each border between ranks: shift them before the "
+                             "sequence is split and take the loss from the logits")
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                              past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
                              cu_seqlens=cu_seqlens, **kwargs)

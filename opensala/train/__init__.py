@@ -1,1 +1,1 @@
-"""Training: losses so far. Builds on the model; nothing here is imported by the engine."""
+"""Training: losses, and many processes (parallel). Builds on the model; nothing here is imported by the engine."""
