@@ -62,7 +62,7 @@ def plan(recipe: Recipe, gpus: int, device: str, mfu: float) -> list[Row]:
     rows = []
     for stage in recipe.stages:
         if isinstance(stage, Halo):
-            rows.append(_halo(stage, config, rate))
+            rows.append(_halo(stage, config, DEVICES[device].flops * mfu))
             continue
         check_world(stage, gpus)
         tokens = stage.steps * stage.sequences * stage.sequence
@@ -81,10 +81,11 @@ def check_world(stage: Stage, ranks: int) -> None:
 
 
 def _halo(stage: Halo, config: MiniCPMSALAConfig, rate: float) -> Row:
-    """Alignment: a teacher's forward pass and the mixers' training; distillation: teacher and student."""
+    """Alignment: a teacher's forward pass and the mixers' training; distillation: teacher and student. On one device."""
     align, distill, length = stage.config.align, stage.config.distill, stage.config.length
     forward = forward_flops(config, length, False)
-    mixers = 0.2 * forward  # projections of every layer: about a fifth of the whole
+    inner = config.num_attention_heads * (config.head_dim or 0)
+    mixers = config.num_hidden_layers * 2 * 5 * config.hidden_size * inner  # five projections in every layer
     aligned, distilled = align.steps * align.batch * length, distill.steps * distill.batch * length
     flops = aligned * (forward + 3 * mixers) + distilled * (forward + 3 * forward)
     return Row(stage.name, length, distilled, align.steps + distill.steps, flops, 0, flops / rate / 3600, "1 x 1")
@@ -99,10 +100,11 @@ def scratch(recipe: Recipe, gpus: int, device: str, mfu: float, length: int = 40
 
 def plan_table(recipe: Recipe, gpus: int, device: str, mfu: float) -> Table:
     """The plan as a table whose last lines are the total and training from scratch."""
-    rows, whole = plan(recipe, gpus, device, mfu), scratch(recipe, gpus, device, mfu)
+    rows, whole = plan(recipe, gpus, device, mfu), scratch(recipe, gpus, device, mfu) if recipe.scratch_tokens else None
+    caption = None if whole is None else (f"{sum(r.tokens for r in rows) / whole.tokens:.1%} of the tokens and "
+                                          f"{sum(r.flops for r in rows) / whole.flops:.1%} of the FLOPs of training from scratch")
     table = Table(title=f"{recipe.name} on {gpus} {device}, {mfu:.0%} of {DEVICES[device].flops / 1e12:,.0f} TFLOP/s", box=None, pad_edge=False,
-                  caption=f"{sum(r.tokens for r in rows) / whole.tokens:.1%} of the tokens and {sum(r.flops for r in rows) / whole.flops:.1%} "
-                          f"of the FLOPs of training from scratch", caption_justify="left", title_justify="left")
+                  caption=caption, caption_justify="left", title_justify="left")
     for column in ("stage", "sequence", "tokens", "steps", "FLOPs", "GB a device", "data x context", "hours"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     for r in rows:
@@ -111,7 +113,8 @@ def plan_table(recipe: Recipe, gpus: int, device: str, mfu: float) -> Table:
     flops = sum(r.flops for r in rows)
     table.add_row("total", "", _short(sum(r.tokens for r in rows)), f"{sum(r.steps for r in rows):,}", f"{flops:.2e}", "", "",
                   f"{sum(r.hours for r in rows):,.1f}")
-    table.add_row(whole.name, f"{whole.sequence:,}", _short(whole.tokens), "", f"{whole.flops:.2e}", "", "", f"{whole.hours:,.1f}")
+    if whole is not None:
+        table.add_row(whole.name, f"{whole.sequence:,}", _short(whole.tokens), "", f"{whole.flops:.2e}", "", "", f"{whole.hours:,.1f}")
     return table
 
 

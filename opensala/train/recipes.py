@@ -131,7 +131,7 @@ class Recipe:
         dtype: of weights and activations in a pass; master weights and moments are float32.
         save_every, keep: steps between checkpoints, and how many of them are kept.
         chat_template: given to a tokenizer that has none before the first chat stage.
-        scratch_tokens: what the same model would see in training from scratch.
+        scratch_tokens: what the same model would see in training from scratch (0: not to be compared).
     """
 
     name: str
@@ -252,7 +252,7 @@ def tiny() -> Recipe:
         long("long_decay_4k", 4 * K, 120_000, 6e-4, 4e-4),
         sft("sft_1k", 1 * K, 160_000, True),
         sft("sft_2k", 2 * K, 160_000, False),
-    ), micro_tokens=4 * K, recompute=False, dtype="float32", save_every=20, keep=2, chat_template=TINY_TEMPLATE)
+    ), micro_tokens=4 * K, recompute=False, dtype="float32", save_every=20, keep=2, chat_template=TINY_TEMPLATE, scratch_tokens=0)
 
 
 RECIPES = {"minicpm_sala_9b": minicpm_sala_9b, "tiny": tiny}

@@ -5,7 +5,9 @@ need no chance. Documents of ordinary text are cut where a sequence ends (what i
 of its own); conversations stay whole, the end of a sequence is padded, and those longer than a sequence are left out and counted.
 """
 
+import base64
 import random
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,16 +139,25 @@ class StageData:
         return self.waiting.pop(max(fitting, key=lambda n: len(self.waiting[n].ids))) if fitting else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: everything that decides what comes next."""
+        """The position: everything that decides what comes next, as JSON can hold it."""
         return {"tokens": list(self.tokens), "drawn": list(self.drawn), "too_long": self.too_long, "unfit": self.unfit,
                 "sources": [source.state_dict() for source in self.sources],
-                "waiting": [(torch.from_numpy(e.ids.copy()), torch.from_numpy(e.learnt.copy())) for e in self.waiting]}
+                "waiting": [(_text(e.ids), _text(e.learnt)) for e in self.waiting]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tokens, self.drawn, self.too_long, self.unfit = list(state["tokens"]), list(state["drawn"]), state["too_long"], state["unfit"]
         for source, kept in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(kept)
-        self.waiting = [Example(ids.numpy(), learnt.numpy()) for ids, learnt in state["waiting"]]
+        self.waiting = [Example(_array(ids, np.int32), _array(learnt, np.bool_)) for ids, learnt in state["waiting"]]
+
+
+def _text(x: np.ndarray) -> str:
+    """An array as JSON can hold it in little space."""
+    return base64.b64encode(zlib.compress(x.tobytes(), 1)).decode()
+
+
+def _array(text: str, dtype: type[np.generic]) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=dtype)
 
 
 def _packed(parts: list[Example], length: int) -> PackedSequence:
