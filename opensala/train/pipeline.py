@@ -1,8 +1,9 @@
 """A whole recipe in one folder: the softmax Transformer (if the recipe trains one), HALO, every stage, the finished model.
 
-    run.json          recipe, teacher, sources: a resumed run must have the same
+    config.json       recipe, teacher, sources: a resumed run must have the same
     metrics.jsonl     a line for each step of each stage
     dense/            the Transformer to convert; halo/ the conversion's own run folder
+    stages.json       loss on the same sequences before and after each stage
     checkpoints/      the newest states
     models/STAGE/     the model at the end of each stage; model/ that of the last one
     plots/training.png
@@ -19,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..convert import convert
-from ..convert.folder import RunFolder, read_metrics, write_json
+from ..convert.folder import RunFolder, read_json, write_json
 from ..convert.report import require_matplotlib
 from ..convert.teacher import teacher_config
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
@@ -32,12 +33,13 @@ from .memory import check_fits
 from .parallel import ParallelConfig, ParallelMesh, close_parallel, init_parallel, whole_weights
 from .plan import check_world
 from .recipes import Halo, Recipe, Stage
+from .steps import StepBatch
 from .trainer import Signals, StageRun
 from .watch import Board, matrix_rate, plot_training
 
 logger = logging.getLogger("opensala")
 SHIPPED = Path(__file__).parents[1] / "assets" / "small"  # the tokenizer of recipes that train their own Transformer
-_FREE = ("micro_tokens", "recompute", "save_every", "keep", "guard", "scratch_tokens")  # may change between runs
+_FREE = ("probe_tokens", "micro_tokens", "recompute", "save_every", "keep", "guard", "scratch_tokens")  # may change between runs
 _MINICPM = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
             "scale_emb", "scale_depth", "dim_model_base", "initializer_range", "eos_token_id", "max_position_embeddings")
 
@@ -180,12 +182,33 @@ class Pipeline:
         data = StageData(stage, tokenizer, self.recipe.seed, self.skip_bad)
         run = StageRun(self.recipe, stage, index, model, data, mesh, self.folder, self.checkpoints, self._matrix_rate(mesh), self.quiet)
         run.begin(self._before(index))
+        probe = self._probe(stage, tokenizer)
+        self._measure("before", run, probe)
         with self.signals.watched():
             run.run(self.signals, self.board)
+        self._measure("after", run, probe)
         self._export(stage, run.model, tokenizer, mesh)
         if mesh.rank == 0:
             stages = [s for s in self.recipe.stages if isinstance(s, Stage)]
             plot_training(self.folder.metrics(), stages, self.path / "plots" / "training.png")
+
+    def _probe(self, stage: Stage, tokenizer: Any) -> StepBatch | None:
+        """Sequences of the stage's mixture to measure with."""
+        count = -(-self.recipe.probe_tokens // stage.sequence)
+        if not count:
+            return None
+        data = StageData(stage, tokenizer, self.recipe.seed, self.skip_bad, probe=True)
+        return StepBatch([data.next() for _ in range(count)], {}, 0)
+
+    def _measure(self, when: str, run: StageRun, probe: StepBatch | None) -> None:
+        """Note the loss on the probe, before the stage's first step or after its last."""
+        if probe is None or (when == "before" and run.step):
+            return
+        loss = run.probe(probe)
+        if self.mesh.rank == 0:
+            known = read_json(self.path / "stages.json") or {}
+            known.setdefault(run.stage.name, {})[when] = loss
+            write_json(self.path / "stages.json", known)
 
     def _matrix_rate(self, mesh: ParallelMesh) -> float:
         if not self._rate:
@@ -299,14 +322,6 @@ def _open_folder(path: Path, config: RunConfig, resume: bool, mesh: ParallelMesh
 
 
 def summary(path: Path) -> str:
-    """A line for each stage: mean loss of its first and last tenth of steps."""
-    records: dict[str, list[dict[str, Any]]] = {}
-    for r in read_metrics(path):
-        records.setdefault(r["phase"], []).append(r)
-    lines = []
-    for name, own in records.items():
-        losses = [r["loss"] for r in own if not r["skipped"]]
-        part = max(1, len(losses) // 10)
-        if losses:
-            lines.append(f"{name}: loss {sum(losses[:part]) / part:.3f} -> {sum(losses[-part:]) / part:.3f} in {len(own)} steps")
-    return "\n".join(lines)
+    """A line for each stage: the loss on its probe before and after."""
+    record = read_json(path / "stages.json") or {}
+    return "\n".join(f"{name}: loss {own['before']:.3f} -> {own['after']:.3f}" for name, own in record.items() if "after" in own)

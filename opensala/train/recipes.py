@@ -129,6 +129,8 @@ class Recipe:
         micro_tokens: tokens of one forward and backward pass on a device; at least one sequence (or its part under cp).
         recompute: keep layer inputs only and compute the rest again in the backward pass, with the same blocks selected.
         dtype: of weights and activations in a pass; master weights and moments are float32.
+        probe_tokens: of each stage's own mixture (held out where the source has such a part) that loss is measured on before and
+            after the stage; 0 for none.
         save_every, keep: steps between checkpoints, and how many of them are kept.
         chat_template: given to a tokenizer that has none before the first chat stage.
         scratch_tokens: what the same model would see in training from scratch (0: not to be compared).
@@ -142,6 +144,7 @@ class Recipe:
     micro_tokens: int = 4096
     recompute: bool = True
     dtype: str = "bfloat16"
+    probe_tokens: int = 4_194_304
     save_every: int = 250
     keep: int = 3
     seed: int = 0
@@ -218,7 +221,7 @@ def _tiny_model() -> dict[str, Any]:
         "vocab_size": 2048, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3,
         "num_key_value_heads": 1, "head_dim": 32, "lightning_nh": 3, "lightning_nkv": 3, "lightning_head_dim": 32,
         "mixer_types": [SPARSE if i in kept else LIGHTNING for i in range(12)],
-        "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 96, "initializer_range": 0.08, "eos_token_id": 2,
+        "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 48, "initializer_range": 0.08, "eos_token_id": 2,
         "max_position_embeddings": 65536,
         "sparse_config": {"block_size": 64, "window_size": 128, "topk": 6, "dense_len": 768},
     }
@@ -243,16 +246,16 @@ def tiny() -> Recipe:
     halo = ConvertConfig("", length=256, align=Phase(60, 4, 3e-3, 3e-4, warmup=10), distill=Phase(60, 4, 2e-3, 2e-4, warmup=10),
                          probes=Probes(256, 8, 8), save_every=20)
     return Recipe("tiny", _tiny_model(), (
-        train("dense", 256, 400_000, Schedule("linear", 4e-3, 2e-3, warmup=10), (*text, facts), dense_start=True, fresh_optimizer=True),
+        train("dense", 256, 320_000, Schedule("linear", 5e-3, 3e-3, warmup=10), (*text, facts), dense_start=True, fresh_optimizer=True),
         Halo(halo),
-        train("stable", 256, 300_000, Schedule("constant", 3e-3, warmup=10), (*text, facts), fresh_optimizer=True),
-        train("short_decay", 256, 300_000, Schedule("exponential", 3e-3, 1e-3), (*text, facts)),
-        long("long_decay_1k", 1 * K, 160_000, 1e-3, 8e-4),
+        train("stable", 256, 240_000, Schedule("constant", 3e-3, warmup=10), (*text, facts), fresh_optimizer=True),
+        train("short_decay", 256, 240_000, Schedule("exponential", 3e-3, 1e-3), (*text, facts)),
+        long("long_decay_1k", 1 * K, 120_000, 1e-3, 8e-4),
         long("long_decay_2k", 2 * K, 120_000, 8e-4, 6e-4),
         long("long_decay_4k", 4 * K, 120_000, 6e-4, 4e-4),
-        sft("sft_1k", 1 * K, 160_000, True),
-        sft("sft_2k", 2 * K, 160_000, False),
-    ), micro_tokens=4 * K, recompute=False, dtype="float32", save_every=20, keep=2, chat_template=TINY_TEMPLATE, scratch_tokens=0)
+        sft("sft_1k", 1 * K, 140_000, True),
+        sft("sft_2k", 2 * K, 140_000, False),
+    ), micro_tokens=4 * K, recompute=False, dtype="float32", probe_tokens=24 * K, save_every=20, keep=2, chat_template=TINY_TEMPLATE, scratch_tokens=0)
 
 
 RECIPES = {"minicpm_sala_9b": minicpm_sala_9b, "tiny": tiny}

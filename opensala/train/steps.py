@@ -111,6 +111,17 @@ def accumulate(loss_of_row: LossOfRow, batch: StepBatch, together: int, mesh: Pa
     return total_over_ranks(total, mesh) / targets
 
 
+@torch.no_grad()
+def mean_loss(loss_of_row: LossOfRow, batch: StepBatch, together: int, mesh: ParallelMesh) -> float:
+    """The mean loss over the batch's targets, without gradients."""
+    total = torch.zeros((), dtype=torch.float64)
+    for whole in passes(batch.sequences, together, mesh):
+        row = shard_sequence(whole, mesh)
+        row.pop("weights")
+        total += loss_of_row(**row).double().cpu()
+    return total_over_ranks(total, mesh) / max(1, batch.targets)
+
+
 class FlopCounter:
     """FLOPs of a step from the lengths of its documents."""
 

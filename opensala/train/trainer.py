@@ -25,7 +25,7 @@ from .memory import pass_tokens
 from .optim import new_adamw, set_rate
 from .parallel import ParallelMesh, clip_gradients, context_parallel, shard_model, total_over_ranks
 from .recipes import Recipe, Stage
-from .steps import Feeder, FlopCounter, StepBatch, accumulate, recompute_layers, row_loss
+from .steps import Feeder, FlopCounter, StepBatch, accumulate, mean_loss, recompute_layers, row_loss
 from .watch import Board, peak_memory
 
 
@@ -84,6 +84,10 @@ class StageRun:
         self.together = max(1, pass_tokens(recipe, stage) // stage.sequence)
         self.step, self.tokens, self.taken = 0, 0, False
         self.position: dict[str, Any] | None = None
+
+    def probe(self, batch: StepBatch) -> float:
+        """Mean loss of the model as it is on a batch that is not trained on."""
+        return mean_loss(self.loss_of_row, batch, self.together, self.mesh)
 
     def begin(self, before: Checkpoint | None) -> None:
         """Stand where the stage's last checkpoint was made, or at its start, with the weights (and moments) of `before`."""

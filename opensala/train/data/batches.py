@@ -22,7 +22,7 @@ from .synthetic import Synthetic
 
 _WAITING = 32  # conversations held back to fill sequences with
 _OPEN = 16  # texts longer than a sequence that are taken in turns, so that one of them does not fill a batch
-_TRIES = 100_000  # documents looked at before a source is said to have none that fit
+_TRIES = 2000  # documents looked at before a source is said to have none that fit
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ def check_source(source: Source) -> None:
         find_files(source.path)
 
 
-def open_source(source: Source, stage: Stage, tokenizer: Any, seed: int, skip_bad: bool) -> DocumentSource:
-    """The stream of a source's documents."""
+def open_source(source: Source, stage: Stage, tokenizer: Any, seed: int, skip_bad: bool, probe: bool = False) -> DocumentSource:
+    """The stream of a source's documents; with `probe` others: held-out texts, tasks of their own, files in another order."""
     check_source(source)
-    key = f"{seed} {stage.name} {source.name}"
+    key = f"{seed} {stage.name} {source.name}{' probe' * probe}"
     kind, _, rest = source.path.partition(":")
     if kind == "python":
-        return InstalledTexts(rest, key)
+        return InstalledTexts(rest, key, "held_out" if probe else "train")
     if kind == "synthetic":
         return Synthetic(rest, tokenizer, stage.sequence, key, stage.chat)
     return Files(source.path, key, skip_bad)
@@ -62,14 +62,15 @@ class StageData:
         tokenizer: a transformers tokenizer.
         seed: of file orders, shuffles and synthetic tasks.
         skip_bad: leave out malformed documents instead of stopping.
+        probe: to measure with, not to train on: see `open_source`.
 
     Raises:
         ValueError: see `Files`, `Encoder` and `Synthetic`.
     """
 
-    def __init__(self, stage: Stage, tokenizer: Any, seed: int, skip_bad: bool = False) -> None:
+    def __init__(self, stage: Stage, tokenizer: Any, seed: int, skip_bad: bool = False, probe: bool = False) -> None:
         self.stage, self.seed, self.skip_bad = stage, seed, skip_bad
-        self.sources = [open_source(source, stage, tokenizer, seed, skip_bad) for source in stage.mixture]
+        self.sources = [open_source(source, stage, tokenizer, seed, skip_bad, probe) for source in stage.mixture]
         self.encode = Encoder(tokenizer, stage.chat)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self.tokens = [0] * len(self.sources)

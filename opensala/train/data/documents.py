@@ -46,10 +46,10 @@ class DocumentSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def installed_texts(kind: str, characters: int = _CHARACTERS) -> list[str]:
-    """The first training texts of a kind that the Python installation carries, about so many characters."""
+def installed_texts(kind: str, characters: int = _CHARACTERS, part: str = "train") -> list[str]:
+    """The first texts of a kind (and part) that the Python installation carries, about so many characters."""
     chosen, total = [], 0
-    for text in documents(kind, "train"):
+    for text in documents(kind, part):
         chosen.append(text[:_LONGEST])
         total += len(chosen[-1])
         if total >= characters:
@@ -58,11 +58,11 @@ def installed_texts(kind: str, characters: int = _CHARACTERS) -> list[str]:
 
 
 class InstalledTexts:
-    """The training part of one kind of text of the Python installation, each epoch in another order."""
+    """One kind of text of the Python installation, each epoch in another order; `part` as in `opensala.data.text`."""
 
-    def __init__(self, kind: str, seed: str) -> None:
+    def __init__(self, kind: str, seed: str, part: str = "train") -> None:
         check_choice("python:", kind, KINDS)
-        self.texts = installed_texts(kind)
+        self.texts = installed_texts(kind, _CHARACTERS if part == "train" else _CHARACTERS // 10, part)
         if not self.texts:
             raise ValueError(f"python:{kind}: this Python installation carries no such texts; give files instead")
         self.seed, self.kind, self.position, self.skipped = seed, kind, 0, 0

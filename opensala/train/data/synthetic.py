@@ -20,7 +20,7 @@ TASKS = ("facts", "tracing", "cross")
 _SHORTEST = {"facts": 192, "tracing": 512, "cross": 512}
 _RULER = {"tracing": "vt", "cross": "qa_2"}
 _TOKENS_A_FACT = 96
-_CHARACTERS = 700_000  # of each kind of text in the haystack
+_CHARACTERS = 300_000  # of each kind of text in the haystack
 _MOST_FACTS = 16
 
 
