@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import MiniCPMSALAForCausalLM
 from ..model.attention import SparseMixer
 from ..model.layout import rows_layout
 from ..ops import compress_keys
@@ -123,9 +122,3 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows:
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"hidden must be [N, D], weight [V, D], targets [N], got {list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}")
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
-
-
-def sequence_loss(model: MiniCPMSALAForCausalLM, ids: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Sum of the losses of a packed row: ids and labels `[1, T]`, labels already shifted; see `chunked_cross_entropy`."""
-    hidden = model.model(input_ids=ids, use_cache=False, cu_seqlens=cu_seqlens).last_hidden_state / model.config.logit_divisor
-    return chunked_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, labels.flatten())

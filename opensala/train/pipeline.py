@@ -137,18 +137,31 @@ class Pipeline:
         self.folder = _open_folder(path, RunConfig(recipe, start), resume, self.mesh)
         self.checkpoints = Checkpoints(path, recipe.keep)
         self.signals = Signals()
-        self.board = Board(path / "tensorboard")
+        self.board = Board(path / "tensorboard") if self.folder is not None else None
         self._rate = 0.0
 
     def close(self) -> None:
-        self.folder.close()
-        self.board.close()
+        if self.folder is not None and self.board is not None:
+            self.folder.close()
+            self.board.close()
         close_parallel()
 
     def run(self, only: Sequence[str]) -> Path:
         names = [s.name for s in self.recipe.stages]
         for name in only:
             check_choice("stage", name, tuple(names))
+        try:
+            return self._run(names, only)
+        finally:
+            self._plot()
+
+    def _plot(self) -> None:
+        """The curves of all steps there are."""
+        records = [] if self.folder is None else self.folder.metrics()
+        if records:
+            plot_training(records, [s for s in self.recipe.stages if isinstance(s, Stage)], self.path / "plots" / "training.png")
+
+    def _run(self, names: Sequence[str], only: Sequence[str]) -> Path:
         result = self.path
         for index, stage in enumerate(self.recipe.stages):
             if not self.finished(stage):
@@ -188,9 +201,6 @@ class Pipeline:
             run.run(self.signals, self.board)
         self._measure("after", run, probe)
         self._export(stage, run.model, tokenizer, mesh)
-        if mesh.rank == 0:
-            stages = [s for s in self.recipe.stages if isinstance(s, Stage)]
-            plot_training(self.folder.metrics(), stages, self.path / "plots" / "training.png")
 
     def _probe(self, stage: Stage, tokenizer: Any) -> StepBatch | None:
         """Sequences of the stage's mixture to measure with."""
@@ -313,12 +323,12 @@ def _minicpm(recipe: Recipe) -> dict[str, Any]:
             **{name: getattr(shape, name) for name in _MINICPM}}
 
 
-def _open_folder(path: Path, config: RunConfig, resume: bool, mesh: ParallelMesh) -> RunFolder:
-    """The run's folder, made by rank 0 and seen by all."""
+def _open_folder(path: Path, config: RunConfig, resume: bool, mesh: ParallelMesh) -> RunFolder | None:
+    """The run's folder on rank 0, which alone writes to it; None on the others, once it is there."""
     folder = RunFolder(path, config, resume, "training") if mesh.rank == 0 else None
     if mesh.world > 1:
         torch.distributed.barrier()
-    return folder or RunFolder(path, config, True, "training")
+    return folder
 
 
 def summary(path: Path) -> str:

@@ -68,12 +68,12 @@ class StageRun:
         model: its weights in float32, those the stage begins with; taken over and changed in place.
         data: the stage's sequences.
         mesh: the ranks; with one rank and float32 nothing is sharded.
-        folder: of the run, for metrics; checkpoints: of the run.
+        folder: of the run, for metrics, on rank 0; checkpoints: of the run.
         rate: the device's matrix rate, FLOP/s.
     """
 
     def __init__(self, recipe: Recipe, stage: Stage, index: int, model: MiniCPMSALAForCausalLM, data: StageData, mesh: ParallelMesh,
-                 folder: RunFolder, checkpoints: Checkpoints, rate: float, quiet: bool) -> None:
+                 folder: RunFolder | None, checkpoints: Checkpoints, rate: float, quiet: bool) -> None:
         self.recipe, self.stage, self.index, self.mesh, self.data = recipe, stage, index, mesh, data
         self.folder, self.checkpoints, self.rate, self.quiet = folder, checkpoints, rate, quiet or mesh.rank > 0
         self.model = prepared(model, recipe, stage, mesh)
@@ -105,10 +105,10 @@ class StageRun:
         self._forget(self.step)
 
     def _forget(self, step: int) -> None:
-        if self.mesh.rank == 0:
+        if self.folder is not None:
             self.folder.forget_after(self.stage.name, step)
 
-    def run(self, signals: Signals, board: Board) -> None:
+    def run(self, signals: Signals, board: Board | None) -> None:
         """Take the steps that are left, and leave a checkpoint of the last one.
 
         Raises:
@@ -123,7 +123,7 @@ class StageRun:
             with progress_bar(stage.name, steps, self.step, self.quiet) as bar:
                 while self.step < steps:
                     record = self._take(feeder.next(more=self.step + 1 < steps))
-                    if self.mesh.rank == 0:
+                    if self.folder is not None and board is not None:
                         self.folder.log(record)
                         board.add(stage.name, record["step"], record)
                     bar.advance(f"loss {record['loss']:.3f}" + (" (not taken)" if record["skipped"] else ""))
