@@ -29,6 +29,7 @@ from .checkpoints import Checkpoint, Checkpoints
 from .data import StageData
 from .data.batches import check_source
 from .data.documents import installed_texts
+from .data.encode import Encoder
 from .memory import check_fits
 from .parallel import ParallelConfig, ParallelMesh, close_parallel, init_parallel, whole_weights
 from .plan import check_world
@@ -130,6 +131,9 @@ class Pipeline:
                  quiet: bool) -> None:
         self.recipe, self.path, self.start, self.device, self.skip_bad = recipe, path, start, device, skip_bad
         self.chat_template, self.quiet = chat_template, quiet
+        for stage in recipe.stages:
+            if isinstance(stage, Stage) and stage.chat:  # now, not after the stages before it
+                Encoder(self.tokenizer(stage), True)
         self.mesh = init_parallel(ParallelConfig(), device=device)
         for stage in recipe.stages:
             if isinstance(stage, Stage):
@@ -191,6 +195,8 @@ class Pipeline:
         mesh = init_parallel(ParallelConfig(cp=stage.cp), device=self.device)
         tokenizer = self.tokenizer(stage)
         model = self._model(index, stage)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {model.config.vocab_size}: they are not of one model")
         check_fits(model.config, self.recipe, stage, mesh.device, mesh.world)
         data = StageData(stage, tokenizer, self.recipe.seed, self.skip_bad)
         run = StageRun(self.recipe, stage, index, model, data, mesh, self.folder, self.checkpoints, self._matrix_rate(mesh), self.quiet)

@@ -1,8 +1,15 @@
 """`opensala train` and `opensala train plan` on the command line: every kind of bad input is one line and exit code 2."""
 
 import json
+import signal
+
+import pytest
+
+from opensala.train.pipeline import train
+from opensala.train.trainer import Stopped
 
 from ..test_cli import refuse, run
+from .conftest import mini
 
 
 def test_plan_prints_the_published_stages_and_the_quarter(monkeypatch, capsys):
@@ -47,6 +54,22 @@ def test_bad_data_is_one_line_and_overwrites_nothing(monkeypatch, capsys, tmp_pa
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     refuse(monkeypatch, capsys, "is not empty and holds no training", "train", "tiny", "-o", str(tmp_path / "full"), *shared)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+def test_a_signal_ends_with_its_code(monkeypatch, capsys, tmp_path):
+    def stop(*args, **kwargs):
+        raise Stopped(signal.SIGTERM, "stopped by SIGTERM after step 3 of stable")
+
+    monkeypatch.setattr("opensala.train.pipeline.train", stop)
+    code, out, err = run(monkeypatch, capsys, "train", "tiny", "-o", str(tmp_path / "run"))
+    assert (code, out, err) == (143, "", "opensala: stopped by SIGTERM after step 3 of stable\n")
+
+
+def test_a_chat_template_is_asked_for_before_the_first_step(corpus, tmp_path):
+    recipe = mini(corpus, chat_template="")
+    with pytest.raises(ValueError, match="no chat template: give one with --chat-template"):
+        train(recipe, tmp_path / "run", device="cpu", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_stages_can_be_listed(monkeypatch, capsys, tmp_path):
