@@ -42,9 +42,11 @@ class Stage:
 
 STAGES = (
     Stage(150, 256, 8, 4, copies=0.25),
-    Stage(190, 256, 8, 5),
-    Stage(170, 512, 4, 9),
+    Stage(400, 256, 8, 5),
+    Stage(450, 512, 4, 9),
+    Stage(150, 1024, 2, 18),
 )
+LOOK_BACK, LOOK_UP = 1, (4, 7)  # layers with heads that start as previous-token heads, and as matching ones
 PEAK_LR, LAST_LR, WARMUP = 2e-3, 1e-4, 40
 EMBEDDING_LR = 8.0  # times the rate of the rest
 
@@ -68,30 +70,28 @@ def new_teacher(vocab_size: int, seed: int) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def look_back(model: Qwen3ForCausalLM) -> None:
-    """Start two heads in each of the first layers with biases that make them attend one or a few tokens back.
+    """Start two heads of an early layer with biases that make them attend one or two tokens back, and heads further up to match.
 
     Copying needs such heads, and rotary positions alone are slow to give them: without, 2.9M tokens brought none
     (docs/log.md).
     """
-    for layer, offsets in enumerate(((1, 2),)):
+    back = model.model.layers[LOOK_BACK].self_attn
+    frequency = 1e6 ** (-torch.arange(4) / 32)
+    back.k_proj.weight[:64] *= 0.1
+    back.k_proj.bias[:4] = 6.0
+    back.o_proj.weight[:, :64] = 0.6 * torch.nn.init.orthogonal_(torch.empty(128, 64))
+    for head, offset in enumerate((1, 2)):
+        start = 64 * head
+        back.q_proj.weight[start : start + 64] *= 0.1
+        back.q_proj.bias[start : start + 4] = 6.0 * torch.cos(offset * frequency)
+        back.q_proj.bias[start + 32 : start + 36] = -6.0 * torch.sin(offset * frequency)
+    for norm in (back.q_norm, back.k_norm):
+        norm.weight[:4] = norm.weight[32:36] = 2.0
+    for layer in LOOK_UP:
         mixer = model.model.layers[layer].self_attn
-        frequency = 1e6 ** (-torch.arange(4) / 32)
-        mixer.k_proj.weight[:64] *= 0.1
-        mixer.k_proj.bias[:4] = 6.0
-        mixer.o_proj.weight[:, :64] = 0.6 * torch.nn.init.orthogonal_(torch.empty(128, 64))
-        for head, offset in enumerate(offsets):
-            start = 64 * head
-            mixer.q_proj.weight[start : start + 64] *= 0.1
-            mixer.q_proj.bias[start : start + 4] = 6.0 * torch.cos(offset * frequency)
-            mixer.q_proj.bias[start + 32 : start + 36] = -6.0 * torch.sin(offset * frequency)
-        for norm in (mixer.q_norm, mixer.k_norm):
-            norm.weight[:4] = norm.weight[32:36] = 2.0
-    first = model.model.layers[0].self_attn
-    for layer in (3, 5, 7):
-        mixer = model.model.layers[layer].self_attn
-        mixer.k_proj.weight[:64] = first.o_proj.weight[:, :64].T
-        mixer.q_proj.weight[:64] = first.v_proj.weight[:64]
-        mixer.q_proj.weight[64:128] = first.v_proj.weight[:64]
+        mixer.k_proj.weight[:64] = back.o_proj.weight[:, :64].T
+        mixer.q_proj.weight[:64] = back.v_proj.weight[:64]
+        mixer.q_proj.weight[64:128] = back.v_proj.weight[:64]
         mixer.q_norm.weight[:] = mixer.k_norm.weight[:] = 2.0
         mixer.o_proj.weight[:, :128] = 0.5 * mixer.v_proj.weight[:64].T.repeat(1, 2)
 

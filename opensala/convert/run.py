@@ -141,7 +141,7 @@ class Conversion:
             alignment = Alignment(self.teacher, self.mixers, config.align)
             seconds = self._measure(lambda: alignment.gradients(self._batch("align", 0)), alignment.forget)
             rows.append(("alignment", left, config.align.batch * config.length, seconds))
-        if self._needs_scores() and not (self.folder.path / "scores.json").exists():
+        if self._needs_scores() and not self._scored():
             seconds = self._measure(lambda: self.prober.score(self.teacher), lambda: None)
             probe = config.probes
             rows.append(("sweep", layers + 1, 2 * probe.sequences * probe.length, seconds))
@@ -213,6 +213,15 @@ class Conversion:
         (self.folder.path / "align.partial").replace(self.folder.path / "align.pt")
 
     # --- selection ---
+
+    def _scored(self) -> bool:
+        """Whether the scores the rule needs are there, in this folder or in one from which they will be taken over."""
+        for folder in (self.folder.path, *([Path(self.config.reuse)] if self.config.reuse else [])):
+            known, scores = read_json(folder / "config.json"), read_json(folder / "scores.json")
+            same = known is None or known["probes"] == self.config.as_dict()["probes"]
+            if scores and same and ("kl" in scores if self.config.rule == "kl" else "general" in scores):
+                return True
+        return False
 
     def _needs_scores(self) -> bool:
         return self.config.layers is None and self.config.rule in ("halo", "recall", "kl")

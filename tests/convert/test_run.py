@@ -210,6 +210,13 @@ def test_the_plan_is_printed_and_nothing_is_trained(config, tmp_path, capsys):
     assert not (tmp_path / "run" / "align.pt").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize(("rule", "left"), [("recall", False), ("kl", True)])
+def test_the_plan_knows_what_is_taken_over(config, finished, tmp_path, capsys, rule, left):
+    convert(replace(config, rule=rule, keep=3, reuse=str(finished)), tmp_path / "run", plan_only=True)
+    shown = capsys.readouterr().err
+    assert "alignment" not in shown and ("sweep" in shown) == left and "distillation" in shown
+
+
 def test_what_cannot_be_converted_is_refused_before_any_work(config, teacher_folder, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Too little text for anything. " * 12)

@@ -49,12 +49,13 @@ def test_selection_takes_the_best_blocks(length, tokens, heads, kv_heads, dim):
     assert_best(select_blocks(*on_device(q, k), SMALL, backend="triton").cpu(), q, k, SMALL)
 
 
-@pytest.mark.parametrize("lse", ["coarse", "exact"])
-def test_programs_that_share_the_keys_of_a_query(lse, monkeypatch):
+@pytest.mark.parametrize(("lse", "cores"), [("coarse", 8), ("exact", 8)])
+def test_programs_that_share_the_keys_of_a_query(lse, cores, monkeypatch):
     """As on a GPU with idle multiprocessors: several programs for each denominator, each row of scores and each list."""
-    monkeypatch.setattr(triton_select, "cores", lambda _: 8)
-    monkeypatch.setattr(triton_attend, "cores", lambda _: 8)
-    q, k, v = draw(620, 2, 4, 2)
+    monkeypatch.setattr(triton_select, "cores", lambda _: cores)
+    monkeypatch.setattr(triton_attend, "cores", lambda _: cores)
+    q, k, v = draw(620, 2, 8, 2)
+    q = 5 * q  # denominators that differ much from head to head
     blocks = select_blocks(*on_device(q, k), SMALL, lse=lse, backend="triton").cpu()
     assert_best(blocks, q, k, SMALL, lse)
     out = sparse_attention(*on_device(q, k, v, blocks), 16, backend="triton")
@@ -65,6 +66,48 @@ def test_programs_that_share_the_keys_of_a_query(lse, monkeypatch):
 def test_selection_for_any_spec(spec):
     q, k, _ = draw(330, 40, 6, 2, 20)
     assert_best(select_blocks(*on_device(q, k), spec, backend="triton").cpu(), q, k, spec)
+
+
+@pytest.mark.parametrize(("spec", "length"), [(SMALL, 100), (ODD[0], 163)], ids=["one block too many", "first coarse window"])
+def test_queries_at_which_a_choice_begins(spec, length):
+    """The first with more blocks than they may list, and with a window of the second level."""
+    q, k, _ = draw(length, 12, 32, 4, 16)
+    q = 40 * q  # denominators that differ much from head to head
+    assert_best(select_blocks(*on_device(q, k), spec, backend="triton").cpu(), q, k, spec)
+
+
+@pytest.mark.parametrize(("lse", "cores"), [("coarse", 1), ("exact", 1), ("exact", 2)])
+def test_denominators_of_heads_that_look_at_different_places(lse, cores, monkeypatch):
+    """Over several panels of keys, all in one program or in two that share them unevenly; all blocks in one program."""
+    monkeypatch.setattr(triton_select, "cores", lambda _: cores)
+    monkeypatch.setattr(triton_select, "PROGRAMS", 1)
+    q, k, _ = draw(700, 3, 16, 1)
+    q, spec = 20 * q, SMALL._replace(topk=12)
+    assert_best(select_blocks(*on_device(q, k), spec, lse=lse, backend="triton").cpu(), q, k, spec, lse)
+
+
+@pytest.mark.parametrize("programs", [1, 16], ids=["both panels in one program", "one each"])
+def test_window_across_the_end_of_a_panel(programs, monkeypatch):
+    """It starts in block 31 and ends in block 32, the first of the next panel: both get its score."""
+    monkeypatch.setattr(triton_select, "PROGRAMS", programs)
+    q, k, _ = draw(700, 2, 4, 2)
+    q = 5 * q[:, :1, ::2].expand(1, 2, 2, -1).repeat_interleave(2, 2)
+    k[0, 508:512], k[0, 512:516], k[0, 516:520] = q[0, 0, ::2], 0, -q[0, 0, ::2]
+    spec = SMALL._replace(topk=5)
+    blocks = select_blocks(*on_device(q, k), spec, backend="triton").cpu()
+    assert_best(blocks, q, k, spec)
+    assert all({31, 32} <= set(blocks[0, 0, h].tolist()) for h in range(2))
+
+
+def test_window_that_ends_at_the_query():
+    """It starts in the block before the query's own, which is not taken for being near, and decides for that block."""
+    q, k, _ = draw(324, 1, 4, 2)
+    q = 2 * q[:, :, ::2].repeat_interleave(2, 2)
+    k[0, 312:316], k[0, 316:324] = -q[0, 0, ::2], q[0, 0, ::2]
+    spec = SMALL._replace(window_size=0)
+    blocks = select_blocks(*on_device(q, k), spec, backend="triton").cpu()
+    assert_best(blocks, q, k, spec)
+    assert (blocks == 19).any(-1).all()
 
 
 @pytest.mark.parametrize("widest", [1 << 13, 16])

@@ -11,7 +11,7 @@ import socket
 import torch
 import torch.multiprocessing
 
-PRELOADED = ["opensala", "opensala.train.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.train.parallel.checks"]
+PRELOADED = ["opensala", "opensala.train.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.train.parallel.checkpoints"]
 
 
 def _member(rank, world, port, function, args):
