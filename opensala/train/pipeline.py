@@ -252,7 +252,7 @@ class Pipeline:
         source = self.start.init or self.start.teacher or SHIPPED
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{source} has no tokenizer that can be read ({error}); save one beside the model") from error
         if isinstance(stage, Stage) and stage.chat and (self.chat_template or not tokenizer.chat_template):
             tokenizer.chat_template = self.chat_template or self.recipe.chat_template or None
