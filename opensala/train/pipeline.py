@@ -163,7 +163,8 @@ class Pipeline:
         """The curves of all steps there are."""
         records = [] if self.folder is None else self.folder.metrics()
         if records:
-            plot_training(records, [s for s in self.recipe.stages if isinstance(s, Stage)], self.path / "plots" / "training.png")
+            probes = read_json(self.path / "stages.json") or {}
+            plot_training(records, [s for s in self.recipe.stages if isinstance(s, Stage)], probes, self.path / "plots" / "training.png")
 
     def _run(self, names: Sequence[str], only: Sequence[str]) -> Path:
         result = self.path

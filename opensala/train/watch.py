@@ -66,8 +66,8 @@ def smoothed(values: Sequence[float], width: int) -> list[float]:
     return [sum(values[max(0, n + 1 - width) : n + 1]) / len(values[max(0, n + 1 - width) : n + 1]) for n in range(len(values))]
 
 
-def plot_training(records: list[dict[str, Any]], stages: Sequence[Stage], path: Path) -> None:
-    """Loss and learning rate over all tokens, stage by stage, to a PNG."""
+def plot_training(records: list[dict[str, Any]], stages: Sequence[Stage], probes: dict[str, dict[str, float]], path: Path) -> None:
+    """Loss and learning rate over all tokens, stage by stage, to a PNG; dots are the `probes` before and after each stage."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,9 +83,12 @@ def plot_training(records: list[dict[str, Any]], stages: Sequence[Stage], path: 
         tokens = [(start + r["tokens"]) / 1e6 for r in own]
         values = [r["loss"] for r in own]
         loss.plot(tokens, values, color=colors(n % 10), alpha=0.25, linewidth=0.8)
-        loss.plot(tokens, smoothed(values, max(1, len(values) // 8)), color=colors(n % 10), linewidth=1.8,
+        loss.plot(tokens, smoothed(values, max(1, len(values) // 8)), color=colors(n % 10), linewidth=1.8, alpha=0.8,
                   label=f"{stage.name}: {stage.sequence:,} tokens, {'sparse' if stage.sparse else 'dense'}")
         rate.plot(tokens, [r["lr"] for r in own], color=colors(n % 10))
+        probe = probes.get(stage.name, {})
+        if "after" in probe:
+            loss.plot([start / 1e6, tokens[-1]], [probe["before"], probe["after"]], "o-", color="black", linewidth=0.8, markersize=4, zorder=3)
         start += own[-1]["tokens"]
     loss.set_ylabel("loss (nats a target token)")
     rate.set_ylabel("learning rate")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import opensala.train.data.documents as reading
 from opensala.engine import shipped_model
-from opensala.train.data import StageData
+from opensala.train.data import PackedSequence, StageData
 from opensala.train.data.documents import Document, Files
 from opensala.train.data.encode import Encoder, plain
 from opensala.train.data.synthetic import Synthetic
@@ -118,14 +118,14 @@ def test_packed_documents_do_not_see_each_other(corpus, tokenizer, model):
     """The loss of a packed row is the sum of the losses of its documents alone, gradients included."""
     from opensala.train.steps import _row_loss, packed_row
 
-    data = StageData(stage(Source("a", 1.0, str(corpus / "text.jsonl"))), tokenizer, 0)
-    row = packed_row([data.next() for _ in range(6)])
-    row["input_ids"] %= 97
-    row["targets"] = torch.where(row["targets"] == IGNORED, IGNORED, row["targets"] % 97)
-    bounds = row["cu_seqlens"].tolist()
+    data = StageData(stage(Source("a", 1.0, str(corpus / "chat.jsonl"))), tokenizer, 0)
+    sequences = [data.next() for _ in range(3)]
+    assert all(len(s.bounds) > 2 for s in sequences)
+    sequences = [PackedSequence(s.ids % 97, torch.where(s.labels == IGNORED, IGNORED, s.labels % 97), s.bounds) for s in sequences]
     model = model.double()
-    together = _row_loss(model, **row)
-    alone = sum(_row_loss(model, input_ids=row["input_ids"][:, a:b], targets=row["targets"][:, a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+    together = _row_loss(model, **packed_row(sequences))
+    alone = sum(_row_loss(model, input_ids=s.ids[None, a:b], targets=s.labels[None, a:b])
+                for s in sequences for a, b in zip(s.bounds, s.bounds[1:], strict=False))
     torch.testing.assert_close(together, alone)
     wanted = torch.autograd.grad(alone, list(model.parameters()))
     for got, want in zip(torch.autograd.grad(together, list(model.parameters())), wanted, strict=True):
@@ -133,13 +133,13 @@ def test_packed_documents_do_not_see_each_other(corpus, tokenizer, model):
 
 
 def test_shares_are_kept_in_tokens_and_positions_are_exact(corpus, tokenizer):
-    mixture = (Source("a", 3.0, str(corpus / "text.jsonl")), Source("b", 1.0, str(corpus / "chat.jsonl")))
+    mixture = (Source("a", 3.0, str(corpus / "text.jsonl"), long_from=600, long_factor=2.0), Source("b", 1.0, str(corpus / "chat.jsonl")))
     data = StageData(stage(*mixture), tokenizer, 0)
     states, seen = [], []
     for _ in range(60):
         states.append(json.loads(json.dumps(data.state_dict())))
         seen.append(data.next())
-    assert data.tokens[0] / data.tokens[1] == pytest.approx(3.0, rel=0.15)
+    assert data.tokens[0] / data.tokens[1] == pytest.approx(3.0, rel=0.3)
     for n in (0, 1, 17, 45):
         again = StageData(stage(*mixture), tokenizer, 0)
         again.load_state_dict(states[n])
