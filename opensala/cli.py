@@ -14,6 +14,7 @@ import typer
 from . import __version__
 from .cli_convert import app as convert_app
 from .cli_eval import evals
+from .cli_train import app as train_app
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -145,6 +146,7 @@ def ops(
 
 
 app.add_typer(convert_app, name="convert")
+app.add_typer(train_app, name="train")
 
 
 def _version(asked: bool) -> None:

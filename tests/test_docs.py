@@ -104,6 +104,8 @@ def test_command(command, folder, monkeypatch, capsys):
         if words[1:3] == ["bench", "ops"] and "--quick" not in words:  # minutes: the command is there and takes these options
             words.append("--help")
         words = planned(words, folder) if words[1] == "convert" else words
+        if words[1] == "train" and words[2] != "plan":  # minutes: its options are read and its stages listed
+            words.append("--plan")
         if words[1] == "eval" and "--suite" in words and "1024" not in words:  # likewise
             words.append("--help")
         monkeypatch.setattr(sys, "argv", words)

@@ -11,11 +11,24 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
-from .config import ConvertConfig
+_NAMED = 8  # differences that are written out
+
+
+class Configuration(Protocol):
+    """What a run is: anything that can be written as JSON and compared."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries and lists under dotted names; an empty one is a leaf."""
+    items = record.items() if isinstance(record, dict) else enumerate(record) if isinstance(record, list) else ()
+    leaves = {name: leaf for key, value in items for name, leaf in flatten(value, f"{prefix}{key}.").items()}
+    return leaves or {prefix.removesuffix("."): record}
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -36,21 +49,32 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; a last line cut short by a kill is left out."""
+    file, records = folder / "metrics.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
 class RunFolder:
-    """Open the folder of a run: a new one, or with `resume` one of the very same configuration.
+    """Open the folder of a run: a new one, or with `resume` one of the very same configuration. `kind` is for messages.
 
     Raises:
         ValueError: a folder that holds something else, a run without `resume`, or a run of another configuration
             (naming the fields that differ).
     """
 
-    def __init__(self, path: str | Path, config: ConvertConfig, resume: bool) -> None:
+    def __init__(self, path: str | Path, config: Configuration, resume: bool, kind: str = "conversion") -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{path} is a file: give a folder for the run")
         known = read_json(self.path / "config.json")
         if known is None and self.path.exists() and any(self.path.iterdir()):
-            raise ValueError(f"{path} is not empty and holds no conversion: give a new folder")
+            raise ValueError(f"{path} is not empty and holds no {kind}: give a new folder")
         if known is not None:
             self._compare(known, config.as_dict())
             if not resume:
@@ -60,9 +84,12 @@ class RunFolder:
         self._metrics: IO[str] | None = None
 
     def _compare(self, known: dict[str, Any], wanted: dict[str, Any]) -> None:
-        different = [f"{key} is {known.get(key)!r} there and {wanted.get(key)!r} here"
-                     for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
+        there, here = flatten(known), flatten(wanted)
+        different = [f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+                     for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
         if different:
+            if len(different) > _NAMED:
+                different[_NAMED:] = [f"and {len(different) - _NAMED} more"]
             raise ValueError(f"{self.path} is a run of another configuration: {'; '.join(different)}. "
                              "Give its options again, or another folder")
 
@@ -92,14 +119,8 @@ class RunFolder:
         self._metrics.flush()
 
     def metrics(self, phase: str | None = None) -> list[dict[str, Any]]:
-        """All lines, or those of a phase; a last line cut short by a kill is left out."""
-        file, records = self.path / "metrics.jsonl", []
-        for line in file.read_text().splitlines() if file.exists() else ():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return [r for r in records if phase is None or r["phase"] == phase]
+        """All lines, or those of a phase. See `read_metrics`."""
+        return [r for r in read_metrics(self.path) if phase is None or r["phase"] == phase]
 
     def forget_after(self, phase: str, step: int) -> None:
         """Drop metrics of a phase from `step` on: those steps were lost and will be taken again."""

@@ -18,7 +18,7 @@ class Sequence:
     answer: np.ndarray
 
 
-def _place(rng: random.Random, fact: Fact) -> str:
+def place(rng: random.Random, fact: Fact) -> str:
     """A statement with the white space that separates it from the text around it."""
     if fact.line:
         indent = " " * rng.choice((0, 0, 0, 4, 8))
@@ -63,7 +63,7 @@ def training_sequence(tokenizer: Any, haystack: Haystack, rng: random.Random, le
     for prompt, answer in zip(prompts, answers, strict=True):
         tail += [*prompt, *answer, tokenizer.eos_token_id]
         marks += [False] * len(prompt) + [True] * (len(answer) + 1)
-    statements = [_place(rng, f) for f in chosen]
+    statements = [place(rng, f) for f in chosen]
     statements += [_decoy(rng, f, haystack.words) for f in chosen for _ in range(rng.choice((0, 1, 1, 2, 3)))]
     rng.shuffle(statements)
     used = sum(len(ids) for ids in tokenizer(statements, add_special_tokens=False)["input_ids"])

@@ -17,6 +17,7 @@ from .cache import LightningCacheLayer, SALACache, SparseCacheLayer
 from .config import MiniCPMSALAConfig
 from .layers import RMSNorm
 from .layout import SequenceLayout
+from .replay import once
 
 _DENSE_TILE = 1 << 24  # mask elements of one tile of dense attention over a cache
 
@@ -105,8 +106,8 @@ class SparseMixer(nn.Module):
         if not layout.sparse[n]:
             return dense_attention(q, k, v, self.scale)
         spec = self.config.block_spec
-        blocks = select_blocks(q, k, spec, compressed=compressed, scale=self.scale, lse=self.config.lse,
-                               search=self.config.block_search)
+        blocks = once(lambda: select_blocks(q, k, spec, compressed=compressed, scale=self.scale, lse=self.config.lse,
+                                            search=self.config.block_search))
         return sparse_attention(q, k, v, blocks, spec.block_size, scale=self.scale)
 
 

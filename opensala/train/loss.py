@@ -1,4 +1,6 @@
-"""Losses. So far: weighted next-token loss, and a loss that teaches compressed keys to find what attention finds."""
+"""Losses: next-token loss weighted or in chunks, and one that teaches compressed keys to find what attention finds."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -6,6 +8,9 @@ from torch import Tensor
 from ..model.attention import SparseMixer
 from ..model.layout import rows_layout
 from ..ops import compress_keys
+
+IGNORED = -100
+LOSS_ROWS = 1024  # tokens whose logits exist at a time
 
 
 def weighted_next_token_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -60,3 +65,60 @@ def selection_alignment_loss(mixer: SparseMixer, x: Tensor, queries: Tensor, doc
     own = log_p[torch.arange(len(row), device=x.device), :, :, row]  # [N, Hkv, G, n]
     cross_entropy = -(target * own.masked_fill(target == 0, 0.0)).sum(-1)
     return (cross_entropy * mass).sum() / mass.sum().clamp(min=1e-6)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies over rows; gradients are made chunk by chunk in the forward pass, so logits exist once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
+        wanted = ctx.needs_input_grad
+        d_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device) if wanted[1] else None
+        for a in range(0, hidden.shape[0], rows):
+            part, wanted_ids = hidden[a : a + rows], targets[a : a + rows]
+            kept = wanted_ids != IGNORED
+            ids = wanted_ids.clamp(min=0)[:, None]
+            logits = (part @ weight.T).to(total.dtype)
+            lse = torch.logsumexp(logits, 1, keepdim=True)
+            total += ((lse - logits.gather(1, ids))[:, 0] * kept).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = (logits - lse).exp_()
+            d_logits.scatter_add_(1, ids, torch.full_like(lse, -1.0))
+            d_logits = (d_logits * kept[:, None]).to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[a : a + rows] = d_logits @ weight
+            if d_weight is not None:
+                d_weight += (d_logits.T @ part).to(d_weight.dtype)
+        ctx.save_for_backward(*(x for x in (d_hidden, d_weight) if x is not None))
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        d_hidden = saved.pop(0) * grads[0] if ctx.needs_input_grad[0] else None
+        d_weight = (saved.pop(0) * grads[0]).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return None if d_hidden is None else d_hidden.to(ctx.dtype), d_weight, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = LOSS_ROWS) -> Tensor:
+    """Sum over tokens of -log softmax(hidden weight')[target], logits of `rows` tokens at a time.
+
+    Args:
+        hidden: `[N, D]` what the head multiplies; weight: `[V, D]`; targets: `[N]`, -100 where there is none.
+        rows: tokens whose logits exist at a time.
+
+    Returns:
+        The sum as a float32 scalar (float64 for float64); gradients flow to hidden and weight. Divide by the number of
+        targets of the whole optimizer step, over all its passes and ranks, for the mean.
+    """
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"hidden must be [N, D], weight [V, D], targets [N], got {list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}")
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)

@@ -1,0 +1,344 @@
+"""A whole recipe in one folder: the softmax Transformer (if the recipe trains one), HALO, every stage, the finished model.
+
+    config.json       recipe, teacher, sources: a resumed run must have the same
+    metrics.jsonl     a line for each step of each stage
+    dense/            the Transformer to convert; halo/ the conversion's own run folder
+    stages.json       loss on the same sequences before and after each stage
+    checkpoints/      the newest states
+    models/STAGE/     the model at the end of each stage; model/ that of the last one
+    plots/training.png
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ..convert import convert
+from ..convert.folder import RunFolder, read_json, write_json
+from ..convert.report import require_matplotlib
+from ..convert.teacher import teacher_config
+from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from ..model.config import check_choice
+from .checkpoints import Checkpoint, Checkpoints
+from .data import StageData
+from .data.batches import check_source
+from .data.documents import installed_texts
+from .data.encode import Encoder
+from .memory import check_fits
+from .parallel import ParallelConfig, ParallelMesh, close_parallel, init_parallel, whole_weights
+from .plan import check_world
+from .recipes import Halo, Recipe, Stage
+from .steps import StepBatch
+from .trainer import Signals, StageRun
+from .watch import Board, matrix_rate, plot_training
+
+logger = logging.getLogger("opensala")
+SHIPPED = Path(__file__).parents[1] / "assets" / "small"  # the tokenizer of recipes that train their own Transformer
+_FREE = ("probe_tokens", "micro_tokens", "recompute", "save_every", "keep", "guard", "scratch_tokens")  # may change between runs
+_MINICPM = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "scale_emb", "scale_depth", "dim_model_base", "initializer_range", "eos_token_id", "max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins. At most one of `teacher` (a Transformer to convert) and `init` (a hybrid: no HALO); neither trains
+    the recipe's own Transformer first."""
+
+    teacher: str = ""
+    init: str = ""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What identifies a run: the recipe without what may change between machines, and its start."""
+
+    recipe: Recipe
+    start: Start
+
+    def as_dict(self) -> dict[str, Any]:
+        record = self.recipe.as_dict()
+        for name in _FREE:
+            record.pop(name)
+        for stage in record["stages"]:
+            stage.pop("cp", None)
+        record["stages"] = {stage["name"]: stage for stage in record["stages"]}
+        return {"order": " ".join(record["stages"]), **record, "teacher": self.start.teacher, "init": self.start.init}
+
+
+def reduced(recipe: Recipe, start: Start) -> Recipe:
+    """The recipe without the stages that its start makes needless.
+
+    Raises ValueError for both a teacher and an init, or for a recipe that needs one of them.
+    """
+    if start.teacher and start.init:
+        raise ValueError("give --teacher (a Transformer to convert) or --init (a hybrid to go on with), not both")
+    own = any(isinstance(s, Stage) and s.dense_start for s in recipe.stages)
+    if not own and not start.teacher and not start.init:
+        raise ValueError(f"{recipe.name} starts from a trained Transformer: give its checkpoint with --teacher, or a converted hybrid with --init")
+    stages: Sequence[Stage | Halo] = recipe.stages
+    if start.teacher or start.init:
+        stages = [s for s in stages if isinstance(s, Halo) or not s.dense_start]
+    if start.init:
+        stages = [s for s in stages if isinstance(s, Stage)]
+    return replace(recipe, stages=tuple(stages))
+
+
+def train(recipe: Recipe, output: str | Path, *, start: Start | None = None, only: Sequence[str] = (), resume: bool = False,
+          device: str | None = None, skip_bad: bool = False, chat_template: str = "", quiet: bool = False) -> Path:
+    """Run a recipe; returns the folder of the last finished model.
+
+    Args:
+        recipe: what to do.
+        output: folder of the run.
+        start: what to begin with.
+        only: names of stages to run, all if empty; those before them must be finished.
+        resume: go on with a run that was stopped.
+        device: cpu or cuda; None for a GPU if there is one.
+        skip_bad: count and leave out malformed documents.
+        chat_template: for a tokenizer that has none (before the recipe's own).
+        quiet: no progress bars.
+
+    Raises:
+        ValueError: see the modules for each kind of bad input; nothing that was saved is overwritten.
+        Stopped: a signal came and the state was saved.
+    """
+    start = start or Start()
+    for name in only:
+        recipe.stage(name)
+    recipe = reduced(recipe, start)
+    recipe.check()
+    require_matplotlib()
+    for stage in recipe.stages:
+        for source in stage.mixture if isinstance(stage, Stage) else ():
+            check_source(source)
+    run = Pipeline(recipe, Path(output), start, resume, device, skip_bad, chat_template, quiet)
+    try:
+        return run.run(only)
+    finally:
+        run.close()
+
+
+class Pipeline:
+    """A run in progress. See `train`."""
+
+    def __init__(self, recipe: Recipe, path: Path, start: Start, resume: bool, device: str | None, skip_bad: bool, chat_template: str,
+                 quiet: bool) -> None:
+        self.recipe, self.path, self.start, self.device, self.skip_bad = recipe, path, start, device, skip_bad
+        self.chat_template, self.quiet = chat_template, quiet
+        for stage in recipe.stages:
+            if isinstance(stage, Stage) and stage.chat:  # now, not after the stages before it
+                Encoder(self.tokenizer(stage), True)
+        self.mesh = init_parallel(ParallelConfig(), device=device)
+        for stage in recipe.stages:
+            if isinstance(stage, Stage):
+                check_world(stage, self.mesh.world)
+        self.folder = _open_folder(path, RunConfig(recipe, start), resume, self.mesh)
+        self.checkpoints = Checkpoints(path, recipe.keep)
+        self.signals = Signals()
+        self.board = Board(path / "tensorboard") if self.folder is not None else None
+        self._rate = 0.0
+
+    def close(self) -> None:
+        if self.folder is not None and self.board is not None:
+            self.folder.close()
+            self.board.close()
+        close_parallel()
+
+    def run(self, only: Sequence[str]) -> Path:
+        names = [s.name for s in self.recipe.stages]
+        for name in only:
+            check_choice("stage", name, tuple(names))
+        try:
+            return self._run(names, only)
+        finally:
+            self._plot()
+
+    def _plot(self) -> None:
+        """The curves of all steps there are."""
+        records = [] if self.folder is None else self.folder.metrics()
+        if records:
+            probes = read_json(self.path / "stages.json") or {}
+            plot_training(records, [s for s in self.recipe.stages if isinstance(s, Stage)], probes, self.path / "plots" / "training.png")
+
+    def _run(self, names: Sequence[str], only: Sequence[str]) -> Path:
+        result = self.path
+        for index, stage in enumerate(self.recipe.stages):
+            if not self.finished(stage):
+                if only and stage.name not in only:
+                    wanted = [n for n in names[index:] if n in only]
+                    if wanted:
+                        raise ValueError(f"stage {wanted[0]} begins where {stage.name} ends, and {self.path} holds no finished {stage.name}: run that "
+                                         f"first (--stage {stage.name}), or begin from a model with --init")
+                    break
+                self.run_stage(index, stage)
+            result = self.model_of(stage)
+        if self.finished(self.recipe.stages[-1]):
+            result = self._publish(result)
+        return result
+
+    def model_of(self, stage: Stage | Halo) -> Path:
+        """Where the model at the end of a stage is."""
+        return self.path / "halo" / "model" if isinstance(stage, Halo) else self.path / "models" / stage.name
+
+    def finished(self, stage: Stage | Halo) -> bool:
+        return (self.model_of(stage) / "config.json").exists()
+
+    def run_stage(self, index: int, stage: Stage | Halo) -> None:
+        if isinstance(stage, Halo):
+            self._convert(stage)
+            return
+        mesh = init_parallel(ParallelConfig(cp=stage.cp), device=self.device)
+        tokenizer = self.tokenizer(stage)
+        model = self._model(index, stage)
+        if len(tokenizer) > model.config.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {model.config.vocab_size}: they are not of one model")
+        check_fits(model.config, self.recipe, stage, mesh.device, mesh.world)
+        data = StageData(stage, tokenizer, self.recipe.seed, self.skip_bad)
+        run = StageRun(self.recipe, stage, index, model, data, mesh, self.folder, self.checkpoints, self._matrix_rate(mesh), self.quiet)
+        run.begin(self._before(index))
+        probe = self._probe(stage, tokenizer)
+        self._measure("before", run, probe)
+        with self.signals.watched():
+            run.run(self.signals, self.board)
+        self._measure("after", run, probe)
+        self._export(stage, run.model, tokenizer, mesh)
+
+    def _probe(self, stage: Stage, tokenizer: Any) -> StepBatch | None:
+        """Sequences of the stage's mixture to measure with."""
+        count = -(-self.recipe.probe_tokens // stage.sequence)
+        if not count:
+            return None
+        data = StageData(stage, tokenizer, self.recipe.seed, self.skip_bad, probe=True)
+        return StepBatch([data.next() for _ in range(count)], {}, 0)
+
+    def _measure(self, when: str, run: StageRun, probe: StepBatch | None) -> None:
+        """Note the loss on the probe, before the stage's first step or after its last."""
+        if probe is None or (when == "before" and run.step):
+            return
+        loss = run.probe(probe)
+        if self.mesh.rank == 0:
+            known = read_json(self.path / "stages.json") or {}
+            known.setdefault(run.stage.name, {})[when] = loss
+            write_json(self.path / "stages.json", known)
+
+    def _matrix_rate(self, mesh: ParallelMesh) -> float:
+        if not self._rate:
+            self._rate = matrix_rate(mesh.device, getattr(torch, self.recipe.dtype))
+        return self._rate
+
+    # --- what a stage begins with ---
+
+    def _before(self, index: int) -> Checkpoint | None:
+        """The last checkpoint of the stage before, if that trained the same model."""
+        if index == 0 or not isinstance(self.recipe.stages[index - 1], Stage):
+            return None
+        return self.checkpoints.last(self.recipe.stages[index - 1].name)
+
+    def _model(self, index: int, stage: Stage) -> MiniCPMSALAForCausalLM:
+        """A model of the stage's architecture in float32, with the weights of the model before it."""
+        if stage.dense_start:
+            torch.manual_seed(self.recipe.seed)
+            return MiniCPMSALAForCausalLM(teacher_config(_minicpm(self.recipe)))
+        path = self.model_of(self.recipe.stages[index - 1]) if index else Path(self.start.init)
+        return MiniCPMSALAForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+    def tokenizer(self, stage: Stage | Halo) -> Any:
+        """The run's tokenizer, with a chat template from the first chat stage on."""
+        source = self.start.init or self.start.teacher or SHIPPED
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{source} has no tokenizer that can be read ({error}); save one beside the model") from error
+        if isinstance(stage, Stage) and stage.chat and (self.chat_template or not tokenizer.chat_template):
+            tokenizer.chat_template = self.chat_template or self.recipe.chat_template or None
+        return tokenizer
+
+    def _convert(self, stage: Halo) -> None:
+        if self.mesh.world > 1:
+            raise ValueError("HALO runs in one process: run it first, without torchrun, with --stage halo")
+        config = replace(stage.config, teacher=self.start.teacher or str(self.path / "models" / self.recipe.stages[0].name),
+                         seed=self.recipe.seed)
+        if self.device is not None:
+            config = replace(config, device=self.device)
+        if not config.sparse_config:
+            config = replace(config, sparse_config=dict(self.recipe.model.get("sparse_config", {})))
+        if not config.data:
+            config = replace(config, data=(str(self._texts()),))
+        convert(config, self.path / "halo", resume=True, quiet=self.quiet)
+
+    def _texts(self) -> Path:
+        """Texts of the installation as files, for the conversion."""
+        folder = self.path / "texts"
+        folder.mkdir(exist_ok=True)
+        for kind in ("code", "prose"):
+            file = folder / f"{kind}.txt"
+            if not file.exists():
+                file.with_suffix(".partial").write_text("\n\n".join(installed_texts(kind)), encoding="utf-8")
+                file.with_suffix(".partial").replace(file)
+        return folder
+
+    # --- what it leaves ---
+
+    def _export(self, stage: Stage, model: Any, tokenizer: Any, mesh: ParallelMesh) -> None:
+        """The stage's model as a checkpoint folder that everything else loads, in the recipe's dtype."""
+        weights = whole_weights(model)
+        if mesh.rank == 0:
+            target, partial = self.model_of(stage), self.path / "models" / f"{stage.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            dtype = getattr(torch, self.recipe.dtype)
+            mode = model.config.attention_mode
+            model.config.attention_mode = mode if stage.dense_start else "auto"
+            model.config.dtype = dtype
+            weights = {name: x.to(dtype).contiguous() for name, x in weights.items() if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
+            _save(partial, model, weights)
+            model.config.attention_mode = mode
+            if stage.dense_start:
+                write_json(partial / "config.json", _minicpm(self.recipe))
+            tokenizer.save_pretrained(partial)
+            partial.replace(target)
+        if mesh.world > 1:
+            torch.distributed.barrier()
+
+    def _publish(self, source: Path) -> Path:
+        target = self.path / "model"
+        if self.mesh.rank == 0 and not target.exists():
+            partial = self.path / "model.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.replace(target)
+        return target
+
+
+def _save(folder: Path, model: MiniCPMSALAForCausalLM, weights: dict[str, torch.Tensor]) -> None:
+    with torch.device("meta"):
+        empty = MiniCPMSALAForCausalLM(model.config)
+    empty.generation_config = model.generation_config
+    empty.save_pretrained(folder, state_dict=weights)
+
+
+def _minicpm(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's own Transformer as the `config.json` of a MiniCPM model."""
+    shape = MiniCPMSALAConfig(**recipe.model)
+    return {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "bos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False,
+            "attention_bias": False, "rms_norm_eps": shape.rms_norm_eps, "rope_theta": shape.rope_theta, "hidden_act": "silu",
+            **{name: getattr(shape, name) for name in _MINICPM}}
+
+
+def _open_folder(path: Path, config: RunConfig, resume: bool, mesh: ParallelMesh) -> RunFolder | None:
+    """The run's folder on rank 0, which alone writes to it; None on the others, once it is there."""
+    folder = RunFolder(path, config, resume, "training") if mesh.rank == 0 else None
+    if mesh.world > 1:
+        torch.distributed.barrier()
+    return folder
+
+
+def summary(path: Path) -> str:
+    """A line for each stage: the loss on its probe before and after."""
+    record = read_json(path / "stages.json") or {}
+    return "\n".join(f"{name}: loss {own['before']:.3f} -> {own['after']:.3f}" for name, own in record.items() if "after" in own)
