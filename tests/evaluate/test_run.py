@@ -18,7 +18,7 @@ from opensala.engine import Engine, Sampling
 from opensala.engine.shared import answer_shared, shared_length
 from opensala.evaluate.results import Results, read_samples, summarize
 from opensala.evaluate.ruler import RulerFiles, RulerSuite
-from opensala.evaluate.suites import build_suites
+from opensala.evaluate.suites import Options, build_suites, split_names
 from opensala.evaluate.work import evaluate
 
 RULES = {"identity": {"model": "a"}, "suites": {"ruler": {"seed": 0}}, "run": {}}
@@ -169,13 +169,13 @@ def test_rulers_own_files(engine, tmp_path):
 ])
 def test_unknown_suites(name, message):
     with pytest.raises(ValueError, match=message):
-        build_suites(name, (), 1, 1, 0, {})
+        build_suites(split_names(name)[0], Options())
 
 
 def test_presets():
-    (ruler,) = build_suites("ultra", (), 1, 1, 0, {})
+    (ruler,) = build_suites(["ultra"], Options())
     assert ruler.lengths == (131072, 524288, 1_000_000, 2097152) and not ruler.tasks
-    (ruler,) = build_suites("vt,cwe", (2048,), 1, 1, 0, {})
+    (ruler,) = build_suites(["vt", "cwe"], Options((2048,)))
     assert ruler.tasks == ("vt", "cwe")
 
 
