@@ -61,7 +61,7 @@ def run(
         from .evaluate.harness import load_tasks
 
         _check_foreign(foreign, allow_code, strip_thinking)
-        harness = load_tasks(foreign, include_path, allow_code, NAMES)
+        harness = load_tasks(foreign, include_path, allow_code, NAMES, quiet)
     from transformers.utils.logging import disable_progress_bar
 
     from .engine import Engine
@@ -129,14 +129,13 @@ def _length(text: str) -> int:
 
 
 def _check_foreign(names: list[str], allow_code: bool, strip_thinking: bool) -> None:
-    from .evaluate.standard import BENCHMARKS
+    from .evaluate.standard import BENCHMARKS, NO_LEAVE
 
     if strip_thinking:
         raise ValueError(f"--strip-thinking: lm-eval's tasks ({', '.join(names)}) score answers as they are; leave it away")
     running = [b.task for b in BENCHMARKS if b.runs_code and b.task in names]
     if running and not allow_code:
-        raise ValueError(f"{', '.join(running)}: runs programs that the model writes; allow it with --allow-code-execution "
-                         "(they run in a process of their own, without rights and with limits)")
+        raise ValueError(f"{', '.join(running)}: {NO_LEAVE}")
 
 
 def _paths(data: list[str]) -> dict[str, Path]:

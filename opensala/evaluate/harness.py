@@ -16,6 +16,7 @@ from typing import Any
 from ..engine import Engine
 from .provenance import circumstances, identity
 from .results import Results
+from .standard import NO_LEAVE
 
 INSTALL = "pip install 'opensala[eval]'"
 _SEED = 1234  # lm-eval's own default, for torch, numpy and the choice of examples; Python's is 0
@@ -30,13 +31,15 @@ class Harness:
     manager: Any
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None = None, allow_code: bool = False, known: Sequence[str] = ()) -> Harness:
+def load_tasks(names: Sequence[str], include_path: Path | None = None, allow_code: bool = False, known: Sequence[str] = (),
+               quiet: bool = False) -> Harness:
     """Find tasks by name and load their data.
 
     Args:
         include_path: folder with tasks of one's own; they come before lm-eval's.
         allow_code: load tasks that run generated programs.
         known: other names, for "did you mean".
+        quiet: no progress bars of the loading.
 
     Raises:
         ValueError: lm-eval is missing; unknown names; data or packages that cannot be had; programs would be run without leave.
@@ -48,31 +51,44 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, allow_cod
                          f"is not installed: {INSTALL}") from error
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"--include-path: {include_path} is not a folder")
+    if quiet:
+        import datasets
+
+        datasets.disable_progress_bars()
     manager = TaskManager(include_path=include_path, include_defaults=False) if include_path else None
     if manager is None or not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=include_path)  # reads lm-eval's 14,000 task files: seconds
+    _check_names(names, manager, known)
+    loaded = _load_all(names, manager)
+    running = sorted({t.config.task for t in _leaves(loaded) if getattr(t, "UNSAFE_CODE", False)})
+    if running and not allow_code:
+        raise ValueError(f"{', '.join(running)}: {NO_LEAVE}")
+    return Harness(tuple(names), loaded, manager)
+
+
+def _check_names(names: Sequence[str], manager: Any, known: Sequence[str]) -> None:
     for name in names:
         if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, [*known, *manager.all_tasks], 3)
-            raise ValueError(f"suite {name!r} does not exist, here or in lm-eval{f': did you mean {chr(32).join(near)}?' if near else '.'} "
+            near = " or ".join(difflib.get_close_matches(name, [*known, *manager.all_tasks], 3))
+            raise ValueError(f"suite {name!r} does not exist, here or in lm-eval{f': did you mean {near}?' if near else '.'} "
                              f"There are {', '.join(known)} and lm-eval's {len(manager.all_tasks):,} tasks")
-    loaded, failed = [], []
+
+
+def _load_all(names: Sequence[str], manager: Any) -> list[Any]:
+    loaded = list[Any]()
+    failed = dict[str, str]()
     for name in names:
         try:
             loaded += _load(manager, name)
         except ImportError as error:
-            failed.append(f"{name} needs the package {error.name} (pip install {error.name})")
+            failed[name] = f"needs the package {error.name} (pip install {error.name})"
         except (OSError, RuntimeError, ValueError) as error:  # datasets' and the hub's own kinds of "cannot be had" are among these
-            failed.append(f"{name}: {' '.join(str(error).split())[:200]}")
+            failed[name] = " ".join(str(error).split())[:200]
     if failed:
-        got = [n for n in names if not any(f.startswith((f"{n}:", f"{n} needs")) for f in failed)]
-        raise ValueError(f"data of {len(failed)} of {len(names)} tasks could not be had: {'; '.join(failed)}. Connect to the network once "
-                         f"(data stay in the cache of the hub's client){', or choose --suite ' + ','.join(got) if got else ''}")
-    running = sorted({t.config.task for t in _leaves(loaded) if getattr(t, "UNSAFE_CODE", False)})
-    if running and not allow_code:
-        raise ValueError(f"{', '.join(running)}: runs programs that the model writes; allow it with --allow-code-execution "
-                         "(they run in a process of their own, without rights and with limits)")
-    return Harness(tuple(names), loaded, manager)
+        rest = [name for name in names if name not in failed]
+        raise ValueError(f"{len(failed)} of {len(names)} tasks could not be loaded: {'; '.join(f'{n}: {why}' for n, why in failed.items())}. Data are fetched "
+                         f"from the hub once and then kept: connect to the network{', or choose --suite ' + ','.join(rest) if rest else ''}")
+    return loaded
 
 
 def _load(manager: Any, name: str) -> list[Any]:

@@ -31,6 +31,8 @@ BENCHMARKS = (
     Benchmark("BBH", "bbh_cot_fewshot", "exact_match,get-answer"),
     Benchmark("IFEval", "ifeval", "prompt_level_strict_acc,none"),
 )
+NO_LEAVE = ("runs programs that the model writes; allow it with --allow-code-execution (they run in a process of their own, without rights "
+            "and with limits)")
 LIVECODEBENCH = {"LCB-v5": "livecodebench_v5", "LCB-v6": "livecodebench_v6"}
 
 

@@ -12,7 +12,7 @@ from .mrcr import MRCRSuite
 from .nolima import NoLiMaSuite
 from .ruler import RulerFiles, RulerSuite
 from .samples import Suite
-from .standard import BENCHMARKS
+from .standard import BENCHMARKS, NO_LEAVE
 
 PRESETS = {"long": ("ruler", "mrcr", "nolima"), "ultra": ("ruler",), "standard": ("livecodebench",)}
 SUITES = ("ruler", "mrcr", "nolima", "livecodebench")
@@ -94,8 +94,7 @@ def _one(name: str, lengths: tuple[int, ...], options: Options) -> Suite:
         return _ruler((), lengths, options)
     source = "livecodebench" if name in VERSIONS else name
     if source == "livecodebench" and not options.allow_code:
-        raise ValueError(f"{name}: runs programs that the model writes; allow it with --allow-code-execution "
-                         "(they run in a process of their own, without rights and with limits)")
+        raise ValueError(f"{name}: {NO_LEAVE}")
     if source not in options.data:
         raise ValueError(f"suite {name}: its files are not part of this package; fetch them with --data {source}=hub, or download them "
                          f"and give --data {source}=PATH (docs/evaluation.md says which)")

@@ -81,7 +81,7 @@ def test_a_run_writes_what_it_did(engine, tmp_path):
 def test_kill_loses_at_most_one_sample(tmp_path):
     """kill -9 in the middle; the rerun goes on, and ends with the rows of a run nobody disturbed."""
     command = [sys.executable, "-m", "opensala", "eval", "--suite", "niah_single_1,niah_multikey_2", "--lengths", "1024", "--samples", "6",
-               "--quiet", "--json", "-o"]
+               "--quiet", "--json", "--no-cache", "-o"]
     samples = tmp_path / "killed" / "samples.jsonl"
 
     def lines():
@@ -177,6 +177,12 @@ def test_presets():
     assert ruler.lengths == (131072, 524288, 1_000_000, 2097152) and not ruler.tasks
     (ruler,) = build_suites(["vt", "cwe"], Options((2048,)))
     assert ruler.tasks == ("vt", "cwe")
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_the_user(monkeypatch, tmp_path):
+    """Runs keep their documents here; compiled kernels stay where they are."""
+    monkeypatch.setattr("opensala.evaluate.document_cache.default_folder", lambda: tmp_path / "documents")
 
 
 def run(monkeypatch, capsys, *arguments):
