@@ -50,7 +50,7 @@ def run(
 ) -> None:
     """Run a suite, or go on with it."""
     from .evaluate.document_cache import default_folder
-    from .evaluate.suites import NAMES, Options, build_suites, split_names
+    from .evaluate.suites import NAMES, PRESETS, Options, build_suites, split_names
 
     ours, foreign = split_names(suite)
     sizes = tuple(_length(part) for part in lengths.split(",") if part.strip())
@@ -65,11 +65,14 @@ def run(
     from transformers.utils.logging import disable_progress_bar
 
     from .engine import Engine
+    from .evaluate.report import paper_tables
     from .evaluate.tables import figures_table, score_table
     from .evaluate.work import evaluate
 
     if quiet:
         disable_progress_bar()
+    elif allow_code:
+        _say_what_is_possible()
     engine = Engine(model, device=device, dtype=dtype, attention_mode=attention_mode, block_search=block_search)
     figures: dict[str, Any] = {}
     if harness is not None:
@@ -82,7 +85,10 @@ def run(
     if as_json:
         print(json.dumps(summary | ({"lm_eval": figures["results"]} if figures else {}), ensure_ascii=False, default=str))
         return
-    print("\n\n".join(table for table in (figures_table(figures), score_table(summary)) if table))
+    tables = [figures_table(figures), score_table(summary)]
+    if set(ours) & set(PRESETS):
+        tables.append(paper_tables(Path(engine.name).name, summary, figures))
+    print("\n\n".join(table for table in tables if table))
     if suites and not quiet:
         print(f"{summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read, the rest was shared; every sample is in "
               f"{output / 'samples.jsonl'}", file=sys.stderr)
@@ -136,6 +142,13 @@ def _check_foreign(names: list[str], allow_code: bool, strip_thinking: bool) -> 
     running = [b.task for b in BENCHMARKS if b.runs_code and b.task in names]
     if running and not allow_code:
         raise ValueError(f"{', '.join(running)}: {NO_LEAVE}")
+
+
+def _say_what_is_possible() -> None:
+    from .evaluate.sandbox import unprotected
+
+    for lack in unprotected():
+        print(f"note: on this machine programs that the model writes are not kept from {lack}", file=sys.stderr)
 
 
 def _paths(data: list[str]) -> dict[str, Path]:

@@ -48,6 +48,13 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     return path
 
 
+def paper_tables(name: str, summary: dict[str, Any], figures: dict[str, Any]) -> str:
+    """The paper's tables that one run has something for, with its row or column, as Markdown; empty if there are none."""
+    scores = standard_scores(summary, figures)
+    lines = [*(standard_table({name: scores}) if scores else []), *_published({name: summary})]
+    return "\n".join(lines).rstrip()
+
+
 def _name(header: dict[str, Any], folder: Path) -> str:
     runs = header.get("runs") or [{}]
     return Path(str(runs[-1].get("name", folder.name))).name

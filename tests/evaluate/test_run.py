@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,6 +208,13 @@ def test_commands(monkeypatch, capsys, tmp_path):
     assert "score" in run(monkeypatch, capsys, "--help")[1]
 
 
+def test_presets_print_the_papers_tables(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("opensala.evaluate.ruler.TASKS", {"niah_single_1": ruler_task("niah_single_1")})
+    code, out, err = run(monkeypatch, capsys, "--suite", "ultra", "--lengths", "1K", "--samples", "1", "--quiet", "-o", str(tmp_path / "r"))
+    assert code == 0, err
+    assert "| Qwen3-235B-A22B-Instruct-2507 (published) | 93.9 | 90.9 | 84.5 |  |" in out and re.search(r"\| \*\*small\S*\*\* \| \*\*\d", out), out
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--suite", "rulr"], "did you mean ruler"),
     (["--lengths", "4000x"], "--lengths: must be whole numbers"),
@@ -214,6 +222,9 @@ def test_commands(monkeypatch, capsys, tmp_path):
     (["--lengths", "4M", "--dtype", "float32", "--quiet"], "a prompt of 4,194,304 tokens needs"),
     (["--data", "mrcr"], "must be SUITE=PATH"),
     (["--data", "mrcr=nowhere"], "nowhere does not exist"),
+    (["--suite", "ruler,niah_single_1"], "names ruler more than once"),
+    (["--suite", "ruler,"], "suite '' does not exist"),
+    (["--suite", "livecodebench", "--data", "livecodebench=x"], "x does not exist; give a path, or hub to fetch livecodebench/code_generation_lite"),
     (["--sweet", "ruler"], "No such option"),
     (["--samples", "0"], "samples"),
     (["nowhere/at/all", "--suite", "vt"], "no such checkpoint folder"),
