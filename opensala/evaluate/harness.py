@@ -115,16 +115,15 @@ def run_tasks(engine: Engine, harness: Harness, folder: Path, *, limit: int | No
     """
     import lm_eval
 
-    from .requests import RequestLog, ResumingLM
+    from .requests import ResumingLM
 
     uses_chat = bool(engine.tokenizer.chat_template) if chat is None else chat
     version = importlib.metadata.version("lm_eval")
     settings = {f"lm-eval: {name}": {"source": f"lm-eval {version}", "seed": _SEED} for name in harness.names}
     Results(folder, identity(engine, uses_chat) | {"thoughts stripped": False}, settings, circumstances(engine))
-    log = RequestLog(folder / "requests.jsonl")
-    if len(log) and not quiet:
-        print(f"going on: {folder} holds {len(log)} answers", file=sys.stderr)
-    model = ResumingLM(engine, batch_size=batch_size, log=log)
+    model = ResumingLM(engine, batch_size=batch_size, log=folder / "requests.jsonl")
+    if model.log and not quiet:
+        print(f"going on: {folder} holds {len(model.log)} answers", file=sys.stderr)
     found = lm_eval.simple_evaluate(
         model=model, tasks=harness.tasks, task_manager=harness.manager, limit=limit, apply_chat_template=uses_chat, bootstrap_iters=1000,
         log_samples=True, confirm_run_unsafe_code=allow_code, random_seed=0, numpy_random_seed=_SEED, torch_random_seed=_SEED, fewshot_random_seed=_SEED)

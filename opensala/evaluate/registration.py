@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-NAME, TARGET = "opensala", "opensala.evaluate.lm:OpenSALALM"
+NAME, TARGET = "opensala", "opensala.evaluate.requests:ResumingLM"
 _REGISTRY = "lm_eval.api.registry"
 
 

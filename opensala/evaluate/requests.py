@@ -1,6 +1,6 @@
 """lm-eval's requests with their answers in a file, each on disk before the next begins: a run killed at any moment goes on there.
 
-lm-eval's own cache is left alone: it writes in a thread of its own, keeps no sampled answers, and does not know the model.
+lm-eval's own cache (`use_cache`) works too, but writes in a thread of its own, keeps no sampled answers and does not know the model.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 
 from .jsonl import check_fields
 from .lm import OpenSALALM
+from .provenance import identity
 
 
 class RequestLog:
@@ -22,13 +23,15 @@ class RequestLog:
 
     Args:
         path: a file of JSON lines, made if need be; a last line without its end is cut off.
+        whose: who answers, part of every request's key: answers of another model are not taken for this one's.
 
     Raises:
         ValueError: a line that is no answer.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, whose: str = "") -> None:
+        self.path, self.whose = path, whose
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.answers: dict[str, list[Any]] = defaultdict(list)
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
@@ -50,26 +53,32 @@ class RequestLog:
 
     def add_partial(self, kind: str, arguments: Any, answer: Any) -> None:
         """Write one answer down; it is on disk when this returns."""
-        key = key_of(kind, arguments)
+        key = self.key_of(kind, arguments)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"request": key, "kind": kind, "answer": answer}, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.answers[key].append(answer)
 
-
-def key_of(kind: str, arguments: Any) -> str:
-    """Fingerprint of a request: its kind, its texts and its generation options."""
-    return hashlib.sha256(json.dumps([kind, list(arguments)], sort_keys=True, default=str).encode()).hexdigest()[:32]
+    def key_of(self, kind: str, arguments: Any) -> str:
+        """Fingerprint of a request: who is asked, its kind, its texts and its generation options."""
+        return hashlib.sha256(json.dumps([self.whose, kind, list(arguments)], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 class ResumingLM(OpenSALALM):
-    """The engine as lm-eval's model, which asks itself only what the log does not hold yet; arguments as for `OpenSALALM`."""
+    """The engine as lm-eval's model. With a log it asks itself only what that does not hold yet.
 
-    def __init__(self, *arguments: Any, log: RequestLog, **options: Any) -> None:
+    Args:
+        log: file of answers, see `RequestLog`; None keeps none.
+        arguments, options: as for `OpenSALALM`.
+    """
+
+    def __init__(self, *arguments: Any, log: str | Path | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.log = log
-        self.set_cache_hook(log)
+        self.log = None
+        if log is not None:
+            self.log = RequestLog(Path(log), json.dumps(identity(self.engine, False) | {"longest": self.max_length}, sort_keys=True))
+            self.set_cache_hook(self.log)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         answers = self._answered("loglikelihood", requests, lambda rest: super(ResumingLM, self).loglikelihood(rest, disable_tqdm))
@@ -82,12 +91,14 @@ class ResumingLM(OpenSALALM):
         return self._answered("generate_until", requests, lambda rest: super(ResumingLM, self).generate_until(rest, disable_tqdm))
 
     def _answered(self, kind: str, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        if self.log is None:
+            return ask(requests)
         held = {key: list(answers) for key, answers in self.log.answers.items()}
         asked: Counter[str] = Counter()
         answers: list[Any] = []
         missing = []
         for i, request in enumerate(requests):
-            key = key_of(kind, request.args)
+            key = self.log.key_of(kind, request.args)
             known = held.get(key, [])
             answers.append(known[asked[key]] if asked[key] < len(known) else None)
             if asked[key] >= len(known):

@@ -153,7 +153,7 @@ def requests(*arguments):
 
 def test_answers_are_taken_from_the_log(tmp_path, monkeypatch):
     """Equal requests (a task that asks several times) have answers of their own; the rest is asked in its order."""
-    lm = ResumingLM(Engine(), log=RequestLog(tmp_path / "log.jsonl"))
+    lm = ResumingLM(Engine(), log=str(tmp_path / "log.jsonl"))
     options = {"until": ["\n"], "max_gen_toks": 3}
     first = lm.generate_until(requests(("import", options), ("import", options), ("def f(", options)), disable_tqdm=True)
     rows = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -162,14 +162,18 @@ def test_answers_are_taken_from_the_log(tmp_path, monkeypatch):
     for n, row in enumerate(changed):
         row["answer"] = f"held {n}"
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed) + '{"request": "torn')
-    lm = ResumingLM(lm.engine, log=RequestLog(tmp_path / "log.jsonl"))
+    lm = ResumingLM(lm.engine, log=tmp_path / "log.jsonl")
     again = lm.generate_until(requests(("def f(", options), ("import", options), ("class", options), ("import", options), ("import", options)),
                               disable_tqdm=True)
     held = {row["answer"] for row in changed}
     assert set(again[:2]) | {again[3]} == held and again[4] == first[0] and again[2] not in held
     assert len(RequestLog(tmp_path / "log.jsonl")) == 5
     score = lm.loglikelihood(requests(("import", " os")), disable_tqdm=True)
-    assert ResumingLM(lm.engine, log=RequestLog(tmp_path / "log.jsonl")).loglikelihood(requests(("import", " os")), disable_tqdm=True) == score
+    assert ResumingLM(lm.engine, log=tmp_path / "log.jsonl").loglikelihood(requests(("import", " os")), disable_tqdm=True) == score
+    lines = len((tmp_path / "log.jsonl").read_text().splitlines())
+    ResumingLM(lm.engine, log=tmp_path / "log.jsonl", max_length=64).loglikelihood(requests(("import", " os")), disable_tqdm=True)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == lines + 1  # that might be another answer: asked again
+    assert ResumingLM(lm.engine).loglikelihood(requests(("import", " os")), disable_tqdm=True) == score
     (tmp_path / "log.jsonl").write_text('{"request": "x"}\n')
     with pytest.raises(ValueError, match=r"log\.jsonl, line 1: field 'answer' is missing"):
         RequestLog(tmp_path / "log.jsonl")

@@ -156,7 +156,7 @@ spec.loader.exec_module(ours)
 LOOK = """
 import lm_eval.api.registry as registry
 from importlib.machinery import SourceFileLoader
-assert registry.model_registry._objs["opensala"] == "opensala.evaluate.lm:OpenSALALM"
+assert registry.model_registry._objs["opensala"] == "opensala.evaluate.requests:ResumingLM"
 assert type(registry.__loader__) is type(registry.__spec__.loader) is SourceFileLoader
 assert not any(type(finder).__module__ == "registration" for finder in sys.meta_path)
 """
