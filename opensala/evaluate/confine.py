@@ -11,6 +11,7 @@ what could not be taken away stands in `protections.json` in the current folder.
 
 import ctypes
 import json
+import math
 import os
 import platform
 import resource
@@ -39,8 +40,9 @@ _CLONE_THREAD = 0x10000
 
 def limit(settings: dict) -> None:
     """Processor seconds, bytes of address space and of each file, open files, no core dumps."""
-    seconds = int(settings["seconds"]) + 1
-    for what, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, settings["memory"]), (resource.RLIMIT_FSIZE, settings["file_bytes"]),
+    seconds = math.ceil(settings["seconds"])
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # SIGXCPU, and SIGKILL where that is ignored
+    for what, most in ((resource.RLIMIT_AS, settings["memory"]), (resource.RLIMIT_FSIZE, settings["file_bytes"]),
                        (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(what)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)

@@ -4,8 +4,10 @@ Beside `run.json`, the folder of results gets `requests.jsonl` (each answer as i
 task, with versions, settings and seeds) and `lm_eval_samples.jsonl` (each document's id, hashes, answers and figures).
 """
 
+import contextlib
 import difflib
 import importlib.metadata
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -124,9 +126,11 @@ def run_tasks(engine: Engine, harness: Harness, folder: Path, *, limit: int | No
     model = ResumingLM(engine, batch_size=batch_size, log=folder / "requests.jsonl")
     if model.log and not quiet:
         print(f"going on: {folder} holds {len(model.log)} answers", file=sys.stderr)
-    found = lm_eval.simple_evaluate(
-        model=model, tasks=harness.tasks, task_manager=harness.manager, limit=limit, apply_chat_template=uses_chat, bootstrap_iters=1000,
-        log_samples=True, confirm_run_unsafe_code=allow_code, random_seed=0, numpy_random_seed=_SEED, torch_random_seed=_SEED, fewshot_random_seed=_SEED)
+    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():  # lm-eval's bars have no switch
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=harness.tasks, task_manager=harness.manager, limit=limit, apply_chat_template=uses_chat, bootstrap_iters=1000,
+            log_samples=True, confirm_run_unsafe_code=allow_code, random_seed=0, numpy_random_seed=_SEED, torch_random_seed=_SEED,
+            fewshot_random_seed=_SEED)
     return _write(found, folder)
 
 

@@ -21,7 +21,8 @@ _SHOWN = 2000  # characters of an error that are kept
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one run: seconds by the clock and of the processor, bytes of memory and of each file (what is printed included)."""
+    """Of one run: seconds of the processor (rounded up) and twice that by the clock, since a machine may be busy with other work;
+    bytes of memory and of each file (what is printed included)."""
 
     seconds: float = 6.0
     memory: int = 4 << 30
@@ -86,12 +87,14 @@ def _wait(folder: Path, outside: Path, function: str, limits: Limits) -> str:
     with (outside / "stdin").open("rb") as given, (outside / "stdout").open("wb") as printed, (outside / "stderr").open("wb") as said:
         process = subprocess.Popen(command, stdin=given, stdout=printed, stderr=said, cwd=folder, env=environment, start_new_session=True)
         try:
-            code = process.wait(limits.seconds)
+            code = process.wait(2 * limits.seconds)
         except subprocess.TimeoutExpired:
             return "time"
         finally:
             _kill(process)  # and what it started, where seccomp is missing
             process.wait()
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "time"
     return "ok" if code == 0 else "error"
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -189,6 +190,25 @@ def test_code_runs_only_with_leave(monkeypatch, capsys, tasks, tmp_path):
     assert code == 2 and "allow it with --allow-code-execution" in err
 
 
+def test_humaneval_and_mbpp_of_lm_eval(tmp_path):
+    """lm-eval's own files with a problem of ours: the right program passes, in the sandbox, without network."""
+    import lm_eval.tasks
+
+    there = Path(lm_eval.tasks.__file__).parent
+    problem = {"task_id": "1", "prompt": "def add(a, b):\n", "entry_point": "add", "test": "def check(f):\n    assert f(1, 2) == 3\n",
+               "text": "Add.", "code": "", "test_list": ["assert add(1, 2) == 3", "assert add(0, 2) == 2", "assert add(1, 1) == 2"]}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    for name in ("humaneval", "mbpp"):
+        (tmp_path / f"{name}.yaml").write_text(f"include: {there}/{name}/{name}.yaml\ntask: own_{name}\ndataset_path: json\ndataset_name: null\n"
+                                               f"dataset_kwargs: {{data_files: {{test: {tmp_path}/problems.jsonl}}}}\n")
+    human, mbpp = load_tasks(["own_humaneval", "own_mbpp"], tmp_path, allow_code=True).tasks
+    for task, program in ((human, "def add(a, b):\n    return a + b\n"), (mbpp, "def add(a, b): return a + b")):
+        doc = next(iter(task.test_docs()))
+        for code, right in ((program, 1.0), (program.replace("+", "-"), 0.0)):
+            (figure,) = task.process_results(doc, [[code]] if task is human else [code]).values()
+            assert figure == right or figure == {"pass@1": right}, (task, code, figure)
+
+
 def test_code_eval():
     """The figures of the hub's scorer, from the sandbox."""
     right, wrong, early = "def f(x):\n    return x + 1", "def f(x):\n    return x", "import os\nos._exit(0)"
@@ -221,8 +241,6 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tasks, tmp_path, arguments, 
         monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path, include_defaults=True: TaskManager(
             include_path=include_path, include_defaults=False))
     if "mmlu_pro,own_choice" in arguments:
-        from pathlib import Path
-
         import lm_eval.tasks
 
         there = Path(lm_eval.tasks.__file__).parent / "mmlu_pro"

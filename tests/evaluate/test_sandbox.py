@@ -44,6 +44,8 @@ def test_time_memory_and_output_have_limits():
     assert run_program("while True: pass", limits=Limits(0.5)).ended == "time"
     assert run_program("import time; time.sleep(60)", limits=Limits(0.5)).ended == "time"
     assert time.monotonic() - start < 10
+    stubborn = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    assert run_program(stubborn, limits=Limits(0.9)).ended == "time"
     hog = run_program("x = bytearray(2 << 30)\nprint(len(x))", limits=Limits(memory=1 << 30))
     assert hog.ended == "error" and "MemoryError" in hog.error
     flood = run_program("while True: print('x' * 100_000)", limits=Limits(file_bytes=1 << 20))
