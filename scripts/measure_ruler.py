@@ -3,7 +3,7 @@
     python scripts/measure_ruler.py "shipped model=runs/ruler/auto" "every key read=runs/ruler/dense"
 
 Each argument is a name and the folder, or folders separated by commas, that `opensala eval -o` wrote. Rows of benchmarks/ruler.csv are replaced as a whole, one for each
-question; the tables go to stdout. Questions about one document are not independent, so standard errors are taken over documents.
+question; the tables go into docs/results.md between their marks. Questions about one document are not independent, so standard errors are taken over documents.
 """
 
 import csv
@@ -20,11 +20,13 @@ from opensala.evaluate.results import read_header, read_samples
 from opensala.evaluate.tables import length_name, row
 
 ROOT = Path(__file__).parents[1]
-ROWS, IMAGES = ROOT / "benchmarks" / "ruler.csv", ROOT / "docs" / "images"
+ROWS, IMAGES, PAGE = ROOT / "benchmarks" / "ruler.csv", ROOT / "docs" / "images", ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- tables: scripts/measure_ruler.py -->", "<!-- end of tables -->"
 FIELDS = ("variant", "task", "length", "document", "question", "depth", "score", "prediction", "references", "prompt_tokens", "read_tokens", "seconds",
           "machine", "torch", "opensala")
 SHOWN = 60  # characters of an answer that are kept
-SEPARATE = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2")  # with one answer at one place, and not all missed
+SOLVED = ("niah_single_1", "niah_single_2", "niah_multikey_1")
+SEPARATE = (*SOLVED, "niah_multikey_2")  # with one answer at one place, and not all missed
 
 Cells = dict[tuple[str, int], list[float]]  # task, length -> mean score of each document, 0 to 100
 
@@ -77,47 +79,63 @@ def table(variant: str, rows: list[dict[str, Any]]) -> str:
             error = error_of(means) if means else None
             texts.append("" if not means else f"{mean(means):.0f}{f' ± {error:.0f}' if error else ''} ({count[task, n]})")
         lines.append(row(task, *texts))
-    averages = []
-    for n in lengths:
-        there = [cells[t, n] for t in TASKS if (t, n) in cells]
-        errors = [error_of(c) for c in there]
-        known = [e for e in errors if e is not None]
-        spread = f" ± {sum(e * e for e in known) ** 0.5 / len(there):.1f}" if len(known) == len(there) else ""
-        averages.append(f"**{mean(map(mean, there)):.1f}**{spread}{'' if len(there) == len(TASKS) else f' ({len(there)} tasks)'}")
-    return "\n".join([*lines, row("average", *averages)])
+    return "\n".join([*lines, row("average", *(_average([cells[t, n] for t in TASKS if (t, n) in cells]) for n in lengths))])
 
 
-def compare(variants: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """The average over the tasks and documents that all variants have at a length: the same questions, read in different ways."""
+def _average(tasks: list[list[float]]) -> str:
+    """Over all thirteen tasks; of fewer it would say which were run."""
+    if len(tasks) < len(TASKS):
+        return ""
+    errors = [error_of(means) for means in tasks]
+    known = [e for e in errors if e is not None]
+    return f"**{mean(map(mean, tasks)):.1f}**" + (f" ± {sum(e * e for e in known) ** 0.5 / len(tasks):.1f}" if len(known) == len(tasks) else "")
+
+
+def compare(variants: dict[str, list[dict[str, Any]]], path: Path) -> str:
+    """A table and a picture of what all variants were asked: mean over tasks, the same questions read in different ways."""
     sets = {name: {(r["task"], r["length"], r["document"], r["question"]): r["score"] for r in rows} for name, rows in variants.items()}
     shared = set.intersection(*(set(s) for s in sets.values()))
-    curves = {}
+    if not shared:
+        return ""
+    lengths = sorted({n for _, n, _, _ in shared})
+    curves, lines = {}, [row("the same questions", *map(length_name, lengths)), "|---" + "|---:" * len(lengths) + "|"]
     for name, scores in sets.items():
-        cells = defaultdict(lambda: defaultdict(list))
+        cells: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for task, length, document, question in shared:
             cells[length][task].append(100 * scores[task, length, document, question])
         curves[name] = {n: mean(map(mean, tasks.values())) for n, tasks in cells.items()}
-        print(row(name, *(f"{length_name(n)}: {curves[name][n]:.1f} ({len(cells[n])} tasks)" for n in sorted(curves[name]))))
+        lines.append(row(name, *(f"{curves[name][n]:.1f} ({len(cells[n])} tasks)" for n in lengths)))
     length_curves(curves, "RULER, the same questions: mean over the tasks run both ways", path)
+    first, second = list(variants.values())[:2]
+    texts = {(r["task"], r["length"], r["document"], r["question"]): r["prediction"] for r in second}
+    for title, tasks in (("answers that are the same text", tuple(TASKS)), (f"the same in {', '.join(SOLVED)}", SOLVED)):
+        alike = defaultdict(list)
+        for r in first:
+            key = (r["task"], r["length"], r["document"], r["question"])
+            if key in shared and r["task"] in tasks:
+                alike[r["length"]].append(texts[key] == r["prediction"])
+        lines.append(row(title, *(f"{sum(alike[n])} of {len(alike[n])}" for n in lengths)))
+    return "\n".join(lines)
 
 
 def main(runs: Annotated[list[str], typer.Argument(metavar="NAME=FOLDER...", help="runs to show, the one to plot in full first")]) -> None:
-    """Write benchmarks/ruler.csv and the pictures, print the tables."""
+    """Write benchmarks/ruler.csv, the pictures, and the tables of docs/results.md."""
     variants = {name: rows_of(name, folders) for name, _, folders in (entry.partition("=") for entry in runs)}
     with ROWS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
         for rows in variants.values():
             writer.writerows(sorted(rows, key=lambda r: (r["length"], list(TASKS).index(r["task"]), r["document"], r["question"])))
-    for name, rows in variants.items():
-        print(table(name, rows), end="\n\n")
+    tables = [table(name, rows) for name, rows in variants.items()]
     first, rows = next(iter(variants.items()))
     cells, _ = cells_of(rows)
     curves = {t: {n: mean(cells[t, n]) for u, n in cells if u == t} for t in TASKS if any(u == t for u, _ in cells)}
     length_curves(curves, f"RULER's thirteen task types, {first}", IMAGES / "ruler-lengths.png")
     depth_map([r for r in rows if r["task"] in SEPARATE], f"RULER by depth and length, {first}", IMAGES / "ruler-depths.png")
     if len(variants) > 1:
-        compare(dict(list(variants.items())[:2]), IMAGES / "ruler-dense.png")
+        tables.append(compare(dict(list(variants.items())[:2]), IMAGES / "ruler-dense.png"))
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text("\n".join([f"{head}{BEGIN}\n", *(f"{t}\n" for t in tables if t), END + rest.partition(END)[2]]), encoding="utf-8")
 
 
 if __name__ == "__main__":
