@@ -50,23 +50,16 @@ def run(
 ) -> None:
     """Run a suite, or go on with it."""
     from .evaluate.document_cache import default_folder
-    from .evaluate.suites import NAMES, PRESETS, Options, build_suites, split_names
+    from .evaluate.suites import PRESETS, Options, build_suites, split_names
 
     ours, foreign = split_names(suite)
     sizes = tuple(_length(part) for part in lengths.split(",") if part.strip())
     options = Options(sizes, samples, questions, seed, default_folder() if cache else None, _paths(data or []), answer_tokens, allow_code)
     suites = build_suites(ours, options)
-    harness = None
-    if foreign:
-        from .evaluate.harness import load_tasks
-
-        _check_foreign(foreign, allow_code, strip_thinking)
-        harness = load_tasks(foreign, include_path, allow_code, NAMES, quiet)
+    harness = _load(foreign, include_path, allow_code, strip_thinking, quiet) if foreign else None
     from transformers.utils.logging import disable_progress_bar
 
     from .engine import Engine
-    from .evaluate.report import paper_tables
-    from .evaluate.tables import figures_table, score_table
     from .evaluate.work import evaluate
 
     if quiet:
@@ -85,13 +78,19 @@ def run(
     if as_json:
         print(json.dumps(summary | ({"lm_eval": figures["results"]} if figures else {}), ensure_ascii=False, default=str))
         return
-    tables = [figures_table(figures), score_table(summary)]
-    if set(ours) & set(PRESETS):
-        tables.append(paper_tables(Path(engine.name).name, summary, figures))
-    print("\n\n".join(table for table in tables if table))
+    _print_tables(summary, figures, Path(engine.name).name if set(ours) & set(PRESETS) else "")
     if suites and not quiet:
         print(f"{summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read, the rest was shared; every sample is in "
               f"{output / 'samples.jsonl'}", file=sys.stderr)
+
+
+def _print_tables(summary: dict[str, Any], figures: dict[str, Any], name: str) -> None:
+    """Scores; with a model's `name` the paper's tables too."""
+    from .evaluate.report import paper_tables
+    from .evaluate.tables import figures_table, score_table
+
+    tables = (figures_table(figures), score_table(summary), paper_tables(name, summary, figures) if name else "")
+    print("\n\n".join(table for table in tables if table))
 
 
 @evals.command()
@@ -134,14 +133,18 @@ def _length(text: str) -> int:
     return int(number) * factor
 
 
-def _check_foreign(names: list[str], allow_code: bool, strip_thinking: bool) -> None:
+def _load(names: list[str], include_path: Path | None, allow_code: bool, strip_thinking: bool, quiet: bool) -> Any:
+    """Tasks of lm-eval; what is refused whatever their data is refused before those are fetched."""
+    from .evaluate.harness import load_tasks
     from .evaluate.standard import BENCHMARKS, NO_LEAVE
+    from .evaluate.suites import NAMES
 
     if strip_thinking:
         raise ValueError(f"--strip-thinking: lm-eval's tasks ({', '.join(names)}) score answers as they are; leave it away")
     running = [b.task for b in BENCHMARKS if b.runs_code and b.task in names]
     if running and not allow_code:
         raise ValueError(f"{', '.join(running)}: {NO_LEAVE}")
+    return load_tasks(names, include_path, allow_code, NAMES, quiet)
 
 
 def _say_what_is_possible() -> None:
