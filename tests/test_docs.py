@@ -69,6 +69,7 @@ def folder(tmp_path, monkeypatch, request):
     (tmp_path / "my_tasks" / "facts.jsonl").write_text(json.dumps(question) + "\n")
     (tmp_path / "my_tasks" / "facts.yaml").write_text(FACTS_TASK.replace("FOLDER", str(tmp_path / "my_tasks")))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("opensala.evaluate.document_cache.default_folder", lambda: tmp_path / "documents")
     return tmp_path
 
 

@@ -42,12 +42,13 @@ class MRCRSuite:
             if length not in BINS[1:]:
                 raise ValueError(f"mrcr: length must be the upper end of a bin, one of {', '.join(map(str, BINS[1:]))}; got {length}")
         self._lengths, self._samples = lengths or BINS[1:], samples
-        self._files = sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".parquet")) if path.is_dir() else [path]
+        self._files = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".parquet")) if path.is_dir() else [path]
+        self._names = {f: (f.relative_to(path).as_posix() if path.is_dir() else f.name) for f in self._files}
         if not self._files:
             raise ValueError(f"{path}: holds no .jsonl or .parquet file")
 
     def settings(self) -> dict[str, Any]:
-        return {"budget": BUDGET, **{f.name: _digest(f) for f in self._files}}
+        return {"budget": BUDGET, **{self._names[f]: _digest(f) for f in self._files}}
 
     def longest(self) -> int:
         return max(self._lengths)
@@ -67,7 +68,7 @@ class MRCRSuite:
                 if length not in self._lengths or (self._samples and taken[key] >= self._samples):
                     continue
                 taken[key] += 1
-                id = f"mrcr/{file.stem}/{number}"
+                id = f"mrcr/{self._names[file].removesuffix(file.suffix)}/{number}"
                 yield Group((id,), partial(self._load, id, row, prompt, length))
 
     @staticmethod

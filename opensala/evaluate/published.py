@@ -20,3 +20,19 @@ ULTRA: dict[str, tuple[float | None, ...]] = {
     "Qwen3-Next-80B-A3B-Instruct": (96.0, 86.9, 80.3, None),
     "MiniCPM-SALA-9B": (89.4, 87.1, 86.3, 81.6),
 }
+
+# Table 2: standard benchmarks, one score for each of STANDARD_MODELS
+STANDARD_MODELS = ("Qwen3-8B", "Nemotron-Nano-v2-9B", "MiniCPM-4.1-8B", "Ministral-3-R-8B", "Falcon-H1R-7B", "MiniCPM-SALA-9B")
+STANDARD: dict[str, tuple[float, ...]] = {
+    "CMMLU": (81.68, 61.59, 84.72, 71.74, 63.55, 81.55),
+    "MMLU-Pro": (73.26, 71.79, 72.70, 68.75, 70.98, 67.04),
+    "HumanEval": (93.90, 93.90, 91.46, 96.95, 96.34, 95.12),
+    "LCB-v5": (56.89, 68.26, 56.89, 65.87, 67.66, 60.48),
+    "LCB-v6": (48.57, 60.00, 51.43, 53.71, 57.71, 52.00),
+    "MBPP": (81.32, 93.39, 91.05, 94.16, 91.05, 89.11),
+    "AIME24": (73.33, 71.67, 80.83, 81.46, 86.67, 83.75),
+    "AIME25": (66.67, 56.67, 72.08, 75.00, 81.04, 78.33),
+    "BBH": (74.17, 74.28, 82.68, 64.39, 63.17, 81.55),
+    "IFEval": (84.66, 86.69, 77.45, 70.06, 86.32, 76.34),
+    "Average": (73.45, 73.82, 76.13, 74.21, 76.45, 76.53),
+}

@@ -1,14 +1,18 @@
-"""A report from folders of results: the published tables with a row of ours, every task's scores, and pictures."""
+"""A report from folders of results, as Markdown and as one HTML file: the published tables with ours, every task's scores, and pictures."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .harness import read_figures
+from .html import to_html
 from .nolima import BASE_LENGTHS, effective_length
 from .plots import depth_map, length_curves
 from .published import LONG, MODELS, ULTRA, ULTRA_LENGTHS
 from .results import read_header, read_samples, summarize
-from .tables import length_name, row, score_table
+from .standard import standard_scores, standard_table
+from .tables import figures_table, length_name, row, score_table
 
 _TASKS = 13
 _TITLES = {"ruler": "RULER", "mrcr_2needle": "MRCR, 2 needles", "mrcr_4needle": "MRCR, 4 needles", "mrcr_8needle": "MRCR, 8 needles",
@@ -16,7 +20,7 @@ _TITLES = {"ruler": "RULER", "mrcr_2needle": "MRCR, 2 needles", "mrcr_4needle": 
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
-    """Write `report.md` and its pictures into `output` and return the report's path.
+    """Write `report.md`, its pictures, and `report.html` with the pictures inside, into `output`; returns the former's path.
 
     Raises:
         ValueError: a folder without results; no matplotlib.
@@ -24,19 +28,31 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     parts, details = ["# Evaluation", ""], list[str]()
     ours: dict[str, dict[str, Any]] = {}
+    standard: dict[str, dict[str, float]] = {}
     for n, folder in enumerate(folders, 1):
-        header, rows = read_header(folder), read_samples(folder)
-        if not rows:
+        header, rows, figures = read_header(folder), read_samples(folder), read_figures(folder)
+        if not rows and not figures:
             raise ValueError(f"{folder}: no samples in it yet; run `opensala eval -o {folder}` first")
         summary = summarize(rows)
         name = _unique(_name(header, folder), ours)
         ours[name] = summary
-        details += [f"## {name}", "", *_description(header, summary, folder), "", score_table(summary), "",
+        if scores := standard_scores(summary, figures):
+            standard[name] = scores
+        details += [f"## {name}", "", *_description(header, summary, folder), "", figures_table(figures), "", score_table(summary), "",
                     *_pictures(name, rows, summary, output, n), *_effective(summary)]
-    parts += _published(ours) + details
+    parts += (standard_table(standard) if standard else []) + _published(ours) + details
     path = output / "report.md"
-    path.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+    text = re.sub("\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
+    path.write_text(text, encoding="utf-8")
+    path.with_suffix(".html").write_text(to_html(text, output, "Evaluation"), encoding="utf-8")
     return path
+
+
+def paper_tables(name: str, summary: dict[str, Any], figures: dict[str, Any]) -> str:
+    """The paper's tables that one run has something for, with its row or column, as Markdown; empty if there are none."""
+    scores = standard_scores(summary, figures)
+    lines = [*(standard_table({name: scores}) if scores else []), *_published({name: summary})]
+    return "\n".join(lines).rstrip()
 
 
 def _name(header: dict[str, Any], folder: Path) -> str:
@@ -60,9 +76,11 @@ def _description(header: dict[str, Any], summary: dict[str, Any], folder: Path) 
              f"- {run.get('machine')}, {run.get('device')}, torch {run.get('torch')}, transformers {run.get('transformers')}, "
              f"opensala {run.get('opensala')}, last run {run.get('time')}"]
     lines += [f"- {name}: " + ", ".join(f"{k} {v}" for k, v in settings.items()) for name, settings in header["suites"].items()]
-    lines.append(f"- {summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read; the rest was shared between questions "
-                 "about one document")
-    lines.append(f"- every prompt's id, answer and score: `{folder.name}/samples.jsonl`")
+    if summary["prompt_tokens"]:
+        lines.append(f"- {summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read; the rest was shared between questions "
+                     "about one document")
+    files = [name for name in ("samples.jsonl", "lm_eval_samples.jsonl") if (folder / name).exists()]
+    lines.append(f"- every prompt's id, answer and score: {', '.join(f'`{folder.name}/{name}`' for name in files)}")
     return lines
 
 
@@ -111,6 +129,8 @@ def _own(name: str, scores: dict[int, tuple[float, int]], lengths: list[int], ke
 def _pictures(name: str, rows: list[dict[str, Any]], summary: dict[str, Any], output: Path, number: int) -> list[str]:
     lines: list[str] = []
     for suite, table in summary["suites"].items():
+        if set(table["average"]) == {"0"}:  # no lengths: nothing to draw over them
+            continue
         curves = {task: {int(n): c["score"] for n, c in cells.items()} for task, cells in table["tasks"].items()}
         if len(curves) > 1:
             curves["average"] = {int(n): c["score"] for n, c in table["average"].items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data.prompts import PromptFormat
 from ..data.ruler import TASKS, RulerTask, ruler_task
+from .document_cache import DocumentCache
 from .jsonl import read_jsonl
 from .ruler_files import task_of
 from .samples import Group, Sample, scorer
@@ -32,6 +33,7 @@ class RulerSuite:
         samples: questions of each task and length.
         questions: questions asked about each document, where the task allows several.
         seed: of the documents.
+        cache: folder in which made documents are kept; None keeps none.
 
     Raises:
         ValueError: an unknown task, a length outside 1K to 4M, no samples.
@@ -42,6 +44,7 @@ class RulerSuite:
     samples: int = 10
     questions: int = 1
     seed: int = 0
+    cache: Path | None = None
     name: str = "ruler"
 
     def __post_init__(self) -> None:
@@ -63,6 +66,7 @@ class RulerSuite:
         return max(self.lengths)
 
     def groups(self, form: PromptFormat) -> Iterator[Group]:
+        documents = DocumentCache(self.cache, form)
         for length in self.lengths:
             for name in self.tasks or TASKS:
                 task = TASKS[name]
@@ -70,14 +74,14 @@ class RulerSuite:
                 for index in range(-(-self.samples // each)):
                     count = min(each, self.samples - index * each)
                     ids = tuple(f"{name}/{length}/{index}/{n}" for n in range(count))
-                    yield Group(ids, partial(self._load, task, length, index, ids, form))
+                    yield Group(ids, partial(self._load, task, length, index, ids, documents))
 
-    def _load(self, task: RulerTask, length: int, index: int, ids: tuple[str, ...], form: PromptFormat) -> list[Sample]:
-        fitted = task.document(length, form, index=index, seed=self.seed, questions=self.questions)
+    def _load(self, task: RulerTask, length: int, index: int, ids: tuple[str, ...], documents: DocumentCache) -> list[Sample]:
+        prompts, questions = documents.document(task, length, index, self.seed, self.questions)
         rule = rule_of(task)
         return [Sample(id, task.name, length, prompt, question.references, task.budget, rule.__name__,
                        scorer(rule, question.references), question.depth)
-                for id, prompt, question in zip(ids, fitted.prompts, fitted.document.questions, strict=False)]
+                for id, prompt, question in zip(ids, prompts, questions, strict=False)]
 
 
 class RulerFiles:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -48,9 +49,7 @@ metric_list: [{metric: word_perplexity}]
 PROGRAM = """
 import json, sys
 import opensala
-assert "lm_eval" not in sys.modules
-import opensala.evaluate
-assert "lm_eval.tasks" not in sys.modules
+assert not any(name.split(".")[0] == "lm_eval" for name in sys.modules)
 import lm_eval
 from lm_eval.tasks import TaskManager
 manager = TaskManager(include_path=sys.argv[1], include_defaults=False)
@@ -145,6 +144,37 @@ def test_bad_values(engine):
 
     with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, got 'auto'"):
         OpenSALALM(engine, batch_size="auto")
+
+
+ALONE = """
+import sys, importlib.util
+sys.path = [p for p in sys.path if INSTALLED or "site-packages" not in p]
+spec = importlib.util.spec_from_file_location("registration", PATH)
+ours = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ours)
+"""
+LOOK = """
+import lm_eval.api.registry as registry
+from importlib.machinery import SourceFileLoader
+assert registry.model_registry._objs["opensala"] == "opensala.evaluate.requests:ResumingLM"
+assert type(registry.__loader__) is type(registry.__spec__.loader) is SourceFileLoader
+assert not any(type(finder).__module__ == "registration" for finder in sys.meta_path)
+"""
+
+
+@pytest.mark.parametrize(("installed", "program", "said"), [
+    (True, "ours.register_with_lm_eval(); assert 'lm_eval' not in sys.modules" + LOOK, ""),
+    (True, "import lm_eval; ours.register_with_lm_eval()" + LOOK, ""),
+    (True, "import lm_eval.api.registry; ours.register_with_lm_eval(); ours.register_with_lm_eval()" + LOOK, ""),
+    (True, "ours.register_with_lm_eval(); ours.register_with_lm_eval()" + LOOK, ""),
+    (False, "ours.register_with_lm_eval()\ntry: import lm_eval\nexcept ModuleNotFoundError as error: print(error.name)", "lm_eval\n"),
+])
+def test_lm_eval_knows_the_model(installed, program, said):
+    """Whichever is imported first, and once only; lm-eval's module looks as it would without us. Nothing breaks where there is no lm-eval."""
+    path = str(Path(__file__).parents[2] / "opensala" / "evaluate" / "registration.py")
+    whole = ALONE.replace("INSTALLED", str(installed)).replace("PATH", repr(path)) + program
+    done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
 
 
 def test_a_whole_run_offline(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from opensala.engine import Engine, Sampling
 from opensala.engine.shared import answer_shared, shared_length
 from opensala.evaluate.results import Results, read_samples, summarize
 from opensala.evaluate.ruler import RulerFiles, RulerSuite
-from opensala.evaluate.suites import build_suites
+from opensala.evaluate.suites import Options, build_suites, split_names
 from opensala.evaluate.work import evaluate
 
 RULES = {"identity": {"model": "a"}, "suites": {"ruler": {"seed": 0}}, "run": {}}
@@ -81,7 +82,7 @@ def test_a_run_writes_what_it_did(engine, tmp_path):
 def test_kill_loses_at_most_one_sample(tmp_path):
     """kill -9 in the middle; the rerun goes on, and ends with the rows of a run nobody disturbed."""
     command = [sys.executable, "-m", "opensala", "eval", "--suite", "niah_single_1,niah_multikey_2", "--lengths", "1024", "--samples", "6",
-               "--quiet", "--json", "-o"]
+               "--quiet", "--json", "--no-cache", "-o"]
     samples = tmp_path / "killed" / "samples.jsonl"
 
     def lines():
@@ -169,14 +170,20 @@ def test_rulers_own_files(engine, tmp_path):
 ])
 def test_unknown_suites(name, message):
     with pytest.raises(ValueError, match=message):
-        build_suites(name, (), 1, 1, 0, {})
+        build_suites(split_names(name)[0], Options())
 
 
 def test_presets():
-    (ruler,) = build_suites("ultra", (), 1, 1, 0, {})
+    (ruler,) = build_suites(["ultra"], Options())
     assert ruler.lengths == (131072, 524288, 1_000_000, 2097152) and not ruler.tasks
-    (ruler,) = build_suites("vt,cwe", (2048,), 1, 1, 0, {})
+    (ruler,) = build_suites(["vt", "cwe"], Options((2048,)))
     assert ruler.tasks == ("vt", "cwe")
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_the_user(monkeypatch, tmp_path):
+    """Runs keep their documents here; compiled kernels stay where they are."""
+    monkeypatch.setattr("opensala.evaluate.document_cache.default_folder", lambda: tmp_path / "documents")
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -201,6 +208,13 @@ def test_commands(monkeypatch, capsys, tmp_path):
     assert "score" in run(monkeypatch, capsys, "--help")[1]
 
 
+def test_presets_print_the_papers_tables(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("opensala.evaluate.ruler.TASKS", {"niah_single_1": ruler_task("niah_single_1")})
+    code, out, err = run(monkeypatch, capsys, "--suite", "ultra", "--lengths", "1K", "--samples", "1", "--quiet", "-o", str(tmp_path / "r"))
+    assert code == 0, err
+    assert "| Qwen3-235B-A22B-Instruct-2507 (published) | 93.9 | 90.9 | 84.5 |  |" in out and re.search(r"\| \*\*small\S*\*\* \| \*\*\d", out), out
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--suite", "rulr"], "did you mean ruler"),
     (["--lengths", "4000x"], "--lengths: must be whole numbers"),
@@ -208,6 +222,9 @@ def test_commands(monkeypatch, capsys, tmp_path):
     (["--lengths", "4M", "--dtype", "float32", "--quiet"], "a prompt of 4,194,304 tokens needs"),
     (["--data", "mrcr"], "must be SUITE=PATH"),
     (["--data", "mrcr=nowhere"], "nowhere does not exist"),
+    (["--suite", "ruler,niah_single_1"], "names ruler more than once"),
+    (["--suite", "ruler,"], "suite '' does not exist"),
+    (["--suite", "livecodebench", "--data", "livecodebench=x"], "x does not exist; give a path, or hub to fetch livecodebench/code_generation_lite"),
     (["--sweet", "ruler"], "No such option"),
     (["--samples", "0"], "samples"),
     (["nowhere/at/all", "--suite", "vt"], "no such checkpoint folder"),
