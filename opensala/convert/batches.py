@@ -1,5 +1,6 @@
 """Sequences to train and to measure on, from the installation's texts or the user's, held-out text kept apart."""
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ class Batches:
             train = [piece for n, piece in enumerate(pieces) if n % stride != stride - 1]
         else:
             train, held = list(_builtin("train", config.seed)), list(_builtin("held_out", config.seed))
+        self.fingerprint = hashlib.sha256("\0".join([*train, "", *held]).encode()).hexdigest()[:16]  # of the texts
         name = f"data ({', '.join(config.data) or 'the texts of this Python installation'})"
         self.text = PackedText(tokenizer, train, config.length, name, 3 * _CHARACTERS)
         self.held_out = PackedText(tokenizer, held, config.probes.length, f"the held-out part of {name}", _CHARACTERS)

@@ -118,6 +118,17 @@ class ConvertConfig:
         return record
 
 
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run folder must have been made with: the configuration, and the fingerprint of the texts."""
+
+    config: ConvertConfig
+    texts: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.config.as_dict(), "texts": self.texts}
+
+
 def sala(teacher: str) -> ConvertConfig:
     """MiniCPM-SALA's conversion: ends kept, only the Lightning mixers distilled, 1.3B tokens of 512."""
     return ConvertConfig(teacher)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from ..model import MiniCPMSALAForCausalLM
 from .align import Alignment
 from .batches import Batches
-from .config import ConvertConfig
+from .config import ConvertConfig, RunIdentity
 from .distill import Distillation, cache_step, cached_targets, live_targets
 from .folder import RunFolder, read_json, write_json
 from .probes import Prober, replaced
@@ -90,11 +90,20 @@ class Conversion:
         self.tokenizer = _tokenizer(config.teacher)
         self.batches = Batches(self.tokenizer, config)
         self.prober = Prober(self.batches, config.probes)
-        self.folder = RunFolder(output, config, resume)
+        self.texts = self.batches.fingerprint
+        self._check_texts(Path(output))
+        self.folder = RunFolder(output, RunIdentity(config, self.texts), resume)
         self.teacher = load_teacher(config.teacher, getattr(torch, config.dtype), device)
         self._fill_end_of_text()
         self.mixers = lightning_mixers(self.teacher)
         self.scores: dict[str, Any] = {}
+
+    def _check_texts(self, run: Path) -> None:
+        """Raise ValueError if a run began with other texts: its data order would be another one from here on."""
+        known = read_json(run / "config.json")
+        if known is not None and known.get("texts") != self.texts:
+            cause = "files were changed" if self.config.data else "packages or Python were installed, removed or updated"
+            raise ValueError(f"data: the texts are not those that {run} began with ({cause} since): bring them back, or begin a new run")
 
     def _number_kept(self, layers: int) -> int:
         config = self.config
@@ -202,6 +211,7 @@ class Conversion:
         different = [key for key in _REUSED if known[key] != mine[key]]
         if different:
             raise ValueError(f"reuse: {other} was aligned with another {', '.join(different)}")
+        self._check_texts(other)
         steps = torch.load(other / "align.pt", weights_only=True, map_location="cpu")["step"]
         if steps != self.config.align.steps:
             raise ValueError(f"reuse: {other} was aligned for {steps} of {self.config.align.steps} steps: resume it first")

@@ -149,6 +149,18 @@ def test_a_finished_run_is_left_alone_and_others_are_refused(config, finished, t
     assert (tmp_path / "thesis.txt").read_text() == "x"
 
 
+def test_other_texts_than_the_run_began_with_are_refused(config, finished, text_file, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text(text_file.read_text())
+    mine = replace(config, data=(str(texts),))
+    convert(replace(mine, distill=replace(mine.distill, steps=0)), tmp_path / "run", quiet=True)
+    texts.write_text(text_file.read_text() + "One more line.")
+    with pytest.raises(ValueError, match="the texts are not those that .* began with .files were changed since."):
+        convert(replace(mine, distill=replace(mine.distill, steps=0)), tmp_path / "run", resume=True, quiet=True)
+    with pytest.raises(ValueError, match="the texts are not those"):
+        convert(replace(mine, reuse=str(tmp_path / "run")), tmp_path / "other", quiet=True)
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(config, tmp_path, monkeypatch):
     original = run_module.Alignment.gradients
     calls = []
