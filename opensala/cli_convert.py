@@ -6,18 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from .cli_group import RunUnlessNamed
 
-class _TeacherOrCommand(TyperGroup):
-    """`opensala convert TEACHER ...` beside `opensala convert select ...`: a first word that names no command is a teacher."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = args and args[0] in self.commands
-        return super().parse_args(ctx, args if named else ["run", *args])
-
-
-app = typer.Typer(cls=_TeacherOrCommand, add_completion=False, rich_markup_mode=None,
+app = typer.Typer(cls=RunUnlessNamed, add_completion=False, rich_markup_mode=None,
                   help="Convert a Transformer into the hybrid (convert TEACHER -o DIR), or choose layers from scores (convert select).")
 
 Seed = Annotated[int, typer.Option(help="Seed of data order and of the rule random.")]

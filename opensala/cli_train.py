@@ -6,18 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from .cli_group import RunUnlessNamed
 
-class _RecipeOrCommand(TyperGroup):
-    """`opensala train RECIPE ...` beside `opensala train plan ...`: a first word that names no command is a recipe."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = args and args[0] in self.commands
-        return super().parse_args(ctx, args if named else ["run", *args])
-
-
-app = typer.Typer(cls=_RecipeOrCommand, add_completion=False, rich_markup_mode=None,
+app = typer.Typer(cls=RunUnlessNamed, add_completion=False, rich_markup_mode=None,
                   help="Train by a recipe (train RECIPE -o DIR), or say what it costs (train plan RECIPE).")
 
 Recipe = Annotated[str, typer.Argument(help="minicpm_sala_9b (the published training) or tiny (all its stages on two CPU cores).")]

@@ -49,3 +49,12 @@ def model() -> MiniCPMSALAForCausalLM:
 @pytest.fixture
 def build() -> Callable[..., MiniCPMSALAForCausalLM]:
     return tiny_model
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in one order: what is compared bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

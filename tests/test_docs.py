@@ -15,6 +15,7 @@ from opensala.cli import main
 from opensala.engine import shipped_model
 
 from .convert.test_transfer import make_teacher
+from .lm_eval_tasks import answer_task
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -29,18 +30,7 @@ COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
 EXAMPLES = [pytest.param(code, id=f"{page.name}-{n}") for page in PAGES for n, code in enumerate(blocks(page, "python"))]
 
-FACTS_TASK = """
-task: facts
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/facts.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{text}}\\n\\nQuestion: {{question}}\\nAnswer:"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
-filter_list: [{name: none, filter: [{function: remove_whitespace}]}]
-metric_list: [{metric: exact_match}]
-"""
+FACTS_TASK = answer_task("facts", "facts.jsonl", "answer", 8)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import torch
 from ..model import SALACache
 from .generate import Engine
 from .prefill import Progress, prefill
+from .shared import greedy_tokens
 
 
 @torch.no_grad()
@@ -15,19 +16,10 @@ def answer_all(engine: Engine, document: list[int], questions: list[list[int]], 
     extra = max(map(len, questions)) + max_new_tokens
     ids = torch.tensor([document], device=engine.device)
     prefill(engine.model, ids, cache, new_tokens=extra, progress=progress)
-    end, stops = cache.snapshot(), engine.config.eos_token_id
-    stop_ids = stops if isinstance(stops, list) else [stops]
-    answers = []
+    end, answers = cache.snapshot(), []
     for question in questions:
         cache.restore(end)
         logits = prefill(engine.model, torch.tensor([question], device=engine.device), cache, new_tokens=max_new_tokens)
-        tokens: list[int] = []
-        while len(tokens) < max_new_tokens:
-            token = int(logits[0].argmax())
-            if token in stop_ids:
-                break
-            tokens.append(token)
-            step = torch.tensor([[token]], device=engine.device)
-            logits = engine.model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
+        tokens = greedy_tokens(engine, cache, logits, max_new_tokens)
         answers.append(engine.tokenizer.decode(tokens, skip_special_tokens=True).strip())
     return answers

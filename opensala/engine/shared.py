@@ -60,7 +60,7 @@ def answer_shared(engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_t
         else:
             cache.reset()
         logits = prefill(engine.model, _row(engine, rest), cache, new_tokens=max_new_tokens, progress=progress)
-        tokens = _decode(engine, cache, logits, max_new_tokens)
+        tokens = greedy_tokens(engine, cache, logits, max_new_tokens)
         text = engine.tokenizer.decode(tokens, skip_special_tokens=True)
         yield Answer(text, len(tokens), read + len(rest), time.perf_counter() - start)
         read, start = 0, time.perf_counter()
@@ -80,7 +80,8 @@ def _row(engine: Engine, ids: Sequence[int]) -> Tensor:
     return torch.tensor([list(ids)], device=engine.device)
 
 
-def _decode(engine: Engine, cache: SALACache, logits: Tensor, max_new_tokens: int) -> list[int]:
+def greedy_tokens(engine: Engine, cache: SALACache, logits: Tensor, max_new_tokens: int) -> list[int]:
+    """The most likely continuation, token by token, up to an end of text; logits `[1, V]` are those behind what the cache holds."""
     stops = engine.config.eos_token_id
     stop_ids = stops if isinstance(stops, list) else [stops]
     tokens: list[int] = []

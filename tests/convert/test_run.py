@@ -18,13 +18,7 @@ from opensala.convert.config import RECIPES, Phase, Probes
 from opensala.convert.probes import answers_right, task_metric
 from opensala.convert.run import Conversion
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses(folder):

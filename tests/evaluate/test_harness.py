@@ -20,37 +20,12 @@ from opensala.evaluate.harness import load_tasks, read_figures  # noqa: E402
 from opensala.evaluate.report import write_report  # noqa: E402
 from opensala.evaluate.requests import RequestLog, ResumingLM  # noqa: E402
 from opensala.evaluate.sandbox import Limits  # noqa: E402
+from tests.lm_eval_tasks import answer_task, choice_task, head  # noqa: E402
 
-CHOICE = """
-task: own_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{text}}\\n\\nQuestion: {{question}}\\nAnswer:"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-OPEN = """
-task: own_answer
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{text}}\\n\\nQuestion: {{question}}\\nAnswer:"
-doc_to_target: "{{choices[label]}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 8}
-filter_list: [{name: none, filter: [{function: remove_whitespace}]}]
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-"""
+CHOICE = choice_task("own_choice", "questions.jsonl")
+OPEN = answer_task("own_answer", "questions.jsonl", "choices[label]", 8)
 GROUP = "group: own_group\ntask: [own_choice, own_answer]\n"
-CODE = """
-task: own_code
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/questions.jsonl}}
-test_split: test
-unsafe_code: true
+CODE = head("own_code", "questions.jsonl") + """unsafe_code: true
 output_type: generate_until
 doc_to_text: "{{text}}"
 doc_to_target: "assert result == 3"

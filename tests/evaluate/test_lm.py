@@ -10,38 +10,13 @@ import pytest
 import torch
 
 from opensala.engine import Engine
+from tests.lm_eval_tasks import answer_task, choice_task, head
 
 pytest.importorskip("lm_eval")
 
-TASKS = """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/choice.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{text}}\\n\\nQuestion: {{question}}\\nAnswer:"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-GENERATION = """
-task: tiny_generation
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/choice.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{text}}\\n\\nQuestion: {{question}}\\nAnswer:"
-doc_to_target: "{{choices[label]}}"
-generation_kwargs: {until: ["\\n"], max_gen_toks: 12}
-filter_list: [{name: none, filter: [{function: remove_whitespace}]}]
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-"""
-PERPLEXITY = """
-task: tiny_perplexity
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/choice.jsonl}}
-test_split: test
-output_type: loglikelihood_rolling
+TASKS = choice_task("tiny_choice", "choice.jsonl")
+GENERATION = answer_task("tiny_generation", "choice.jsonl", "choices[label]", 12)
+PERPLEXITY = head("tiny_perplexity", "choice.jsonl") + """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
 metric_list: [{metric: word_perplexity}]

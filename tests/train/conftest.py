@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 from opensala.convert.config import ConvertConfig, Phase, Probes
 from opensala.train.recipes import Halo, Recipe, Source, tiny
@@ -18,11 +17,8 @@ MODEL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "nu
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def always_one_thread(one_thread):
+    pass
 
 
 @pytest.fixture(scope="session")
