@@ -21,6 +21,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 check: .venv/ready
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_structure.py

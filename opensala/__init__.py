@@ -1,7 +1,7 @@
 """OpenSALA: MiniCPM-SALA hybrid sparse/linear language models, from conversion to million-token inference.
 
-Importing this package registers the model with transformers' Auto classes, and with lm-eval where that is used (without
-importing it). It needs no GPU and no extra.
+Importing this package registers the model with transformers' Auto classes, and with lm-eval where that is
+used (without importing it). It needs no GPU and no extra.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -17,28 +17,56 @@ from .cli_eval import evals
 from .cli_train import app as train_app
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Read very long documents with hybrid sparse/linear models.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Read very long documents with hybrid sparse/linear models.",
+)
 
-benches = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory on this machine.")
+benches = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure speed and memory on this machine."
+)
 app.add_typer(benches, name="bench")
 app.add_typer(evals, name="eval")
 
-Model = Annotated[str | None, typer.Option(help="Folder or hub name of a MiniCPM-SALA checkpoint. Default: the small model that ships here.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub name of a MiniCPM-SALA checkpoint. Default: the small model that ships here."
+    ),
+]
 MaxNew = Annotated[int, typer.Option(help="Tokens to generate at most.")]
-Mode = Annotated[str | None, typer.Option(help="auto (dense below the model's dense_len, sparse from there), dense or sparse.")]
-Search = Annotated[str | None, typer.Option(help="How sparse layers look for blocks: exact, or hierarchical for contexts near a million tokens.")]
+Mode = Annotated[
+    str | None,
+    typer.Option(help="auto (dense below the model's dense_len, sparse from there), dense or sparse."),
+]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        help="How sparse layers look for blocks: exact, or hierarchical for contexts near a million tokens."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print answer and measurements as one JSON object.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
-TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens that together have this probability.")]
+TopP = Annotated[
+    float, typer.Option(help="Sample from the most likely tokens that together have this probability.")
+]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampling.")]
 Quiet = Annotated[bool, typer.Option(help="No progress bar and no notes.")]
 
 
-def _engine(model: str | None, device: str, dtype: str, attention_mode: str | None, block_search: str | None,
-            quiet: bool) -> Any:
+def _engine(
+    model: str | None,
+    device: str,
+    dtype: str,
+    attention_mode: str | None,
+    block_search: str | None,
+    quiet: bool,
+) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     from .engine import Engine
@@ -57,18 +85,31 @@ def _report(result: Any, key: str, as_json: bool, quiet: bool, shown: bool = Fal
     if not shown:
         print(result.text)
     if not quiet:
-        decode = "" if result.decode_tokens_per_second is None else f", then {result.decode_tokens_per_second:,.1f} tokens/s"
+        decode = (
+            ""
+            if result.decode_tokens_per_second is None
+            else f", then {result.decode_tokens_per_second:,.1f} tokens/s"
+        )
         for note in result.notes:
             print(f"note: {note}", file=sys.stderr)
         print(result.attention, file=sys.stderr)
-        print(f"{result.prompt_tokens:,} tokens read, first token after {result.time_to_first_token:.2f} s "
-              f"({result.prefill_tokens_per_second:,.0f} tokens/s){decode}; cache {result.cache_bytes / 2**20:,.1f} MiB, "
-              f"peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB", file=sys.stderr)
+        print(
+            f"{result.prompt_tokens:,} tokens read, first token after {result.time_to_first_token:.2f} s "
+            f"({result.prefill_tokens_per_second:,.0f} tokens/s){decode}; cache "
+            f"{result.cache_bytes / 2**20:,.1f} MiB, "
+            f"peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB",
+            file=sys.stderr,
+        )
 
 
 @app.command()
 def ask(
-    documents: Annotated[list[str], typer.Argument(metavar="DOC...", help="Files (text, source code, Markdown, PDF), directories, or - for stdin.")],
+    documents: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DOC...", help="Files (text, source code, Markdown, PDF), directories, or - for stdin."
+        ),
+    ],
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
     model: Model = None,
     max_new_tokens: MaxNew = 64,
@@ -89,7 +130,13 @@ def ask(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     sampling.check()
     texts = read_documents(documents)
-    result = run(_engine(model, device, dtype, attention_mode, block_search, quiet), texts, question, sampling, quiet=quiet)
+    result = run(
+        _engine(model, device, dtype, attention_mode, block_search, quiet),
+        texts,
+        question,
+        sampling,
+        quiet=quiet,
+    )
     _report(result, "answer", as_json, quiet)
 
 
@@ -134,12 +181,20 @@ def demo(
 
 @benches.command()
 def ops(
-    quick: Annotated[bool, typer.Option("--quick", help="16K tokens and no whole models: a minute on two cores.")] = False,
-    million: Annotated[bool, typer.Option("--million", help="Also a million tokens through each op and the shipped model (CPU).")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="16K tokens and no whole models: a minute on two cores.")
+    ] = False,
+    million: Annotated[
+        bool,
+        typer.Option("--million", help="Also a million tokens through each op and the shipped model (CPU)."),
+    ] = False,
     device: Device = "auto",
-    rows: Annotated[Path, typer.Option(help="CSV file the rows are added to.")] = Path("benchmarks/results.csv"),
+    rows: Annotated[Path, typer.Option(help="CSV file the rows are added to.")] = Path(
+        "benchmarks/results.csv"
+    ),
 ) -> None:
-    """Time the attention ops against their peers, after checking their results; the last line on stdout is JSON."""
+    """Time the attention ops against their peers, after checking their results; the last line on stdout is
+    JSON."""
     from .bench.ops import run
 
     run(quick, device, rows, million)
@@ -157,7 +212,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
     pass
 

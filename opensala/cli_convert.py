@@ -9,8 +9,13 @@ import typer
 
 from .cli_group import RunUnlessNamed
 
-app = typer.Typer(cls=RunUnlessNamed, add_completion=False, rich_markup_mode=None,
-                  help="Convert a Transformer into the hybrid (convert TEACHER -o DIR), or choose layers from scores (convert select).")
+app = typer.Typer(
+    cls=RunUnlessNamed,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Convert a Transformer into the hybrid (convert TEACHER -o DIR), or choose layers from scores "
+    "(convert select).",
+)
 
 Seed = Annotated[int, typer.Option(help="Seed of data order and of the rule random.")]
 FixEnds = Annotated[bool, typer.Option(help="Keep the first and the last layer whatever their scores.")]
@@ -19,7 +24,10 @@ Rule = Annotated[str, typer.Option(help="halo, recall, kl, uniform, first-last-h
 
 @app.command()
 def select(
-    scores: Annotated[Path, typer.Argument(help='JSON file: {"recall": [...], "general": [...]}, one number per layer each.')],
+    scores: Annotated[
+        Path,
+        typer.Argument(help='JSON file: {"recall": [...], "general": [...]}, one number per layer each.'),
+    ],
     keep: Annotated[int, typer.Option(help="How many layers stay softmax attention, ends included.")],
     fix_ends: FixEnds = True,
     rule: Rule = "halo",
@@ -41,15 +49,35 @@ def select(
 
 @app.command(hidden=True)
 def run(
-    teacher: Annotated[str, typer.Argument(help="Folder or hub name of a Llama, Qwen3 or MiniCPM checkpoint.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; the checkpoint goes to its model/.")],
-    recipe: Annotated[str, typer.Option(help="sala, halo, tiny (sala in minutes on a CPU) or tiny-halo; the options below change it.")] = "sala",
-    keep: Annotated[int | None, typer.Option(help="Layers that stay softmax attention. Default: 25%.")] = None,
-    layers: Annotated[str | None, typer.Option(help="These very layers, as 0,5,11, instead of a choice; none for no layer.")] = None,
-    rule: Annotated[str | None, typer.Option(help="How layers are chosen: halo, recall, kl, uniform, first-last-heavy or random.")] = None,
-    fix_ends: Annotated[bool | None, typer.Option(help="Keep the first and the last layer whatever their scores.")] = None,
+    teacher: Annotated[
+        str, typer.Argument(help="Folder or hub name of a Llama, Qwen3 or MiniCPM checkpoint.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the run; the checkpoint goes to its model/.")
+    ],
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="sala, halo, tiny (sala in minutes on a CPU) or tiny-halo; the options below change it."
+        ),
+    ] = "sala",
+    keep: Annotated[
+        int | None, typer.Option(help="Layers that stay softmax attention. Default: 25%.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="These very layers, as 0,5,11, instead of a choice; none for no layer.")
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(help="How layers are chosen: halo, recall, kl, uniform, first-last-heavy or random."),
+    ] = None,
+    fix_ends: Annotated[
+        bool | None, typer.Option(help="Keep the first and the last layer whatever their scores.")
+    ] = None,
     hype: Annotated[bool, typer.Option(help="Take the rotary positions out of the kept layers.")] = True,
-    trainable: Annotated[str | None, typer.Option(help="What the distillation trains: linear (the converted layers) or all.")] = None,
+    trainable: Annotated[
+        str | None, typer.Option(help="What the distillation trains: linear (the converted layers) or all.")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a training sequence.")] = None,
     align_steps: Annotated[int | None, typer.Option(help="Steps of the alignment.")] = None,
     align_batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
@@ -57,22 +85,54 @@ def run(
     distill_steps: Annotated[int | None, typer.Option(help="Steps of the distillation.")] = None,
     distill_batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     distill_lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Text file or folder to train on; may be repeated. Default: this Python installation's texts.")] = None,
-    task_share: Annotated[float | None, typer.Option(help="Share of sequences with hidden facts and questions.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text file or folder to train on; may be repeated. Default: this Python installation's "
+            "texts."
+        ),
+    ] = None,
+    task_share: Annotated[
+        float | None, typer.Option(help="Share of sequences with hidden facts and questions.")
+    ] = None,
     probe_length: Annotated[int | None, typer.Option(help="Tokens of a probe.")] = None,
-    probe_sequences: Annotated[int | None, typer.Option(help="Documents with hidden facts, and texts, to score each layer with.")] = None,
-    recall_tasks: Annotated[str | None, typer.Option(help="lm-eval tasks for recall instead of the built-in probe, as a,b.")] = None,
-    general_tasks: Annotated[str | None, typer.Option(help="lm-eval tasks for general ability instead, as a,b.")] = None,
-    attn_qk_norm: Annotated[bool, typer.Option(help="Add QK-norm to kept layers of a teacher without (an extension of the format).")] = False,
-    attn_scale_base: Annotated[float | None, typer.Option(help="Length scaling of the kept layers' logits, near 500 (an extension of the format).")] = None,
-    sparse_config: Annotated[str | None, typer.Option(help='Changes to the released block selection, as JSON: {"topk": 32}.')] = None,
-    cache_teacher: Annotated[bool, typer.Option(help="Keep the teacher's final states on disk instead of running it beside.")] = False,
-    reuse: Annotated[str | None, typer.Option(help="Run folder whose aligned mixers and scores to take over.")] = None,
+    probe_sequences: Annotated[
+        int | None, typer.Option(help="Documents with hidden facts, and texts, to score each layer with.")
+    ] = None,
+    recall_tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks for recall instead of the built-in probe, as a,b.")
+    ] = None,
+    general_tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks for general ability instead, as a,b.")
+    ] = None,
+    attn_qk_norm: Annotated[
+        bool,
+        typer.Option(help="Add QK-norm to kept layers of a teacher without (an extension of the format)."),
+    ] = False,
+    attn_scale_base: Annotated[
+        float | None,
+        typer.Option(
+            help="Length scaling of the kept layers' logits, near 500 (an extension of the format)."
+        ),
+    ] = None,
+    sparse_config: Annotated[
+        str | None, typer.Option(help='Changes to the released block selection, as JSON: {"topk": 32}.')
+    ] = None,
+    cache_teacher: Annotated[
+        bool, typer.Option(help="Keep the teacher's final states on disk instead of running it beside.")
+    ] = False,
+    reuse: Annotated[
+        str | None, typer.Option(help="Run folder whose aligned mixers and scores to take over.")
+    ] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between saved states.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of teacher and result: float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Of teacher and result: float32, bfloat16 or float16.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seed: Seed = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped; the other options as before.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped; the other options as before.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bars and no plan.")] = False,
 ) -> None:
@@ -86,14 +146,39 @@ def run(
     check_choice("recipe", recipe, tuple(RECIPES))
     base = RECIPES[recipe](teacher)
     config = replace(
-        base, **_given(keep=keep, layers=_numbers(layers), rule=rule, fix_ends=fix_ends, trainable=trainable, length=length,
-                       task_share=task_share, save_every=save_every),
-        hype=hype, attn_qk_norm=attn_qk_norm, attn_scale_base=attn_scale_base, cache_teacher=cache_teacher, reuse=reuse,
-        dtype=dtype, device=device, seed=seed, data=tuple(data or ()), sparse_config=_object(sparse_config),
+        base,
+        **_given(
+            keep=keep,
+            layers=_numbers(layers),
+            rule=rule,
+            fix_ends=fix_ends,
+            trainable=trainable,
+            length=length,
+            task_share=task_share,
+            save_every=save_every,
+        ),
+        hype=hype,
+        attn_qk_norm=attn_qk_norm,
+        attn_scale_base=attn_scale_base,
+        cache_teacher=cache_teacher,
+        reuse=reuse,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        data=tuple(data or ()),
+        sparse_config=_object(sparse_config),
         align=replace(base.align, **_given(steps=align_steps, batch=align_batch, lr=align_lr)),
         distill=replace(base.distill, **_given(steps=distill_steps, batch=distill_batch, lr=distill_lr)),
-        probes=replace(base.probes, **_given(length=probe_length, sequences=probe_sequences, recall_tasks=_names(recall_tasks),
-                                             general_tasks=_names(general_tasks))))
+        probes=replace(
+            base.probes,
+            **_given(
+                length=probe_length,
+                sequences=probe_sequences,
+                recall_tasks=_names(recall_tasks),
+                general_tasks=_names(general_tasks),
+            ),
+        ),
+    )
     disable_progress_bar()
     finished = convert(config, output, resume=resume, plan_only=plan, quiet=quiet)
     if not plan:

@@ -1,4 +1,5 @@
-"""The `opensala eval` commands: parsing only. `opensala eval [MODEL] ...` is `opensala eval run [MODEL] ...`."""
+"""The `opensala eval` commands: parsing only. `opensala eval [MODEL] ...` is `opensala eval run [MODEL]
+...`."""
 
 import json
 import sys
@@ -10,7 +11,8 @@ from typer.core import TyperGroup
 
 
 class _RunByDefault(TyperGroup):
-    """A group whose first word may be left out: then it is `run`. A folder called `score` is given as `./score`."""
+    """A group whose first word may be left out: then it is `run`. A folder called `score` is given as
+    `./score`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] != "--help"):
@@ -18,28 +20,80 @@ class _RunByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-evals = typer.Typer(cls=_RunByDefault, rich_markup_mode=None,
-                    help="Evaluate a model: `opensala eval [MODEL] --suite NAME` (see `opensala eval run --help`), score files, make reports.")
+evals = typer.Typer(
+    cls=_RunByDefault,
+    rich_markup_mode=None,
+    help="Evaluate a model: `opensala eval [MODEL] --suite NAME` (see `opensala eval run --help`), score "
+    "files, make reports.",
+)
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the results; a run stopped half-way goes on from there.")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="Folder of the results; a run stopped half-way goes on from there."),
+]
 
 
 @evals.command()
 def run(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub name of a checkpoint. Default: the small model that ships here.")] = None,
-    suite: Annotated[str, typer.Option(help="ruler, mrcr, nolima, livecodebench, long, ultra, standard, tasks of RULER or of lm-eval; several separated by commas.")] = "ruler",
-    lengths: Annotated[str, typer.Option(help="Tokens, separated by commas. Default: those of the suite.")] = "",
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples of each task and length. Default: 10; all of LiveCodeBench and lm-eval's tasks.")] = None,
-    questions: Annotated[int, typer.Option(min=1, help="Questions asked about each generated document, read once for all.")] = 1,
-    data: Annotated[list[str] | None, typer.Option(help="Where a suite's files are: SUITE=PATH, SUITE=hub or SUITE=hub:OWNER/NAME, for mrcr, nolima, livecodebench; ruler=FOLDER.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks (YAML) of your own.")] = None,
-    allow_code: Annotated[bool, typer.Option("--allow-code-execution", help="Run programs that the model writes, in a process without rights.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Short prompts of lm-eval's tasks that run together; a killed run loses so many.")] = 1,
-    answer_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens an answer may take in LiveCodeBench. Default: 4096.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder or hub name of a checkpoint. Default: the small model that ships here."),
+    ] = None,
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="ruler, mrcr, nolima, livecodebench, long, ultra, standard, tasks of RULER or of "
+            "lm-eval; several separated by commas."
+        ),
+    ] = "ruler",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens, separated by commas. Default: those of the suite.")
+    ] = "",
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Samples of each task and length. Default: 10; all of LiveCodeBench and lm-eval's tasks.",
+        ),
+    ] = None,
+    questions: Annotated[
+        int, typer.Option(min=1, help="Questions asked about each generated document, read once for all.")
+    ] = 1,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where a suite's files are: SUITE=PATH, SUITE=hub or SUITE=hub:OWNER/NAME, for mrcr, "
+            "nolima, livecodebench; ruler=FOLDER."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with lm-eval tasks (YAML) of your own.")
+    ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code-execution", help="Run programs that the model writes, in a process without rights."
+        ),
+    ] = False,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Short prompts of lm-eval's tasks that run together; a killed run loses so many."
+        ),
+    ] = 1,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens an answer may take in LiveCodeBench. Default: 4096.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of generated documents.")] = 0,
-    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Keep generated documents on disk for the next run.")] = True,
-    chat: Annotated[bool | None, typer.Option(help="Use the chat template. Default: if the model has one.")] = None,
-    strip_thinking: Annotated[bool, typer.Option("--strip-thinking", help="Score only what comes after </think>.")] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Keep generated documents on disk for the next run.")
+    ] = True,
+    chat: Annotated[
+        bool | None, typer.Option(help="Use the chat template. Default: if the model has one.")
+    ] = None,
+    strip_thinking: Annotated[
+        bool, typer.Option("--strip-thinking", help="Score only what comes after </think>.")
+    ] = False,
     attention_mode: Annotated[str | None, typer.Option(help="auto, dense or sparse.")] = None,
     block_search: Annotated[str | None, typer.Option(help="exact or hierarchical.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -54,7 +108,16 @@ def run(
 
     ours, foreign = split_names(suite)
     sizes = tuple(_length(part) for part in lengths.split(",") if part.strip())
-    options = Options(sizes, samples, questions, seed, default_folder() if cache else None, _paths(data or []), answer_tokens, allow_code)
+    options = Options(
+        sizes,
+        samples,
+        questions,
+        seed,
+        default_folder() if cache else None,
+        _paths(data or []),
+        answer_tokens,
+        allow_code,
+    )
     suites = build_suites(ours, options)
     harness = _load(foreign, include_path, allow_code, strip_thinking, quiet) if foreign else None
     from transformers.utils.logging import disable_progress_bar
@@ -66,22 +129,43 @@ def run(
         disable_progress_bar()
     elif allow_code:
         _say_what_is_possible()
-    engine = Engine(model, device=device, dtype=dtype, attention_mode=attention_mode, block_search=block_search)
+    engine = Engine(
+        model, device=device, dtype=dtype, attention_mode=attention_mode, block_search=block_search
+    )
     figures: dict[str, Any] = {}
     if harness is not None:
         from .evaluate.harness import run_tasks
 
-        figures = run_tasks(engine, harness, output, limit=samples, chat=chat, batch_size=batch_size, allow_code=allow_code, quiet=quiet)
+        figures = run_tasks(
+            engine,
+            harness,
+            output,
+            limit=samples,
+            chat=chat,
+            batch_size=batch_size,
+            allow_code=allow_code,
+            quiet=quiet,
+        )
     summary: dict[str, Any] = {"suites": {}, "prompt_tokens": 0, "read_tokens": 0}
     if suites:
         summary = evaluate(engine, suites, output, chat=chat, strip_thoughts=strip_thinking, quiet=quiet)
     if as_json:
-        print(json.dumps(summary | ({"lm_eval": figures["results"]} if figures else {}), ensure_ascii=False, default=str))
+        print(
+            json.dumps(
+                summary | ({"lm_eval": figures["results"]} if figures else {}),
+                ensure_ascii=False,
+                default=str,
+            )
+        )
         return
     _print_tables(summary, figures, Path(engine.name).name if set(ours) & set(PRESETS) else "")
     if suites and not quiet:
-        print(f"{summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read, the rest was shared; every sample is in "
-              f"{output / 'samples.jsonl'}", file=sys.stderr)
+        print(
+            f"{summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read, the "
+            "rest was shared; every sample is in "
+            f"{output / 'samples.jsonl'}",
+            file=sys.stderr,
+        )
 
 
 def _print_tables(summary: dict[str, Any], figures: dict[str, Any], name: str) -> None:
@@ -89,13 +173,20 @@ def _print_tables(summary: dict[str, Any], figures: dict[str, Any], name: str) -
     from .evaluate.report import paper_tables
     from .evaluate.tables import figures_table, score_table
 
-    tables = (figures_table(figures), score_table(summary), paper_tables(name, summary, figures) if name else "")
+    tables = (
+        figures_table(figures),
+        score_table(summary),
+        paper_tables(name, summary, figures) if name else "",
+    )
     print("\n\n".join(table for table in tables if table))
 
 
 @evals.command()
 def score(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of predictions, named after their task: qa_1.jsonl.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Files of predictions, named after their task: qa_1.jsonl."),
+    ],
     form: Annotated[str, typer.Option("--format", help="ruler: lines with pred and outputs.")] = "ruler",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -115,7 +206,9 @@ def score(
 @evals.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of results.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for report.md, report.html and the pictures.")] = Path("evaluation-report"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for report.md, report.html and the pictures.")
+    ] = Path("evaluation-report"),
 ) -> None:
     """Make a report with the published figures beside these, and plots, as Markdown and as one HTML file."""
     from .evaluate.report import write_report
@@ -133,14 +226,18 @@ def _length(text: str) -> int:
     return int(number) * factor
 
 
-def _load(names: list[str], include_path: Path | None, allow_code: bool, strip_thinking: bool, quiet: bool) -> Any:
+def _load(
+    names: list[str], include_path: Path | None, allow_code: bool, strip_thinking: bool, quiet: bool
+) -> Any:
     """Tasks of lm-eval; what is refused whatever their data is refused before those are fetched."""
     from .evaluate.harness import load_tasks
     from .evaluate.standard import BENCHMARKS, NO_LEAVE
     from .evaluate.suites import NAMES
 
     if strip_thinking:
-        raise ValueError(f"--strip-thinking: lm-eval's tasks ({', '.join(names)}) score answers as they are; leave it away")
+        raise ValueError(
+            f"--strip-thinking: lm-eval's tasks ({', '.join(names)}) score answers as they are; leave it away"
+        )
     running = [b.task for b in BENCHMARKS if b.runs_code and b.task in names]
     if running and not allow_code:
         raise ValueError(f"{', '.join(running)}: {NO_LEAVE}")
@@ -151,7 +248,9 @@ def _say_what_is_possible() -> None:
     from .evaluate.sandbox import unprotected
 
     for lack in unprotected():
-        print(f"note: on this machine programs that the model writes are not kept from {lack}", file=sys.stderr)
+        print(
+            f"note: on this machine programs that the model writes are not kept from {lack}", file=sys.stderr
+        )
 
 
 def _paths(data: list[str]) -> dict[str, Path]:

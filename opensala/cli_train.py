@@ -9,11 +9,26 @@ import typer
 
 from .cli_group import RunUnlessNamed
 
-app = typer.Typer(cls=RunUnlessNamed, add_completion=False, rich_markup_mode=None,
-                  help="Train by a recipe (train RECIPE -o DIR), or say what it costs (train plan RECIPE).")
+app = typer.Typer(
+    cls=RunUnlessNamed,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Train by a recipe (train RECIPE -o DIR), or say what it costs (train plan RECIPE).",
+)
 
-Recipe = Annotated[str, typer.Argument(help="minicpm_sala_9b (the published training) or tiny (all its stages on two CPU cores).")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: FIELD=VALUE or STAGE.FIELD=VALUE, as stable.peak=1e-3; may be repeated.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="minicpm_sala_9b (the published training) or tiny (all its stages on two CPU cores)."
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Change the recipe: FIELD=VALUE or STAGE.FIELD=VALUE, as stable.peak=1e-3; may be repeated.",
+    ),
+]
 
 
 def _recipe(name: str, settings: list[str] | None, data: list[str] | None = None) -> Any:
@@ -39,7 +54,9 @@ def plan(
     recipe: Recipe,
     gpus: Annotated[int, typer.Option(help="How many.")] = 64,
     device: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h200",
-    mfu: Annotated[float, typer.Option(help="Share of the device's matrix rate that the model's FLOPs reach.")] = 0.4,
+    mfu: Annotated[
+        float, typer.Option(help="Share of the device's matrix rate that the model's FLOPs reach.")
+    ] = 0.4,
     settings: Set = None,
 ) -> None:
     """Tokens, FLOPs, memory a device, steps and hours of every stage, beside training from scratch."""
@@ -53,17 +70,38 @@ def plan(
 @app.command(hidden=True)
 def run(
     recipe: Recipe,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; the finished checkpoint goes to its model/.")],
-    stage: Annotated[list[str] | None, typer.Option(help="Run this stage only; may be repeated. Those before it must be finished.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped; the other options as before.")] = False,
-    teacher: Annotated[str, typer.Option(help="Transformer to convert, instead of one that the recipe trains.")] = "",
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder of the run; the finished checkpoint goes to its model/."),
+    ],
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="Run this stage only; may be repeated. Those before it must be finished."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was stopped; the other options as before.")
+    ] = False,
+    teacher: Annotated[
+        str, typer.Option(help="Transformer to convert, instead of one that the recipe trains.")
+    ] = "",
     init: Annotated[str, typer.Option(help="Hybrid checkpoint to go on with, instead of HALO.")] = "",
-    data: Annotated[list[str] | None, typer.Option(help="SOURCE=PATH: a file, folder or pattern for a source of the recipe; may be repeated.")] = None,
-    skip_bad_data: Annotated[bool, typer.Option("--skip-bad-data", help="Count malformed documents and leave them out.")] = False,
-    chat_template: Annotated[Path | None, typer.Option(help="File with a chat template (Jinja) for the chat stages.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SOURCE=PATH: a file, folder or pattern for a source of the recipe; may be repeated."
+        ),
+    ] = None,
+    skip_bad_data: Annotated[
+        bool, typer.Option("--skip-bad-data", help="Count malformed documents and leave them out.")
+    ] = False,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="File with a chat template (Jinja) for the chat stages.")
+    ] = None,
     settings: Set = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU if there is one.")] = None,
-    plan_only: Annotated[bool, typer.Option("--plan", help="Print steps and tokens of each stage and stop.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Print steps and tokens of each stage and stop.")
+    ] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
 ) -> None:
     """Train by a recipe, stage by stage. Under torchrun, on all its processes."""
@@ -75,7 +113,11 @@ def run(
     chosen = _recipe(recipe, settings, data)
     if plan_only:
         for item in chosen.stages:
-            steps = f"{item.steps:,} steps of {item.sequences:,} x {item.sequence:,} tokens" if hasattr(item, "sequences") else "conversion"
+            steps = (
+                f"{item.steps:,} steps of {item.sequences:,} x {item.sequence:,} tokens"
+                if hasattr(item, "sequences")
+                else "conversion"
+            )
             print(f"{item.name}: {steps}")
         return
     disable_progress_bar()
@@ -84,8 +126,17 @@ def run(
     except OSError as error:
         raise ValueError(f"--chat-template {chat_template} cannot be read: {error.strerror}") from error
     try:
-        finished = train(chosen, output, start=Start(teacher, init), only=stage or (), resume=resume, device=device, skip_bad=skip_bad_data,
-                         chat_template=template, quiet=quiet)
+        finished = train(
+            chosen,
+            output,
+            start=Start(teacher, init),
+            only=stage or (),
+            resume=resume,
+            device=device,
+            skip_bad=skip_bad_data,
+            chat_template=template,
+            quiet=quiet,
+        )
     except Stopped as stopped:
         print(f"opensala: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + stopped.signum) from None

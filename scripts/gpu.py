@@ -1,8 +1,10 @@
-"""Test the GPU kernels, time them, and write the report: what `make gpu` runs, on any machine with torch, Triton and a CUDA GPU.
+"""Test the GPU kernels, time them, and write the report: what `make gpu` runs, on any machine with torch,
+Triton and a CUDA GPU.
 
     python scripts/gpu.py [--output benchmarks] [--quick]
 
-Rows are added to OUTPUT/results.csv, the report is OUTPUT/reports/kernels_GPU_DATE.md; the tests' log lies beside it.
+Rows are added to OUTPUT/results.csv, the report is OUTPUT/reports/kernels_GPU_DATE.md; the tests' log lies
+beside it.
 """
 
 import importlib.util
@@ -29,7 +31,18 @@ TEST_SECONDS = 200
 def run_tests(log: Path) -> str:
     """The tests marked `triton`, several at once where pytest-xdist is there; returns pytest's last line."""
     spread = ["-n", "4", "--dist", "loadfile"] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-m", "triton", "tests/ops", "-q", "-p", "no:cacheprovider", *spread]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "triton",
+        "tests/ops",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *spread,
+    ]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_SECONDS)
         output, code = done.stdout + done.stderr, done.returncode
@@ -47,7 +60,10 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="16K tokens, no whole models.")] = False,
 ) -> None:
     if not torch.cuda.is_available():
-        print("gpu.py: torch sees no CUDA GPU here; the kernels' tests also run without one (make test)", file=sys.stderr)
+        print(
+            "gpu.py: torch sees no CUDA GPU here; the kernels' tests also run without one (make test)",
+            file=sys.stderr,
+        )
         raise typer.Exit(2)
     start = time.perf_counter()
     reports = output.resolve() / "reports"
@@ -56,9 +72,24 @@ def main(
     name = f"kernels_{gpu}_{time.strftime('%Y-%m-%d')}"
     tests = run_tests(reports / f"{name}.tests.log")
     print(f"tests: {tests} ({time.perf_counter() - start:.0f} s)", flush=True)
-    command = [sys.executable, "-m", "opensala", "bench", "ops", "--device", "cuda", "--rows", str(output.resolve() / "results.csv")]
-    done = subprocess.run([*command, *(["--quick"] if quick else [])], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    command = [
+        sys.executable,
+        "-m",
+        "opensala",
+        "bench",
+        "ops",
+        "--device",
+        "cuda",
+        "--rows",
+        str(output.resolve() / "results.csv"),
+    ]
+    done = subprocess.run(
+        [*command, *(["--quick"] if quick else [])],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     if done.returncode:
         raise typer.Exit(done.returncode)
     result = json.loads(done.stdout.strip().splitlines()[-1])

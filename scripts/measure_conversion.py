@@ -1,12 +1,15 @@
-"""Measure teacher and converted models: recall and perplexity by length. Rows, plots and tables for docs/conversion.md.
+"""Measure teacher and converted models: recall and perplexity by length. Rows, plots and tables for
+docs/conversion.md.
 
-    python scripts/measure_conversion.py runs/teacher/model runs/convert [--lengths 256,512,1024] [--placements "0,3,11 0,6,11 none"]
+    python scripts/measure_conversion.py runs/teacher/model runs/convert [--lengths 256,512,1024]
+    [--placements "0,3,11 0,6,11 none"]
 
-Every folder below the second one that holds a finished run of `opensala convert` is a variant, named like its folder.
-Facts are hidden in held-out text, others than those the layers were chosen with; an answer counts if every token of its
-value is the most likely one. `--placements` adds, for each choice of layers, what alignment alone gives, with rotary positions left
-in the kept layers and without, using the mixers of the first run found. Rows go to benchmarks/conversion.csv; `--report-only` makes
-plots and tables from them.
+Every folder below the second one that holds a finished run of `opensala convert` is a variant, named like its
+folder.
+Facts are hidden in held-out text, others than those the layers were chosen with; an answer counts if every
+token of its value is the most likely one. `--placements` adds, for each choice of layers, what alignment
+alone gives, with rotary positions left in the kept layers and without, using the mixers of the first run
+found. Rows go to benchmarks/conversion.csv; `--report-only` makes plots and tables from them.
 """
 
 import csv
@@ -34,8 +37,22 @@ from opensala.data.text import KINDS, documents
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "conversion.csv"
 IMAGES = ROOT / "docs" / "images"
-FIELDS = ("variant", "kept", "length", "facts", "found", "recall", "text_tokens", "nll", "perplexity", "threads", "commit", "machine",
-          "torch", "transformers")
+FIELDS = (
+    "variant",
+    "kept",
+    "length",
+    "facts",
+    "found",
+    "recall",
+    "text_tokens",
+    "nll",
+    "perplexity",
+    "threads",
+    "commit",
+    "machine",
+    "torch",
+    "transformers",
+)
 SEED = 7  # of the probes; the runs use 0
 
 
@@ -47,8 +64,14 @@ def measure(model: Any, batches: Batches, length: int, count: int) -> dict[str, 
     packed = PackedText(batches.tokenizer, texts, length, characters=2_000_000)
     text = torch.from_numpy(packed.draw(SEED, 0, max(4, 32768 // length)).astype("int64"))
     nll = token_scores(model, text, batch)[0].mean().item()
-    return {"facts": len(found), "found": sum(found), "recall": round(sum(found) / len(found), 4), "text_tokens": text.numel(),
-            "nll": round(nll, 4), "perplexity": round(math.exp(nll), 2)}
+    return {
+        "facts": len(found),
+        "found": sum(found),
+        "recall": round(sum(found) / len(found), 4),
+        "text_tokens": text.numel(),
+        "nll": round(nll, 4),
+        "perplexity": round(math.exp(nll), 2),
+    }
 
 
 def aligned_variants(teacher: Any, runs: Path, placements: str) -> Iterator[tuple[str, Any, str]]:
@@ -59,7 +82,9 @@ def aligned_variants(teacher: Any, runs: Path, placements: str) -> Iterator[tupl
     for placement in placements.split():
         kept = [] if placement == "none" else [int(i) for i in placement.split(",")]
         for hype in (False, True):
-            model = assemble(teacher, student_config(teacher.config, kept, hype=hype), dict(enumerate(mixers)))
+            model = assemble(
+                teacher, student_config(teacher.config, kept, hype=hype), dict(enumerate(mixers))
+            )
             name = f"aligned {placement}, " + ("HyPE" if hype else "rotary")
             yield name, model, " ".join(map(str, kept)) or "none"
 
@@ -68,12 +93,20 @@ def tables(rows: list[dict[str, str]]) -> str:
     """Markdown: recall and perplexity, a line for each variant, a column for each length."""
     lengths = sorted({int(r["length"]) for r in rows})
     lines = []
-    for title, cell in (("recall", lambda r: f"{100 * float(r['recall']):.0f}%"), ("perplexity", lambda r: r["perplexity"])):
-        lines += [f"| {title} | layers kept | " + " | ".join(map(str, lengths)) + " |", "|---" * (len(lengths) + 2) + "|"]
+    for title, cell in (
+        ("recall", lambda r: f"{100 * float(r['recall']):.0f}%"),
+        ("perplexity", lambda r: r["perplexity"]),
+    ):
+        lines += [
+            f"| {title} | layers kept | " + " | ".join(map(str, lengths)) + " |",
+            "|---" * (len(lengths) + 2) + "|",
+        ]
         for name in dict.fromkeys(r["variant"] for r in rows):
             own = {int(r["length"]): r for r in rows if r["variant"] == name}
             kept = next(iter(own.values()))["kept"]
-            lines.append(f"| {name} | {kept} | " + " | ".join(cell(own[n]) if n in own else "" for n in lengths) + " |")
+            lines.append(
+                f"| {name} | {kept} | " + " | ".join(cell(own[n]) if n in own else "" for n in lengths) + " |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -87,8 +120,16 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for n, name in enumerate(dict.fromkeys(r["variant"] for r in rows if not r["variant"].endswith("HyPE"))):
-        own = sorted((int(r["length"]), float(r["recall"]), float(r["perplexity"])) for r in rows if r["variant"] == name)
-        style = {"color": "black" if name == "teacher" else f"C{n}", "linestyle": "--" if "aligned" in name else "-", "marker": "o"}
+        own = sorted(
+            (int(r["length"]), float(r["recall"]), float(r["perplexity"]))
+            for r in rows
+            if r["variant"] == name
+        )
+        style = {
+            "color": "black" if name == "teacher" else f"C{n}",
+            "linestyle": "--" if "aligned" in name else "-",
+            "marker": "o",
+        }
         left.plot([x for x, _, _ in own], [100 * y for _, y, _ in own], label=name, **style)
         right.plot([x for x, _, _ in own], [y for _, _, y in own], **style)
     for axes, title in ((left, "facts found, %"), (right, "perplexity of held-out text")):
@@ -105,7 +146,9 @@ def main(
     teacher: Annotated[Path, typer.Argument(help="folder of the teacher's checkpoint")],
     runs: Annotated[Path, typer.Argument(help="folder of finished runs, one variant each")],
     lengths: str = "256,512,1024",
-    documents_each: Annotated[int, typer.Option("--documents", help="documents with hidden facts of each length")] = 32,
+    documents_each: Annotated[
+        int, typer.Option("--documents", help="documents with hidden facts of each length")
+    ] = 32,
     placements: Annotated[str, typer.Option(help="choices of layers to measure after alignment alone")] = "",
     threads: int = 1,
     report_only: bool = False,
@@ -118,20 +161,40 @@ def main(
         variants = [("teacher", original, "all")]
         for folder in sorted(p for p in runs.iterdir() if (p / "model").is_dir()):
             kept = json.loads((folder / "selection.json").read_text())["kept"]
-            variants.append((folder.name, MiniCPMSALAForCausalLM.from_pretrained(folder / "model"), " ".join(map(str, kept)) or "none"))
+            variants.append(
+                (
+                    folder.name,
+                    MiniCPMSALAForCausalLM.from_pretrained(folder / "model"),
+                    " ".join(map(str, kept)) or "none",
+                )
+            )
         ROWS.parent.mkdir(exist_ok=True)
-        common = {"threads": threads, "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
-                  "transformers": transformers_version, "commit": subprocess.run(
-                      ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()}
+        common = {
+            "threads": threads,
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "transformers": transformers_version,
+            "commit": subprocess.run(
+                ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+            ).stdout.strip(),
+        }
         with open(ROWS, "w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
             for name, model, kept in itertools.chain(variants, aligned_variants(original, runs, placements)):
                 for length in map(int, lengths.split(",")):
-                    row = {"variant": name, "kept": kept, "length": length, **measure(model.eval(), batches, length, documents_each), **common}
+                    row = {
+                        "variant": name,
+                        "kept": kept,
+                        "length": length,
+                        **measure(model.eval(), batches, length, documents_each),
+                        **common,
+                    }
                     writer.writerow(row)
                     file.flush()
-                    print(f"{name} {length}: recall {row['recall']}, perplexity {row['perplexity']}", flush=True)
+                    print(
+                        f"{name} {length}: recall {row['recall']}, perplexity {row['perplexity']}", flush=True
+                    )
     with open(ROWS, newline="") as file:
         rows = list(csv.DictReader(file))
     print(tables(rows))

@@ -2,8 +2,10 @@
 
     python scripts/measure_ruler.py "shipped model=runs/ruler/auto" "every key read=runs/ruler/dense"
 
-Each argument is a name and the folder, or folders separated by commas, that `opensala eval -o` wrote. Rows of benchmarks/ruler.csv are replaced as a whole, one for each
-question; the tables go into docs/results.md between their marks. Questions about one document are not independent, so standard errors are taken over documents.
+Each argument is a name and the folder, or folders separated by commas, that `opensala eval -o` wrote. Rows of
+benchmarks/ruler.csv are replaced as a whole, one for each question; the tables go into docs/results.md
+between their marks. Questions about one document are not independent, so standard errors are taken over
+documents.
 """
 
 import csv
@@ -22,8 +24,23 @@ from opensala.evaluate.tables import length_name, row
 ROOT = Path(__file__).parents[1]
 ROWS, IMAGES, PAGE = ROOT / "benchmarks" / "ruler.csv", ROOT / "docs" / "images", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- tables: scripts/measure_ruler.py -->", "<!-- end of tables -->"
-FIELDS = ("variant", "task", "length", "document", "question", "depth", "score", "prediction", "references", "prompt_tokens", "read_tokens", "seconds",
-          "machine", "torch", "opensala")
+FIELDS = (
+    "variant",
+    "task",
+    "length",
+    "document",
+    "question",
+    "depth",
+    "score",
+    "prediction",
+    "references",
+    "prompt_tokens",
+    "read_tokens",
+    "seconds",
+    "machine",
+    "torch",
+    "opensala",
+)
 SHOWN = 60  # characters of an answer that are kept
 SOLVED = ("niah_single_1", "niah_single_2", "niah_multikey_1")
 SEPARATE = (*SOLVED, "niah_multikey_2")  # with one answer at one place, and not all missed
@@ -43,9 +60,17 @@ def _rows(variant: str, folder: Path) -> list[dict[str, Any]]:
     found = []
     for sample in read_samples(folder):
         document, question = sample["id"].split("/")[-2:]
-        found.append(sample | {
-            "variant": variant, "document": int(document), "question": int(question), "prediction": sample["prediction"][:SHOWN],
-            "references": "; ".join(sample["references"])[:SHOWN], **{k: run.get(k, "") for k in ("machine", "torch", "opensala")}})
+        found.append(
+            sample
+            | {
+                "variant": variant,
+                "document": int(document),
+                "question": int(question),
+                "prediction": sample["prediction"][:SHOWN],
+                "references": "; ".join(sample["references"])[:SHOWN],
+                **{k: run.get(k, "") for k in ("machine", "torch", "opensala")},
+            }
+        )
     return found
 
 
@@ -68,7 +93,8 @@ def error_of(means: list[float]) -> float | None:
 
 
 def table(variant: str, rows: list[dict[str, Any]]) -> str:
-    """Score, standard error where there are several documents, and number of answers, for each task and length."""
+    """Score, standard error where there are several documents, and number of answers, for each task and
+    length."""
     cells, count = cells_of(rows)
     lengths = sorted({n for _, n in cells})
     lines = [row(variant, *map(length_name, lengths)), "|---" + "|---:" * len(lengths) + "|"]
@@ -77,9 +103,18 @@ def table(variant: str, rows: list[dict[str, Any]]) -> str:
         for n in lengths:
             means = cells.get((task, n))
             error = error_of(means) if means else None
-            texts.append("" if not means else f"{mean(means):.0f}{f' ± {error:.0f}' if error else ''} ({count[task, n]})")
+            texts.append(
+                ""
+                if not means
+                else f"{mean(means):.0f}{f' ± {error:.0f}' if error else ''} ({count[task, n]})"
+            )
         lines.append(row(task, *texts))
-    return "\n".join([*lines, row("average", *(_average([cells[t, n] for t in TASKS if (t, n) in cells]) for n in lengths))])
+    return "\n".join(
+        [
+            *lines,
+            row("average", *(_average([cells[t, n] for t in TASKS if (t, n) in cells]) for n in lengths)),
+        ]
+    )
 
 
 def _average(tasks: list[list[float]]) -> str:
@@ -88,29 +123,43 @@ def _average(tasks: list[list[float]]) -> str:
         return ""
     errors = [error_of(means) for means in tasks]
     known = [e for e in errors if e is not None]
-    return f"**{mean(map(mean, tasks)):.1f}**" + (f" ± {sum(e * e for e in known) ** 0.5 / len(tasks):.1f}" if len(known) == len(tasks) else "")
+    return f"**{mean(map(mean, tasks)):.1f}**" + (
+        f" ± {sum(e * e for e in known) ** 0.5 / len(tasks):.1f}" if len(known) == len(tasks) else ""
+    )
 
 
 def compare(variants: dict[str, list[dict[str, Any]]], path: Path) -> str:
-    """A table and a picture of what all variants were asked: mean over tasks, the same questions read in different ways."""
-    sets = {name: {(r["task"], r["length"], r["document"], r["question"]): r["score"] for r in rows} for name, rows in variants.items()}
+    """A table and a picture of what all variants were asked: mean over tasks, the same questions read in
+    different ways."""
+    sets = {
+        name: {(r["task"], r["length"], r["document"], r["question"]): r["score"] for r in rows}
+        for name, rows in variants.items()
+    }
     shared = set.intersection(*(set(s) for s in sets.values()))
     if not shared:
         return ""
     lengths = sorted({n for _, n, _, _ in shared})
-    curves, lines = {}, [row("the same questions", *map(length_name, lengths)), "|---" + "|---:" * len(lengths) + "|"]
+    curves, lines = (
+        {},
+        [row("the same questions", *map(length_name, lengths)), "|---" + "|---:" * len(lengths) + "|"],
+    )
     for name, scores in sets.items():
         cells: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for task, length, document, question in shared:
             cells[length][task].append(100 * scores[task, length, document, question])
         curves[name] = {n: mean(map(mean, tasks.values())) for n, tasks in cells.items()}
         lines.append(row(name, *(f"{curves[name][n]:.1f} ({len(cells[n])} tasks)" for n in lengths)))
-    whole = {n for n in lengths if len(cells[n]) == len(TASKS)}  # a mean over fewer tasks is no point of the same curve
+    whole = {
+        n for n in lengths if len(cells[n]) == len(TASKS)
+    }  # a mean over fewer tasks is no point of the same curve
     curves = {name: {n: score for n, score in curve.items() if n in whole} for name, curve in curves.items()}
     length_curves(curves, "RULER, the same questions: mean over the thirteen tasks", path)
     first, second = list(variants.values())[:2]
     texts = {(r["task"], r["length"], r["document"], r["question"]): r["prediction"] for r in second}
-    for title, tasks in (("answers that are the same text", tuple(TASKS)), (f"the same in {', '.join(SOLVED)}", SOLVED)):
+    for title, tasks in (
+        ("answers that are the same text", tuple(TASKS)),
+        (f"the same in {', '.join(SOLVED)}", SOLVED),
+    ):
         alike = defaultdict(list)
         for r in first:
             key = (r["task"], r["length"], r["document"], r["question"])
@@ -120,24 +169,43 @@ def compare(variants: dict[str, list[dict[str, Any]]], path: Path) -> str:
     return "\n".join(lines)
 
 
-def main(runs: Annotated[list[str], typer.Argument(metavar="NAME=FOLDER...", help="runs to show, the one to plot in full first")]) -> None:
+def main(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="NAME=FOLDER...", help="runs to show, the one to plot in full first"),
+    ],
+) -> None:
     """Write benchmarks/ruler.csv, the pictures, and the tables of docs/results.md."""
     variants = {name: rows_of(name, folders) for name, _, folders in (entry.partition("=") for entry in runs)}
     with ROWS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
         for rows in variants.values():
-            writer.writerows(sorted(rows, key=lambda r: (r["length"], list(TASKS).index(r["task"]), r["document"], r["question"])))
+            writer.writerows(
+                sorted(
+                    rows,
+                    key=lambda r: (r["length"], list(TASKS).index(r["task"]), r["document"], r["question"]),
+                )
+            )
     tables = [table(name, rows) for name, rows in variants.items()]
     first, rows = next(iter(variants.items()))
     cells, _ = cells_of(rows)
-    curves = {t: {n: mean(cells[t, n]) for u, n in cells if u == t} for t in TASKS if any(u == t for u, _ in cells)}
+    curves = {
+        t: {n: mean(cells[t, n]) for u, n in cells if u == t} for t in TASKS if any(u == t for u, _ in cells)
+    }
     length_curves(curves, f"RULER's thirteen task types, {first}", IMAGES / "ruler-lengths.png")
-    depth_map([r for r in rows if r["task"] in SEPARATE], f"RULER by depth and length, {first}", IMAGES / "ruler-depths.png")
+    depth_map(
+        [r for r in rows if r["task"] in SEPARATE],
+        f"RULER by depth and length, {first}",
+        IMAGES / "ruler-depths.png",
+    )
     if len(variants) > 1:
         tables.append(compare(dict(list(variants.items())[:2]), IMAGES / "ruler-dense.png"))
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text("\n".join([f"{head}{BEGIN}\n", *(f"{t}\n" for t in tables if t), END + rest.partition(END)[2]]), encoding="utf-8")
+    PAGE.write_text(
+        "\n".join([f"{head}{BEGIN}\n", *(f"{t}\n" for t in tables if t), END + rest.partition(END)[2]]),
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

@@ -29,8 +29,22 @@ from opensala.engine.progress import token_progress
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "retrieval.csv"
-FIELDS = ("length", "kind", "document", "depth", "fact", "question", "expected", "answer", "correct", "model", "commit", "machine",
-          "torch", "transformers")
+FIELDS = (
+    "length",
+    "kind",
+    "document",
+    "depth",
+    "fact",
+    "question",
+    "expected",
+    "answer",
+    "correct",
+    "model",
+    "commit",
+    "machine",
+    "torch",
+    "transformers",
+)
 FACTS = 10
 
 
@@ -59,19 +73,38 @@ def shuffled(texts: list[str], characters: int, rng: random.Random) -> str:
     return "\n".join(parts)[:characters]
 
 
-def measure(engine: Engine, texts: list[str], kind: str, length: int, count: int, seed: int) -> Iterator[dict[str, object]]:
-    common = {"model": engine.name if "opensala/assets" not in engine.name else "shipped", "machine": platform.processor() or platform.machine(),
-              "torch": torch.__version__, "transformers": transformers_version,
-              "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()}
+def measure(
+    engine: Engine, texts: list[str], kind: str, length: int, count: int, seed: int
+) -> Iterator[dict[str, object]]:
+    common = {
+        "model": engine.name if "opensala/assets" not in engine.name else "shipped",
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip(),
+    }
     for n in range(count):
         rng = random.Random(f"{seed} {kind.split()[0]} {length} {n}")  # the same documents for every search
         document = needle_document(engine.tokenizer, shuffled(texts, length * 5, rng), length, FACTS, rng)
         with token_progress(f"{kind} {length:,} #{n}", len(document.ids)) as advance:
-            answers = answer_all(engine, document.ids, [t.question for t in document.trials], progress=advance)
+            answers = answer_all(
+                engine, document.ids, [t.question for t in document.trials], progress=advance
+            )
         for trial, answer in zip(document.trials, answers, strict=True):
-            yield {"length": length, "kind": kind, "document": n, "depth": round(trial.depth, 3), "fact": trial.fact.statement,
-                   "question": trial.fact.question, "expected": trial.fact.answer, "answer": answer,
-                   "correct": int(answer == trial.fact.answer), **common}
+            yield {
+                "length": length,
+                "kind": kind,
+                "document": n,
+                "depth": round(trial.depth, 3),
+                "fact": trial.fact.statement,
+                "question": trial.fact.question,
+                "expected": trial.fact.answer,
+                "answer": answer,
+                "correct": int(answer == trial.fact.answer),
+                **common,
+            }
 
 
 def summary(rows: list[dict[str, str]]) -> str:
@@ -80,7 +113,10 @@ def summary(rows: list[dict[str, str]]) -> str:
     table: dict[tuple[str, int], list[int]] = defaultdict(list)
     for r in rows:
         table[r["kind"], int(r["length"])].append(int(r["correct"]))
-    lines = ["| kind | " + " | ".join(f"{n // 1024}K" for n in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]
+    lines = [
+        "| kind | " + " | ".join(f"{n // 1024}K" for n in lengths) + " |",
+        "|---" * (len(lengths) + 1) + "|",
+    ]
     for kind in dict.fromkeys(r["kind"] for r in rows):
         cells = [f"{sum(c)}/{len(c)}" if (c := table[kind, n]) else "" for n in lengths]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
@@ -97,7 +133,9 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     lengths = sorted({int(r["length"]) for r in rows})
     grid = [[[] for _ in lengths] for _ in range(FACTS)]
     for r in rows:
-        grid[min(FACTS - 1, int(float(r["depth"]) * FACTS))][lengths.index(int(r["length"]))].append(int(r["correct"]))
+        grid[min(FACTS - 1, int(float(r["depth"]) * FACTS))][lengths.index(int(r["length"]))].append(
+            int(r["correct"])
+        )
     share = [[100 * sum(c) / len(c) if c else float("nan") for c in line] for line in grid]
     figure, axes = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     image = axes.imshow(share, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto", alpha=0.6)
@@ -105,7 +143,10 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         for x, value in enumerate(line):
             if value == value:
                 axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9)
-    axes.set_xticks(range(len(lengths)), [f"{n // 1024}K\n(n={sum(len(c[x]) for c in grid)})" for x, n in enumerate(lengths)])
+    axes.set_xticks(
+        range(len(lengths)),
+        [f"{n // 1024}K\n(n={sum(len(c[x]) for c in grid)})" for x, n in enumerate(lengths)],
+    )
     axes.set_yticks(range(FACTS), [f"{i * 100 // FACTS}-{(i + 1) * 100 // FACTS}%" for i in range(FACTS)])
     axes.set_xlabel("document length in tokens (facts asked for)")
     axes.set_ylabel("depth of the fact in the document")
@@ -116,8 +157,12 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 
 def main(
     lengths: str = "4096,16384,65536,262144",
-    per_length: Annotated[int, typer.Option("--documents", help="documents of each kind and length, ten facts each")] = 5,
-    kinds: Annotated[str, typer.Option(help="code, prose, headers, or NAME=FOLDER for the text files of a folder")] = "code",
+    per_length: Annotated[
+        int, typer.Option("--documents", help="documents of each kind and length, ten facts each")
+    ] = 5,
+    kinds: Annotated[
+        str, typer.Option(help="code, prose, headers, or NAME=FOLDER for the text files of a folder")
+    ] = "code",
     model: str | None = None,
     seed: int = 1,
     report_only: bool = False,
@@ -142,7 +187,10 @@ def main(
                         writer.writerow(row)
                         file.flush()
                         right += int(str(row["correct"]))
-                    print(f"{label} {length}: {right}/{per_length * FACTS} in {time.monotonic() - start:.0f} s", flush=True)
+                    print(
+                        f"{label} {length}: {right}/{per_length * FACTS} in {time.monotonic() - start:.0f} s",
+                        flush=True,
+                    )
     with open(ROWS, newline="") as file:
         rows = list(csv.DictReader(file))
     print(summary(rows))

@@ -1,7 +1,6 @@
 """Train the small model that ships in the package, on nothing but a Python installation.
 
-    python scripts/build_tokenizer.py runs/small
-    python scripts/train_small.py runs/small [--threads 2]
+    python scripts/build_tokenizer.py runs/small python scripts/train_small.py runs/small [--threads 2]
 
 Sequences are documents with hidden facts followed by questions and answers (opensala.data.retrieval). The
 stages go from short dense sequences to 8,192 tokens with block selection on. Checkpoints are written every
@@ -61,14 +60,34 @@ PEAK_LR, LAST_LR, WARMUP = 3e-3, 1e-4, 100
 
 def model_config(vocab_size: int) -> MiniCPMSALAConfig:
     return MiniCPMSALAConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=LAYERS,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=64,
-        lightning_nh=4, lightning_nkv=4, lightning_head_dim=32,
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        lightning_nh=4,
+        lightning_nkv=4,
+        lightning_head_dim=32,
         mixer_types=["minicpm4" if i in SPARSE_LAYERS else "lightning-attn" for i in range(LAYERS)],
-        sparse_config={"kernel_size": 32, "kernel_stride": 16, "block_size": 64, "init_blocks": 1, "window_size": 512,
-                       "topk": 16, "dense_len": 4096},
-        scale_emb=12, scale_depth=1.4, dim_model_base=128, tie_word_embeddings=True, eos_token_id=2, pad_token_id=2,
-        max_position_embeddings=1 << 20, initializer_range=0.05,
+        sparse_config={
+            "kernel_size": 32,
+            "kernel_stride": 16,
+            "block_size": 64,
+            "init_blocks": 1,
+            "window_size": 512,
+            "topk": 16,
+            "dense_len": 4096,
+        },
+        scale_emb=12,
+        scale_depth=1.4,
+        dim_model_base=128,
+        tie_word_embeddings=True,
+        eos_token_id=2,
+        pad_token_id=2,
+        max_position_embeddings=1 << 20,
+        initializer_range=0.05,
     )
 
 
@@ -111,8 +130,9 @@ class Recorder:
                 module.register_forward_pre_hook(lambda m, args: self.inputs.append((m, args[0])))
 
 
-def train_step(model: MiniCPMSALAForCausalLM, recorder: Recorder, stage: Stage, batch: list[Sequence],
-               seed: int) -> dict[str, float]:
+def train_step(
+    model: MiniCPMSALAForCausalLM, recorder: Recorder, stage: Stage, batch: list[Sequence], seed: int
+) -> dict[str, float]:
     ids = torch.stack([torch.from_numpy(s.ids).long() for s in batch])
     answer = torch.stack([torch.from_numpy(s.answer) for s in batch])
     recorder.inputs.clear()
@@ -148,7 +168,9 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(directory)
     haystack = Haystack(tokenizer)
     model = new_model(len(tokenizer), seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
     state_file, step = directory / "state.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -158,12 +180,18 @@ def main(
     recorder = Recorder(model)
     plan = [stage for stage in STAGES for _ in range(stage.steps)]
     count = sum(p.numel() for p in model.parameters())
-    print(f"{count / 1e6:.2f}M parameters, {sum(s.length * s.batch for s in plan) / 1e6:.1f}M tokens, {len(plan)} steps, "
-          f"starting at {step}", flush=True)
+    print(
+        f"{count / 1e6:.2f}M parameters, {sum(s.length * s.batch for s in plan) / 1e6:.1f}M tokens, "
+        f"{len(plan)} steps, "
+        f"starting at {step}",
+        flush=True,
+    )
 
     def save() -> None:
         temporary = state_file.with_suffix(".tmp")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
+        torch.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary
+        )
         temporary.replace(state_file)
 
     saved = begun = time.monotonic()

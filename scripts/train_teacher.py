@@ -1,10 +1,13 @@
-"""Train a small dense Transformer (transformers' own Qwen3 class) to convert, on nothing but a Python installation.
+"""Train a small dense Transformer (transformers' own Qwen3 class) to convert, on nothing but a Python
+installation.
 
     python scripts/train_teacher.py runs/teacher [--threads 1]
 
-The same texts and tasks as the shipped model's (opensala.data), but for the texts held out to measure with, and with
-one addition: the first stage mixes in sequences that repeat a random passage, which brings up copying early. Writes a
-checkpoint every few minutes, resumes from it by itself with the same data order, and logs how many answers are right.
+The same texts and tasks as the shipped model's (opensala.data), but for the texts held out to measure with,
+and with
+one addition: the first stage mixes in sequences that repeat a random passage, which brings up copying early.
+Writes a checkpoint every few minutes, resumes from it by itself with the same data order, and logs how many
+answers are right.
 """
 
 import json
@@ -31,7 +34,8 @@ SAVE_SECONDS = 150
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` steps on `batch` sequences of `length` tokens with up to `facts` facts, a share of them `copies` instead."""
+    """`steps` steps on `batch` sequences of `length` tokens with up to `facts` facts, a share of them
+    `copies` instead."""
 
     steps: int
     length: int
@@ -53,10 +57,25 @@ EMBEDDING_LR = 8.0  # times the rate of the rest
 
 def new_teacher(vocab_size: int, seed: int) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, attention_bias=True, tie_word_embeddings=False, max_position_embeddings=4096, rope_theta=1e6,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, attn_implementation="sdpa"))
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            attention_bias=True,
+            tie_word_embeddings=False,
+            max_position_embeddings=4096,
+            rope_theta=1e6,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            attn_implementation="sdpa",
+        )
+    )
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
             shrink = 24**-0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
@@ -70,10 +89,11 @@ def new_teacher(vocab_size: int, seed: int) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def look_back(model: Qwen3ForCausalLM) -> None:
-    """Start two heads of an early layer with biases that make them attend one or two tokens back, and heads further up to match.
+    """Start two heads of an early layer with biases that make them attend one or two tokens back, and heads
+    further up to match.
 
-    Copying needs such heads, and rotary positions alone are slow to give them: without, 2.9M tokens brought none
-    (docs/log.md).
+    Copying needs such heads, and rotary positions alone are slow to give them: without, 2.9M tokens brought
+    none (docs/log.md).
     """
     back = model.model.layers[LOOK_BACK].self_attn
     frequency = 1e6 ** (-torch.arange(4) / 32)
@@ -147,9 +167,13 @@ def train_step(model: Any, stage: Stage, batch: list[Sequence]) -> dict[str, flo
         right = logits[:, :-1].argmax(-1) == ids[:, 1:]
         text = weighted_next_token_loss(logits, ids, (~answer).float())
         facts = slice(math.ceil(stage.copies * stage.batch), None)
-        return {"loss": loss.item(), "text_loss": text.item(), "grad_norm": norm.item(),
-                "answer_accuracy": right[facts][answer[facts, 1:]].float().mean().item(),
-                "all_accuracy": right[answer[:, 1:]].float().mean().item()}
+        return {
+            "loss": loss.item(),
+            "text_loss": text.item(),
+            "grad_norm": norm.item(),
+            "answer_accuracy": right[facts][answer[facts, 1:]].float().mean().item(),
+            "all_accuracy": right[answer[:, 1:]].float().mean().item(),
+        }
 
 
 def main(
@@ -165,8 +189,16 @@ def main(
     model = new_teacher(len(tokenizer), seed)
     embedding = model.model.embed_tokens.weight
     others = [p for p in model.parameters() if p is not embedding]
-    optimizer = torch.optim.AdamW([{"params": others, "times": 1.0}, {"params": [embedding], "times": EMBEDDING_LR, "weight_decay": 0.0}],
-                                  lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": others, "times": 1.0},
+            {"params": [embedding], "times": EMBEDDING_LR, "weight_decay": 0.0},
+        ],
+        lr=PEAK_LR,
+        betas=(0.9, 0.95),
+        weight_decay=0.05,
+        fused=True,
+    )
     state_file, step = directory / "state.pt", 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -174,12 +206,17 @@ def main(
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     plan = [stage for stage in STAGES for _ in range(stage.steps)]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-          f"{sum(s.length * s.batch for s in plan) / 1e6:.1f}M tokens, {len(plan)} steps, starting at {step}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+        f"{sum(s.length * s.batch for s in plan) / 1e6:.1f}M tokens, {len(plan)} steps, starting at {step}",
+        flush=True,
+    )
 
     def save() -> None:
         temporary = state_file.with_suffix(".tmp")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary)
+        torch.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, temporary
+        )
         temporary.replace(state_file)
         model.save_pretrained(directory / "model")
         tokenizer.save_pretrained(directory / "model")
@@ -195,7 +232,11 @@ def main(
                 raise SystemExit(f"step {step}: {record} is not finite; the last checkpoint is {state_file}")
             optimizer.step()
             step += 1
-            record |= {"step": step, "length": plan[step - 1].length, "seconds": round(time.monotonic() - begun, 1)}
+            record |= {
+                "step": step,
+                "length": plan[step - 1].length,
+                "seconds": round(time.monotonic() - begun, 1),
+            }
             metrics.write(json.dumps(record) + "\n")
             if step % 20 == 0:
                 metrics.flush()

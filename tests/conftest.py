@@ -22,12 +22,29 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 def tiny_config(**changes: Any) -> MiniCPMSALAConfig:
     """Two layers of each kind, small blocks: sparse attention leaves blocks out from 112 tokens on."""
     values: dict[str, Any] = {
-        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "lightning_nh": 4, "lightning_nkv": 4,
-        "lightning_head_dim": 8, "mixer_types": ["minicpm4", "lightning-attn", "lightning-attn", "minicpm4"],
-        "sparse_config": {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "init_blocks": 1, "window_size": 32,
-                          "topk": 5, "dense_len": 64},
-        "dim_model_base": 16, "scale_emb": 4, "eos_token_id": 2,
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "lightning_nh": 4,
+        "lightning_nkv": 4,
+        "lightning_head_dim": 8,
+        "mixer_types": ["minicpm4", "lightning-attn", "lightning-attn", "minicpm4"],
+        "sparse_config": {
+            "kernel_size": 8,
+            "kernel_stride": 4,
+            "block_size": 16,
+            "init_blocks": 1,
+            "window_size": 32,
+            "topk": 5,
+            "dense_len": 64,
+        },
+        "dim_model_base": 16,
+        "scale_emb": 4,
+        "eos_token_id": 2,
     }
     return MiniCPMSALAConfig(**{**values, **changes})
 

@@ -39,34 +39,71 @@ def test_ask_answers_on_stdout_and_measures_on_stderr(monkeypatch, capsys, docum
 
 
 def test_ask_json(monkeypatch, capsys, document):
-    code, out, err = run(monkeypatch, capsys, "ask", document, "-q", QUESTION, "--json", "--quiet", "--attention-mode", "sparse")
+    code, out, err = run(
+        monkeypatch,
+        capsys,
+        "ask",
+        document,
+        "-q",
+        QUESTION,
+        "--json",
+        "--quiet",
+        "--attention-mode",
+        "sparse",
+    )
     record = json.loads(out)
     assert code == 0 and record["answer"] == "48213" and err == ""
-    assert {"prompt_tokens", "time_to_first_token", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_memory_bytes",
-            "cache_bytes"} <= set(record)
+    assert {
+        "prompt_tokens",
+        "time_to_first_token",
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "peak_memory_bytes",
+        "cache_bytes",
+    } <= set(record)
     assert "block-sparse" in record["attention"]
 
 
 def test_ask_several_sources(monkeypatch, capsys, document, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.md").write_text("# Notes\n\nThe owner of the green boat is Marla Quist.\n")
-    code, out, _ = run(monkeypatch, capsys, "ask", document, str(tmp_path / "notes"), "-q", QUESTION, "--quiet")
+    code, out, _ = run(
+        monkeypatch, capsys, "ask", document, str(tmp_path / "notes"), "-q", QUESTION, "--quiet"
+    )
     assert (code, out) == (0, "48213\n")
 
 
 def test_ask_in_bfloat16(monkeypatch, capsys, document):
-    code, out, _ = run(monkeypatch, capsys, "ask", document, "-q", QUESTION, "--quiet", "--dtype", "bfloat16", "--max-new-tokens", "3")
+    code, out, _ = run(
+        monkeypatch,
+        capsys,
+        "ask",
+        document,
+        "-q",
+        QUESTION,
+        "--quiet",
+        "--dtype",
+        "bfloat16",
+        "--max-new-tokens",
+        "3",
+    )
     assert code == 0 and out.startswith("48")
 
 
 def test_generate_streams_and_takes_stdin(document):
-    done = subprocess.run([sys.executable, "-m", "opensala", "generate", "-", "--max-new-tokens", "5", "--quiet"],
-                          input=b"import os\nimport sys\n", capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "opensala", "generate", "-", "--max-new-tokens", "5", "--quiet"],
+        input=b"import os\nimport sys\n",
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stdout.strip() and done.stderr == b""
 
 
 def test_generate_json(monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, "generate", "def main():", "--max-new-tokens", "4", "--json", "--quiet")
+    code, out, _ = run(
+        monkeypatch, capsys, "generate", "def main():", "--max-new-tokens", "4", "--json", "--quiet"
+    )
     assert code == 0 and json.loads(out)["new_tokens"] <= 4
 
 
@@ -82,26 +119,32 @@ def refuse(monkeypatch, capsys, message, *arguments):
     assert message in err, err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["ask", "missing.txt", "-q", "x"], "missing.txt: no such file or directory"),
-    (["ask", "DOC", "-q", " "], "the question is empty"),
-    (["ask", "DOC"], "Missing option '--question'"),
-    (["ask", "DOC", "-q", "x", "--topk", "3"], "No such option: --topk"),
-    (["ask", "DOC", "-q", "x", "--max-new-tokens", "many"], "Invalid value for '--max-new-tokens'"),
-    (["ask", "DOC", "-q", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
-    (["ask", "DOC", "-q", "x", "--attention-mode", "sprse"], "Did you mean 'sparse'?"),
-    (["ask", "DOC", "-q", "x", "--dtype", "int3"], "dtype must be"),
-    (["ask", "DOC", "-q", "x", "--device", "tpu"], "device must be"),
-    (["ask", "DOC", "-q", "x", "--model", "./nowhere"], "./nowhere: no such checkpoint folder"),
-    (["generate", ""], "the prompt is empty"),
-    (["answer"], "No such command 'answer'"),
-    (["demo", "--tokens", "5"], "should be greater than or equal to 2048"),
-], ids=lambda v: " ".join(v)[:50] if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "missing.txt", "-q", "x"], "missing.txt: no such file or directory"),
+        (["ask", "DOC", "-q", " "], "the question is empty"),
+        (["ask", "DOC"], "Missing option '--question'"),
+        (["ask", "DOC", "-q", "x", "--topk", "3"], "No such option: --topk"),
+        (["ask", "DOC", "-q", "x", "--max-new-tokens", "many"], "Invalid value for '--max-new-tokens'"),
+        (["ask", "DOC", "-q", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["ask", "DOC", "-q", "x", "--attention-mode", "sprse"], "Did you mean 'sparse'?"),
+        (["ask", "DOC", "-q", "x", "--dtype", "int3"], "dtype must be"),
+        (["ask", "DOC", "-q", "x", "--device", "tpu"], "device must be"),
+        (["ask", "DOC", "-q", "x", "--model", "./nowhere"], "./nowhere: no such checkpoint folder"),
+        (["generate", ""], "the prompt is empty"),
+        (["answer"], "No such command 'answer'"),
+        (["demo", "--tokens", "5"], "should be greater than or equal to 2048"),
+    ],
+    ids=lambda v: " ".join(v)[:50] if isinstance(v, list) else "",
+)
 def test_bad_input_ends_with_one_line_and_code_2(monkeypatch, capsys, document, arguments, message):
     refuse(monkeypatch, capsys, message, *(document if a == "DOC" else a for a in arguments))
 
 
-@pytest.mark.parametrize(("data", "message"), [(b"", "empty"), (b"\xff\xfe\x00x", "not UTF-8"), (b"a\0b", "binary")])
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"", "empty"), (b"\xff\xfe\x00x", "not UTF-8"), (b"a\0b", "binary")]
+)
 def test_undecodable_and_empty_documents(monkeypatch, capsys, tmp_path, data, message):
     (tmp_path / "doc").write_bytes(data)
     refuse(monkeypatch, capsys, message, "ask", str(tmp_path / "doc"), "-q", "x")
@@ -115,7 +158,17 @@ def test_a_question_beyond_the_models_limit(monkeypatch, capsys, document, tmp_p
     tokenizer = AutoTokenizer.from_pretrained(shipped_model())
     tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    refuse(monkeypatch, capsys, "the model's limit is 64", "ask", document, "-q", "why " * 200, "--model", str(tmp_path / "m"))
+    refuse(
+        monkeypatch,
+        capsys,
+        "the model's limit is 64",
+        "ask",
+        document,
+        "-q",
+        "why " * 200,
+        "--model",
+        str(tmp_path / "m"),
+    )
 
 
 def test_a_prompt_beyond_memory(monkeypatch, capsys, document):
@@ -129,7 +182,10 @@ def test_broken_checkpoints(monkeypatch, capsys, document, tmp_path, kind):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     if kind == "wrong mixers":
-        config["mixer_types"], message = ["minicpm4"], "mixer_types must have num_hidden_layers = 4 entries, got 1"
+        config["mixer_types"], message = (
+            ["minicpm4"],
+            "mixer_types must have num_hidden_layers = 4 entries, got 1",
+        )
     elif kind == "heads":
         config["num_key_value_heads"], message = 3, "must be a multiple of num_key_value_heads = 3"
     elif kind == "other model":
@@ -156,11 +212,19 @@ def test_ctrl_c_leaves_cleanly(monkeypatch, capsys, document):
     monkeypatch.setattr("opensala.engine.generate.prefill", interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code, out, err = run(monkeypatch, capsys, "ask", document, "-q", QUESTION)
-    assert code == 130 and out == "" and "Traceback" not in err and err.rstrip().endswith("opensala: interrupted")
+    assert (
+        code == 130
+        and out == ""
+        and "Traceback" not in err
+        and err.rstrip().endswith("opensala: interrupted")
+    )
     signal.signal(signal.SIGINT, before)
 
 
 def test_import_needs_no_extra_and_no_driver():
     blocked = ["triton", "datasets", "accelerate", "peft", "lm_eval", "fastapi", "matplotlib"]
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import opensala, opensala.engine, opensala.cli"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked})); import opensala, opensala.engine, "
+        "opensala.cli"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

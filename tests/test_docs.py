@@ -26,9 +26,18 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES for block in blocks(page, "sh")
-            for line in block.splitlines() if line.strip() and not line.startswith("#")]
-EXAMPLES = [pytest.param(code, id=f"{page.name}-{n}") for page in PAGES for n, code in enumerate(blocks(page, "python"))]
+COMMANDS = [
+    pytest.param(line, id=f"{page.name}: {line[:60]}")
+    for page in PAGES
+    for block in blocks(page, "sh")
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+EXAMPLES = [
+    pytest.param(code, id=f"{page.name}-{n}")
+    for page in PAGES
+    for n, code in enumerate(blocks(page, "python"))
+]
 
 FACTS_TASK = answer_task("facts", "facts.jsonl", "answer", 8)
 
@@ -36,42 +45,80 @@ FACTS_TASK = answer_task("facts", "facts.jsonl", "answer", 8)
 @pytest.fixture
 def folder(tmp_path, monkeypatch, request):
     """The files that the documentation's commands speak of."""
-    report = " report " in str(getattr(request.node, "callspec", None) and request.node.callspec.params.get("command", ""))
+    report = " report " in str(
+        getattr(request.node, "callspec", None) and request.node.callspec.params.get("command", "")
+    )
     filler = "Nothing of note happened that day.\n" * 30
     (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "settings.py").write_text(f'"""Settings."""\n{"# filler" * 20}\nMAX_RETRY_COUNT = 512\n')
+    (tmp_path / "src" / "settings.py").write_text(
+        f'"""Settings."""\n{"# filler" * 20}\nMAX_RETRY_COUNT = 512\n'
+    )
     (tmp_path / "report.txt").write_text(f"{filler}The access code for the north gate is 48213.\n{filler}")
     (tmp_path / "notes.md").write_text(f"# Notes\n\n{filler}")
     (tmp_path / "server.log").write_text(f"{filler}The serial number of unit Velmora is 90417.\n{filler}")
-    scores = {"recall": [0.5 + 0.01 * (7 * i % 36) for i in range(36)], "general": [0.6 + 0.005 * (5 * i % 36) for i in range(36)]}
+    scores = {
+        "recall": [0.5 + 0.01 * (7 * i % 36) for i in range(36)],
+        "general": [0.6 + 0.005 * (5 * i % 36) for i in range(36)],
+    }
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    (tmp_path / "qa_1.jsonl").write_text(json.dumps({"pred": "Denver", "outputs": ["Denver", "Denver, Colorado"]}) + "\n")
+    (tmp_path / "qa_1.jsonl").write_text(
+        json.dumps({"pred": "Denver", "outputs": ["Denver", "Denver, Colorado"]}) + "\n"
+    )
     results = tmp_path / "results"
-    rows = [{"id": f"{task}/{length}/{n}", "suite": "ruler", "task": task, "length": length, "depth": n / 9, "prompt_tokens": length,
-             "read_tokens": length, "prediction": "", "references": ["x"], "score": n / 9}
-            for task in ("vt", "qa_1") for length in (4096, 16384) for n in range(10)]
+    rows = [
+        {
+            "id": f"{task}/{length}/{n}",
+            "suite": "ruler",
+            "task": task,
+            "length": length,
+            "depth": n / 9,
+            "prompt_tokens": length,
+            "read_tokens": length,
+            "prediction": "",
+            "references": ["x"],
+            "score": n / 9,
+        }
+        for task in ("vt", "qa_1")
+        for length in (4096, 16384)
+        for n in range(10)
+    ]
     if report:
         results.mkdir()
         (results / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (results / "run.json").write_text(json.dumps({"identity": {}, "suites": {}, "runs": [{"name": "some/model"}]}))
+        (results / "run.json").write_text(
+            json.dumps({"identity": {}, "suites": {}, "runs": [{"name": "some/model"}]})
+        )
     (tmp_path / "my_tasks").mkdir()
-    question = {"text": "The access code for old-mill is 902.", "question": "What is the access code for old-mill?", "answer": "902"}
+    question = {
+        "text": "The access code for old-mill is 902.",
+        "question": "What is the access code for old-mill?",
+        "answer": "902",
+    }
     (tmp_path / "my_tasks" / "facts.jsonl").write_text(json.dumps(question) + "\n")
-    (tmp_path / "my_tasks" / "facts.yaml").write_text(FACTS_TASK.replace("FOLDER", str(tmp_path / "my_tasks")))
+    (tmp_path / "my_tasks" / "facts.yaml").write_text(
+        FACTS_TASK.replace("FOLDER", str(tmp_path / "my_tasks"))
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("opensala.evaluate.document_cache.default_folder", lambda: tmp_path / "documents")
     return tmp_path
 
 
 def planned(words, folder):
-    """A conversion as documented takes hours: the plan for it is made, with a tiny teacher in place of the one named."""
+    """A conversion as documented takes hours: the plan for it is made, with a tiny teacher in place of the
+    one named."""
     if words[2] == "select":
         return words
     make_teacher(folder / "teacher", vocab_size=2048, num_hidden_layers=8)
     AutoTokenizer.from_pretrained(shipped_model()).save_pretrained(folder / "teacher")
     small = ["--align-batch", "1", "--distill-batch", "1", "--probe-sequences", "2", "--data", "src"]
     (folder / "src" / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 2000)
-    return [*words[:2], str(folder / "teacher"), *words[3:], *small, *([] if "--plan" in words else ["--plan"])]
+    return [
+        *words[:2],
+        str(folder / "teacher"),
+        *words[3:],
+        *small,
+        *([] if "--plan" in words else ["--plan"]),
+    ]
 
 
 ANSWERS = {"report.txt": "48213", "src/": "512", "server.log": "90417"}
@@ -83,16 +130,25 @@ def test_command(command, folder, monkeypatch, capsys):
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return
-    if words[0] == "python":  # training the small model takes an hour: the script is there and takes these options
+    if (
+        words[0] == "python"
+    ):  # training the small model takes an hour: the script is there and takes these options
         subprocess.run([sys.executable, ROOT / words[1], "--help"], check=True, capture_output=True)
         return
     if words[0] == "cat":
-        done = subprocess.run(command.replace("opensala", f"{sys.executable} -m opensala"), shell=True, capture_output=True,
-                              text=True, check=True)
+        done = subprocess.run(
+            command.replace("opensala", f"{sys.executable} -m opensala"),
+            shell=True,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         out = done.stdout
     else:
         assert words[0] == "opensala", f"no test knows how to run {command!r}"
-        if words[1:3] == ["bench", "ops"] and "--quick" not in words:  # minutes: the command is there and takes these options
+        if (
+            words[1:3] == ["bench", "ops"] and "--quick" not in words
+        ):  # minutes: the command is there and takes these options
             words.append("--help")
         words = planned(words, folder) if words[1] == "convert" else words
         if words[1] == "train" and words[2] != "plan":  # minutes: its options are read and its stages listed
@@ -111,17 +167,25 @@ def test_command(command, folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_python_example(code, folder):
-    """Run as written; the released model's name stands for the shipped model's folder, for want of a network."""
+    """Run as written; the released model's name stands for the shipped model's folder, for want of a
+    network."""
     code = code.replace(f'"{HUB_NAME}"', repr(str(shipped_model()))).replace(', device_map="auto"', "")
     code = code.replace("torch.bfloat16", "torch.float32")
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=offline)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=offline
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_python_page_prints_the_right_answers(folder):
-    done = subprocess.run([sys.executable, "-c", blocks(ROOT / "docs" / "python.md", "python")[0]], capture_output=True, text=True,
-                          check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", blocks(ROOT / "docs" / "python.md", "python")[0]],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     assert done.stdout.splitlines()[:2] == [" 48213", " Marla Quist"]
 
 
@@ -148,5 +212,7 @@ def test_links_lead_somewhere(page):
 def test_readme_names_every_command():
     from opensala.cli import app
 
-    names = {c.name or c.callback.__name__ for c in app.registered_commands} | {group.name for group in app.registered_groups}
+    names = {c.name or c.callback.__name__ for c in app.registered_commands} | {
+        group.name for group in app.registered_groups
+    }
     assert names == set(re.findall(r"^\| `opensala (\w+)", (ROOT / "README.md").read_text(), re.M))

@@ -40,8 +40,25 @@ def test_a_64k_prompt_stays_small_in_memory(tmp_path):
     """Resident memory of the whole process, interpreter and libraries included."""
     path = tmp_path / "long.txt"
     path.write_text(long_document(180_000, seed=3))
-    done = subprocess.run([sys.executable, "-m", "opensala", "ask", str(path), "-q", "What is the value of X?", "--json", "--quiet",
-                           "--max-new-tokens", "2"], capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "opensala",
+            "ask",
+            str(path),
+            "-q",
+            "What is the value of X?",
+            "--json",
+            "--quiet",
+            "--max-new-tokens",
+            "2",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     record = json.loads(done.stdout)
     assert 50_000 < record["prompt_tokens"] < 90_000
     assert record["peak_memory_bytes"] < 1.2 * 2**30

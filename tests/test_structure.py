@@ -34,7 +34,9 @@ def imported(file):
             yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("opensala."))
 
 
-@pytest.mark.parametrize("folder", sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("**/*.py"))))
+@pytest.mark.parametrize(
+    "folder", sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and list(p.glob("**/*.py")))
+)
 def test_folder_imports_only_what_is_below(folder):
     assert folder in BELOW, f"{folder}: say in this test what it may import"
     for file in (PACKAGE / folder).rglob("*.py"):
@@ -45,7 +47,9 @@ def test_folder_imports_only_what_is_below(folder):
 def test_nothing_imports_the_command_line():
     for file in PACKAGE.rglob("*.py"):
         assert file.name == "__main__.py" or "cli" not in set(imported(file)), file
-        assert file.name == "cli.py" or not {"cli_convert", "cli_eval", "cli_train"} & set(imported(file)), file
+        assert file.name == "cli.py" or not {"cli_convert", "cli_eval", "cli_train"} & set(imported(file)), (
+            file
+        )
 
 
 def test_files_and_folders_are_documented():

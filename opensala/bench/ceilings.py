@@ -12,7 +12,8 @@ COPIED = 1 << 28  # bytes
 
 
 def measure_ceilings(report: Report, quick: bool) -> dict[str, float]:
-    """Rows for matrix products and a copy; returns the best rate of each dtype in FLOP/s, and `copy` in bytes/s."""
+    """Rows for matrix products and a copy; returns the best rate of each dtype in FLOP/s, and `copy` in
+    bytes/s."""
     report.say("ceilings of this machine")
     best: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -33,7 +34,10 @@ def _product(report: Report, size: int, dtype: torch.dtype) -> float:
     timed(lambda: probe @ probe, report.device)
     expected = timed(lambda: probe @ probe, report.device) * (size / PROBE) ** 3
     if expected > LONGEST * (4 if dtype == torch.float32 else 1):
-        report.note(f"{dtype} product of {size}^3 left out: it would take about {expected:.0f} s; the rate of {PROBE}^3 stands for it")
+        report.note(
+            f"{dtype} product of {size}^3 left out: it would take about {expected:.0f} s; the rate of "
+            f"{PROBE}^3 stands for it"
+        )
         return 2 * PROBE**3 / (expected / (size / PROBE) ** 3)
     a, b = (torch.randn(size, size, device=report.device).to(dtype) for _ in range(2))
     timing = take_turns({"product": lambda: a @ b}, report.device, 2.0)["product"]

@@ -19,9 +19,12 @@ def lightning_bytes(tokens: int, heads: int, dim: int, itemsize: int) -> float:
 
 
 def selection_flops(tokens: int, heads: int, dim: int, spec: BlockSpec) -> float:
-    """Scores of both levels of compressed keys (the coarse one gives the softmax denominator), exact search."""
-    pairs = sum(_pairs(tokens, size, stride) for size, stride in
-                ((spec.kernel_size, spec.kernel_stride), (spec.coarse_size, spec.coarse_stride)))
+    """Scores of both levels of compressed keys (the coarse one gives the softmax denominator), exact
+    search."""
+    pairs = sum(
+        _pairs(tokens, size, stride)
+        for size, stride in ((spec.kernel_size, spec.kernel_stride), (spec.coarse_size, spec.coarse_stride))
+    )
     return 2.0 * heads * dim * pairs
 
 
@@ -45,17 +48,34 @@ def dense_flops(tokens: int, heads: int, dim: int) -> float:
 
 
 def prefill_flops(config: MiniCPMSALAConfig, tokens: int) -> float:
-    """Of reading a prompt: products with weights (one logit row), Lightning, selection and sparse attention."""
-    assert config.head_dim and config.num_key_value_heads and config.lightning_nh and config.lightning_nkv and config.lightning_head_dim
+    """Of reading a prompt: products with weights (one logit row), Lightning, selection and sparse
+    attention."""
+    assert (
+        config.head_dim
+        and config.num_key_value_heads
+        and config.lightning_nh
+        and config.lightning_nkv
+        and config.lightning_head_dim
+    )
     hidden, spec = config.hidden_size, config.block_spec
     sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
     linear = config.num_hidden_layers - sparse
     inner = config.num_attention_heads * config.head_dim
     outer = config.lightning_nh * config.lightning_head_dim
-    sparse_weights = hidden * ((2 + config.attn_use_output_gate) * inner + 2 * config.num_key_value_heads * config.head_dim)
-    linear_weights = hidden * ((2 + config.use_output_gate) * outer + 2 * config.lightning_nkv * config.lightning_head_dim)
-    weights = sparse * sparse_weights + linear * linear_weights + 3 * config.num_hidden_layers * hidden * config.intermediate_size
+    sparse_weights = hidden * (
+        (2 + config.attn_use_output_gate) * inner + 2 * config.num_key_value_heads * config.head_dim
+    )
+    linear_weights = hidden * (
+        (2 + config.use_output_gate) * outer + 2 * config.lightning_nkv * config.lightning_head_dim
+    )
+    weights = (
+        sparse * sparse_weights
+        + linear * linear_weights
+        + 3 * config.num_hidden_layers * hidden * config.intermediate_size
+    )
     total = 2.0 * tokens * weights + 2.0 * config.vocab_size * hidden
-    total += linear * lightning_flops(tokens, config.lightning_nh, config.lightning_head_dim, config.lightning_head_dim)
+    total += linear * lightning_flops(
+        tokens, config.lightning_nh, config.lightning_head_dim, config.lightning_head_dim
+    )
     total += sparse * selection_flops(tokens, config.num_attention_heads, config.head_dim, spec)
     return total + sparse * sparse_flops(tokens, config.num_attention_heads, config.head_dim, spec)

@@ -18,7 +18,8 @@ from .twin import TwinTiming, build_dense, time_twin, twin_config
 def hide_fact(engine: Engine, tokens: int, rng: random.Random) -> tuple[Tensor, str, str, str, float]:
     """A document of about `tokens` tokens of standard-library sources with one fact in it.
 
-    Returns prompt ids `[1, T]`, the statement, the question, the expected answer, and how deep (0 to 1) the fact lies.
+    Returns prompt ids `[1, T]`, the statement, the question, the expected answer, and how deep (0 to 1) the
+    fact lies.
     """
     fact = attribute_fact(rng, attribute=rng.choice(("access code", "vault code", "serial number")))
     while not fact.answer.isdigit():
@@ -29,7 +30,13 @@ def hide_fact(engine: Engine, tokens: int, rng: random.Random) -> tuple[Tensor, 
     cut = text.rfind("\n", 0, rng.randrange(1, len(text))) + 1
     depth = cut / len(text)
     text = f"{text[:cut]}{fact.statement}\n{text[cut:]}"
-    return engine.encode_prompt(text + format_question(fact.question)), fact.statement, fact.question, fact.answer, depth
+    return (
+        engine.encode_prompt(text + format_question(fact.question)),
+        fact.statement,
+        fact.question,
+        fact.answer,
+        depth,
+    )
 
 
 def run(tokens: int = 32768, seed: int | None = None) -> None:
@@ -39,22 +46,41 @@ def run(tokens: int = 32768, seed: int | None = None) -> None:
     engine = Engine()
     ids, statement, question, expected, depth = hide_fact(engine, tokens, random.Random(seed))
     count = sum(p.numel() for p in engine.model.parameters())
-    console.print(f"{ids.shape[1]:,} tokens of {provenance()} sources; hidden {depth:.0%} deep: {statement!r} (seed {seed})",
-                  highlight=False)
-    console.print(f"model: {count / 1e6:.1f}M parameters, {engine.config.num_hidden_layers} layers; "
-                  f"threads: {torch.get_num_threads()}", highlight=False)
+    console.print(
+        f"{ids.shape[1]:,} tokens of {provenance()} sources; hidden {depth:.0%} deep: {statement!r} (seed "
+        f"{seed})",
+        highlight=False,
+    )
+    console.print(
+        f"model: {count / 1e6:.1f}M parameters, {engine.config.num_hidden_layers} layers; "
+        f"threads: {torch.get_num_threads()}",
+        highlight=False,
+    )
     result = engine.generate(ids, Sampling(max_new_tokens=24), label="MiniCPM-SALA reads")
     answer = result.text.strip()
 
     twin = build_dense(twin_config(engine.config))
-    with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} layers"),
-                  TimeElapsedColumn(), console=console) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} layers"),
+        TimeElapsedColumn(),
+        console=console,
+    ) as bar:
         task = bar.add_task("full-attention twin reads", total=len(twin.model.layers))
         timing = time_twin(twin, ids.cpu(), on_layer=lambda: bar.advance(task))
 
     found = expected in answer
-    print(f"question: {question}\nanswer:   {answer}   ({'right' if found else f'wrong: expected {expected}'})")
-    _print_table(result.time_to_first_token, result.decode_tokens_per_second or 0.0, result.cache_bytes, ids.shape[1], timing)
+    print(
+        f"question: {question}\nanswer:   {answer}   ({'right' if found else f'wrong: expected {expected}'})"
+    )
+    _print_table(
+        result.time_to_first_token,
+        result.decode_tokens_per_second or 0.0,
+        result.cache_bytes,
+        ids.shape[1],
+        timing,
+    )
     if not found:
         sys.exit(1)
 
@@ -63,10 +89,25 @@ def _print_table(first: float, decode: float, cache: int, tokens: int, twin: Twi
     table = Table(box=None, pad_edge=False)
     for column in ("", "MiniCPM-SALA", "full attention", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
-    table.add_row("time to first token", f"{first:.1f} s", f"{twin.time_to_first_token:.1f} s",
-                  f"{twin.time_to_first_token / first:.1f}x")
-    table.add_row("reading", f"{tokens / first:,.0f} tokens/s", f"{tokens / twin.time_to_first_token:,.0f} tokens/s", "")
-    table.add_row("generating", f"{decode:,.0f} tokens/s", f"{twin.decode_tokens_per_second:,.0f} tokens/s",
-                  f"{decode / twin.decode_tokens_per_second:.1f}x")
-    table.add_row("cache", f"{cache / 2**20:.1f} MiB", f"{twin.cache_bytes / 2**20:.1f} MiB", f"{twin.cache_bytes / cache:.1f}x")
+    table.add_row(
+        "time to first token",
+        f"{first:.1f} s",
+        f"{twin.time_to_first_token:.1f} s",
+        f"{twin.time_to_first_token / first:.1f}x",
+    )
+    table.add_row(
+        "reading", f"{tokens / first:,.0f} tokens/s", f"{tokens / twin.time_to_first_token:,.0f} tokens/s", ""
+    )
+    table.add_row(
+        "generating",
+        f"{decode:,.0f} tokens/s",
+        f"{twin.decode_tokens_per_second:,.0f} tokens/s",
+        f"{decode / twin.decode_tokens_per_second:.1f}x",
+    )
+    table.add_row(
+        "cache",
+        f"{cache / 2**20:.1f} MiB",
+        f"{twin.cache_bytes / 2**20:.1f} MiB",
+        f"{twin.cache_bytes / cache:.1f}x",
+    )
     Console(file=sys.stdout).print(table)

@@ -19,17 +19,57 @@ def as_markdown(result: dict[str, Any], title: str, tests: str = "") -> str:
     if tests:
         parts.append(f"Tests before it: {tests}.")
     best = "; ".join(f"{dtype} matrix product {rate / 1e3:,.1f} TFLOP/s" for dtype, rate in rates.items())
-    parts.append(f"Ceilings measured in the same run: {best}; copy {copy:,.0f} GB/s, read and written bytes counted. `of ceiling` is the "
-                 "larger of a row's share of the matrix rate of its dtype and its share of the copy rate.")
+    parts.append(
+        f"Ceilings measured in the same run: {best}; copy {copy:,.0f} GB/s, read and written bytes "
+        "counted. `of ceiling` is the "
+        "larger of a row's share of the matrix rate of its dtype and its share of the copy rate."
+    )
     parts.append("## Targets")
-    parts.append(_table(["what", "measured", "asked", ""],
-                        [[t["name"], f"{t['value']:g}", f"{t['target']:g}", "met" if t["ok"] else "**missed**"] for t in result["targets"]]))
+    parts.append(
+        _table(
+            ["what", "measured", "asked", ""],
+            [
+                [t["name"], f"{t['value']:g}", f"{t['target']:g}", "met" if t["ok"] else "**missed**"]
+                for t in result["targets"]
+            ],
+        )
+    )
     parts.append("## Rows")
     parts.append("Milliseconds: median, and 20th to 80th percentile.")
-    cells = [[r["op"], r["pass"], r["backend"], r["dtype"], r["shape"], f"{r['p50_ms']:g}", f"{r['p20_ms']:g} to {r['p80_ms']:g}", str(r["runs"]),
-              f"{r['gflops'] / 1e3:,.3g}" if r["gflops"] else "", f"{r['gbs']:,.4g}" if r["gbs"] else "", _share(r, rates, copy)]
-             for r in result["rows"]]
-    parts.append(_table(["op", "pass", "backend", "dtype", "shape", "ms", "spread", "runs", "TFLOP/s", "GB/s", "of ceiling"], cells))
+    cells = [
+        [
+            r["op"],
+            r["pass"],
+            r["backend"],
+            r["dtype"],
+            r["shape"],
+            f"{r['p50_ms']:g}",
+            f"{r['p20_ms']:g} to {r['p80_ms']:g}",
+            str(r["runs"]),
+            f"{r['gflops'] / 1e3:,.3g}" if r["gflops"] else "",
+            f"{r['gbs']:,.4g}" if r["gbs"] else "",
+            _share(r, rates, copy),
+        ]
+        for r in result["rows"]
+    ]
+    parts.append(
+        _table(
+            [
+                "op",
+                "pass",
+                "backend",
+                "dtype",
+                "shape",
+                "ms",
+                "spread",
+                "runs",
+                "TFLOP/s",
+                "GB/s",
+                "of ceiling",
+            ],
+            cells,
+        )
+    )
     if result["notes"]:
         parts += ["## Notes", "\n".join(f"- {note}" for note in result["notes"])]
     return "\n\n".join(parts) + "\n"
@@ -45,8 +85,10 @@ def ceilings(rows: list[Row]) -> tuple[dict[str, float], float]:
 
 
 def _share(row: Row, rates: dict[str, float], copy: float) -> str:
-    shares = [row["gflops"] / rates[row["dtype"]] if row["gflops"] and row["dtype"] in rates else 0.0,
-              row["gbs"] / copy if row["gbs"] and copy else 0.0]
+    shares = [
+        row["gflops"] / rates[row["dtype"]] if row["gflops"] and row["dtype"] in rates else 0.0,
+        row["gbs"] / copy if row["gbs"] and copy else 0.0,
+    ]
     return f"{max(shares):.0%}" if max(shares) else ""
 
 

@@ -1,6 +1,8 @@
-"""A million tokens through each op and through the shipped model, each in a process of its own so that its peak memory shows.
+"""A million tokens through each op and through the shipped model, each in a process of its own so that its
+peak memory shows.
 
-    python -m opensala.bench.million OP TOKENS     prints seconds and peak bytes as JSON; run by `opensala bench ops --million`
+python -m opensala.bench.million OP TOKENS     prints seconds and peak bytes as JSON; run by `opensala bench
+ops --million`
 """
 
 import json
@@ -21,7 +23,13 @@ from .timing import Timing
 TOKENS = 1 << 20
 HEADS, DIM = 2, 64  # query heads of the shipped model's sparse layers; one kv head
 SPEC = BlockSpec(window_size=512, topk=16)
-OPS = ("lightning_attention", "select_blocks", "select_blocks, hierarchical", "sparse_attention", "shipped model")
+OPS = (
+    "lightning_attention",
+    "select_blocks",
+    "select_blocks, hierarchical",
+    "sparse_attention",
+    "shipped model",
+)
 
 
 def measure(op: str, tokens: int) -> dict[str, float]:
@@ -45,7 +53,8 @@ def measure(op: str, tokens: int) -> dict[str, float]:
 
 
 def random_lists(tokens: int) -> torch.Tensor:
-    """Block lists `[1, T, 1, K]` as selection makes them: first block, window, random ones between; ascending, -1 behind."""
+    """Block lists `[1, T, 1, K]` as selection makes them: first block, window, random ones between;
+    ascending, -1 behind."""
     window, chosen = SPEC.window_blocks + 1, SPEC.num_blocks
     own = torch.arange(tokens) // SPEC.block_size
     lists = torch.full((tokens, chosen), -1, dtype=torch.int32)
@@ -59,7 +68,12 @@ def random_lists(tokens: int) -> torch.Tensor:
         both = torch.cat((near, far), 1).clamp(min=-1).sort(1, descending=True).values
         both[:, 1:][both[:, 1:] == both[:, :-1]] = -1
         both = both.sort(1, descending=True).values
-        lists[first:last] = torch.where(both < 0, 1 << 30, both).sort(1).values.int().masked_fill_((both < 0).sort(1).values, -1)
+        lists[first:last] = (
+            torch.where(both < 0, 1 << 30, both)
+            .sort(1)
+            .values.int()
+            .masked_fill_((both < 0).sort(1).values, -1)
+        )
     return lists[None, :, None]
 
 
@@ -74,7 +88,8 @@ def _model(tokens: int) -> dict[str, float]:
 
 
 def time_million(report: Report, tokens: int = TOKENS) -> dict[str, dict[str, float]]:
-    """Rows for every op at a million tokens, two query heads of 64 and one kv head, 24 blocks; and for the shipped model."""
+    """Rows for every op at a million tokens, two query heads of 64 and one kv head, 24 blocks; and for the
+    shipped model."""
     report.say(f"{tokens:,} tokens, each in a process of its own")
     results = {}
     for op in OPS:
@@ -82,8 +97,13 @@ def time_million(report: Report, tokens: int = TOKENS) -> dict[str, dict[str, fl
         found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         result = results[op] = json.loads(found.stdout)
         seconds = result["seconds"]
-        report.add(op, "cpp" if op != "shipped model" else "", Timing(seconds, seconds, seconds, 1), peak=result["peak"],
-                   shape=f"T={tokens} Hq={HEADS} D={DIM}" if op != "shipped model" else f"T={tokens}")
+        report.add(
+            op,
+            "cpp" if op != "shipped model" else "",
+            Timing(seconds, seconds, seconds, 1),
+            peak=result["peak"],
+            shape=f"T={tokens} Hq={HEADS} D={DIM}" if op != "shipped model" else f"T={tokens}",
+        )
     return results
 
 

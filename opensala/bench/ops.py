@@ -1,6 +1,7 @@
 """`opensala bench ops`: the ops against their peers, after their results were checked, with targets of speed.
 
-Targets are ratios within one run (docs/speed.md says where they come from); absolute times mean little on a shared machine.
+Targets are ratios within one run (docs/speed.md says where they come from); absolute times mean little on a
+shared machine.
 """
 
 from pathlib import Path
@@ -12,7 +13,15 @@ from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..ops import BlockSpec
 from ..ops.backends import Backend, planned_backend
 from . import counts
-from .cases import Shape, time_decode, time_fused, time_lightning, time_other_forms, time_searches, time_sparse
+from .cases import (
+    Shape,
+    time_decode,
+    time_fused,
+    time_lightning,
+    time_other_forms,
+    time_searches,
+    time_sparse,
+)
 from .ceilings import measure_ceilings
 from .million import TOKENS, time_million
 from .prefill import time_first_token, time_steps, time_twin_first_token
@@ -25,7 +34,12 @@ K = 1024
 GPU_MODELS = 60 << 30  # bytes of free GPU memory from which the whole models are timed
 
 
-def run(quick: bool = False, device: str = "auto", rows: Path = Path("benchmarks/results.csv"), million: bool = False) -> Report:
+def run(
+    quick: bool = False,
+    device: str = "auto",
+    rows: Path = Path("benchmarks/results.csv"),
+    million: bool = False,
+) -> Report:
     """Check, time, append the rows to a CSV file, print the targets; the last line on stdout is JSON.
 
     Args:
@@ -35,11 +49,15 @@ def run(quick: bool = False, device: str = "auto", rows: Path = Path("benchmarks
         million: also a million tokens through every op and the shipped model (CPU).
 
     Raises:
-        ValueError: an op that differs from its plain statement, a device that is not there, a file of other columns.
+        ValueError: an op that differs from its plain statement, a device that is not there, a file of other
+            columns.
     """
     gpu = torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpu):
-        raise ValueError(f"--device must be auto, cpu or cuda (and there is {'a' if gpu else 'no'} CUDA GPU here), got {device!r}")
+        raise ValueError(
+            f"--device must be auto, cpu or cuda (and there is {'a' if gpu else 'no'} CUDA GPU here), got "
+            f"{device!r}"
+        )
     chosen = torch.device("cuda" if gpu and device != "cpu" else "cpu")
     if million and chosen.type != "cpu":
         raise ValueError("--million measures the CPU: add --device cpu")
@@ -63,7 +81,8 @@ def _verified(report: Report, dtypes: tuple[torch.dtype, ...]) -> Backend:
         report.note("the fastest form cannot run here: only the PyTorch form is timed (the log says why)")
     report.say("results against float64")
     for dtype in dtypes:
-        for line in verify_ops(report.device, dtype, tuple(dict.fromkeys((best, "torch"))) if dtype == torch.float32 else (best,)):  # type: ignore[arg-type]
+        backends = tuple(dict.fromkeys((best, "torch"))) if dtype == torch.float32 else (best,)
+        for line in verify_ops(report.device, dtype, backends):  # type: ignore[arg-type]
             report.say(f"  {line}")
     return best  # type: ignore[return-value]
 
@@ -74,25 +93,43 @@ def _cpu(report: Report, quick: bool) -> None:
     tokens = (16 if quick else 64) * K
     shape = Shape(tokens, 8, 1, 64, torch.float32, SMALL)
     lightning(report, shape, best, 512, 0.5, "five projections", 1.0 if quick else 4.0)
-    part = time_sparse(report, shape, best, 1.0 if quick else 6.0, backward=True, dense_most=3 if quick else 1)
+    part = time_sparse(
+        report, shape, best, 1.0 if quick else 6.0, backward=True, dense_most=3 if quick else 1
+    )
     _backward_target(report, f"sparse attention, {tokens // K}K tokens", part.backward, part.attend)
     if not quick:
-        report.targets.append(Target.at_least("selection + sparse attention over dense attention, 24 blocks, 64K tokens", part.speedup, 8))
-    time_other_forms(report, Shape((4 if quick else 16) * K, 8, 1, 64, torch.float32, SMALL), ["torch", "naive"], 1.0)
+        report.targets.append(
+            Target.at_least(
+                "selection + sparse attention over dense attention, 24 blocks, 64K tokens", part.speedup, 8
+            )
+        )
+    time_other_forms(
+        report, Shape((4 if quick else 16) * K, 8, 1, 64, torch.float32, SMALL), ["torch", "naive"], 1.0
+    )
     time_fused(report, shape, best, 0.5)
     time_decode(report, shape, best, (4 * K, 256 * K), 0.5 if quick else 2.0)
     if quick:
         return
-    part = time_sparse(report, Shape(128 * K, 8, 1, 64, torch.float32), best, 0.0, backward=False, dense_most=1)
-    report.targets.append(Target.at_least("selection + sparse attention over dense attention, 96 blocks, 128K tokens", part.speedup, 5))
+    part = time_sparse(
+        report, Shape(128 * K, 8, 1, 64, torch.float32), best, 0.0, backward=False, dense_most=1
+    )
+    report.targets.append(
+        Target.at_least(
+            "selection + sparse attention over dense attention, 96 blocks, 128K tokens", part.speedup, 5
+        )
+    )
     time_searches(report, Shape(256 * K, 2, 1, 64, torch.float32, SMALL), 0.0)
     _shipped_model(report, ceiling["float32"])
 
 
-def lightning(report: Report, shape: Shape, best: Backend, hidden: int, limit: float, beside: str, budget: float) -> None:
+def lightning(
+    report: Report, shape: Shape, best: Backend, hidden: int, limit: float, beside: str, budget: float
+) -> None:
     forward, projections, backward = time_lightning(report, shape, best, hidden, budget)
     tokens = f"{shape.tokens // K}K tokens"
-    report.targets.append(Target.at_most(f"lightning forward over {beside}, {tokens}", forward / projections, limit))
+    report.targets.append(
+        Target.at_most(f"lightning forward over {beside}, {tokens}", forward / projections, limit)
+    )
     _backward_target(report, f"lightning, {tokens}", backward, forward)
 
 
@@ -110,7 +147,9 @@ def _shipped_model(report: Report, ceiling: float) -> None:
     assert short is not None and cache is not None, "they were kept"
     steps = time_steps(report, "shipped model", engine.model, {4 * K: short, 256 * K: cache})
     del short, cache
-    twin = time_twin_first_token(report, "full-attention twin", build_dense(twin_config(engine.config)), 64 * K)
+    twin = time_twin_first_token(
+        report, "full-attention twin", build_dense(twin_config(engine.config)), 64 * K
+    )
     rate = counts.prefill_flops(engine.config, 64 * K) / middle.p50
     report.targets += [
         Target.at_most("decoding step at 256K over 4K, shipped model", steps[256 * K] / steps[4 * K], 1.4),
@@ -123,9 +162,17 @@ def _shipped_model(report: Report, ceiling: float) -> None:
 def _million(report: Report) -> None:
     results = time_million(report, TOKENS)
     report.targets += [
-        Target.at_most("1M tokens through each op, GB of memory at most", max(r["peak"] for op, r in results.items() if op != "shipped model") / 1e9, 4),
-        Target.at_most("shipped model reads 1M tokens, minutes", results["shipped model"]["seconds"] / 60, 10),
-        Target.at_most("shipped model reads 1M tokens, GB of memory", results["shipped model"]["peak"] / 1e9, 4),
+        Target.at_most(
+            "1M tokens through each op, GB of memory at most",
+            max(r["peak"] for op, r in results.items() if op != "shipped model") / 1e9,
+            4,
+        ),
+        Target.at_most(
+            "shipped model reads 1M tokens, minutes", results["shipped model"]["seconds"] / 60, 10
+        ),
+        Target.at_most(
+            "shipped model reads 1M tokens, GB of memory", results["shipped model"]["peak"] / 1e9, 4
+        ),
     ]
 
 
@@ -136,21 +183,39 @@ def _cuda(report: Report, quick: bool) -> None:
     tokens = (16 if quick else 128) * K
     forward, _, backward = time_lightning(report, Shape(tokens, 32, 32, 128, half), best, 4096, 2.0)
     floor = counts.lightning_bytes(tokens, 32, 128, 2) / ceiling["copy"]
-    report.targets.append(Target.at_most(f"lightning forward over its bandwidth floor, {tokens // K}K tokens", forward / floor, 2))
+    report.targets.append(
+        Target.at_most(
+            f"lightning forward over its bandwidth floor, {tokens // K}K tokens", forward / floor, 2
+        )
+    )
     _backward_target(report, f"lightning, {tokens // K}K tokens", backward, forward)
     for r in report.rows:
         if r["backend"] == "fla simple_gla":
-            report.targets.append(Target.at_least("fla simple_gla over lightning forward", r["p50_ms"] / 1e3 / forward, 1))
+            report.targets.append(
+                Target.at_least("fla simple_gla over lightning forward", r["p50_ms"] / 1e3 / forward, 1)
+            )
     for tokens in (16 * K,) if quick else (64 * K, 256 * K):
         shape = Shape(tokens, 32, 2, 128, half)
         part = time_sparse(report, shape, best, 3.0, backward=tokens <= 64 * K, dense_most=3)
         if part.backward:
             _backward_target(report, f"sparse attention, {tokens // K}K tokens", part.backward, part.attend)
-        for name, seconds, flops in (("selection", part.select, counts.selection_flops(tokens, 32, 128, shape.spec)),
-                                     ("sparse attention", part.attend, counts.sparse_flops(tokens, 32, 128, shape.spec))):
-            report.targets.append(Target.at_most(f"{name} over its floor, {tokens // K}K tokens", seconds * ceiling["bfloat16"] / flops, 2.5))
+        for name, seconds, flops in (
+            ("selection", part.select, counts.selection_flops(tokens, 32, 128, shape.spec)),
+            ("sparse attention", part.attend, counts.sparse_flops(tokens, 32, 128, shape.spec)),
+        ):
+            report.targets.append(
+                Target.at_most(
+                    f"{name} over its floor, {tokens // K}K tokens",
+                    seconds * ceiling["bfloat16"] / flops,
+                    2.5,
+                )
+            )
         if tokens == 256 * K:
-            report.targets.append(Target.at_least("selection + sparse attention over dense attention, 256K tokens", part.speedup, 6))
+            report.targets.append(
+                Target.at_least(
+                    "selection + sparse attention over dense attention, 256K tokens", part.speedup, 6
+                )
+            )
     shape = Shape(16 * K, 32, 2, 128, half)
     time_fused(report, shape, best, 0.5)
     time_decode(report, shape, best, (8 * K, 256 * K) if quick else (8 * K, 256 * K, K * K), 1.0)
@@ -158,7 +223,10 @@ def _cuda(report: Report, quick: bool) -> None:
         return
     free = torch.cuda.mem_get_info(report.device)[0]
     if free < GPU_MODELS:
-        report.note(f"whole models of 9B and 8B parameters left out: {free >> 30} GiB of GPU memory are free, {GPU_MODELS >> 30} are wanted")
+        report.note(
+            f"whole models of 9B and 8B parameters left out: {free >> 30} GiB of GPU memory are free, "
+            f"{GPU_MODELS >> 30} are wanted"
+        )
         return
     _released_shapes(report)
 
@@ -176,12 +244,18 @@ def _released_shapes(report: Report) -> None:
         caches[tokens] = cache
     steps = time_steps(report, "SALA 9B shape", model, {n: c for n, c in caches.items() if c is not None})
     copy = next(r["gbs"] for r in report.rows if r["op"] == "copy") * 1e9
-    report.targets.append(Target.at_most("decoding step at 256K over reading the weights once (a copy's rate)", steps[256 * K] * copy / weights, 1.4))
+    report.targets.append(
+        Target.at_most(
+            "decoding step at 256K over reading the weights once (a copy's rate)",
+            steps[256 * K] * copy / weights,
+            1.4,
+        )
+    )
     del model, cache, caches
     torch.cuda.empty_cache()
     twin = build_dense(QWEN3_8B, device=report.device, dtype=torch.bfloat16)
     time_twin_first_token(report, "Qwen3 8B shape", twin, 8 * K)
     dense = time_twin_first_token(report, "Qwen3 8B shape", twin, 256 * K)
-    report.targets.append(Target.at_least("first token at 256K, Qwen3-8B's shape over ours", dense / ours.p50, 4))
-
-
+    report.targets.append(
+        Target.at_least("first token at 256K, Qwen3-8B's shape over ours", dense / ours.p50, 4)
+    )

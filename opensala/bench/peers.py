@@ -1,4 +1,5 @@
-"""What our ops are compared with: torch's dense attention in all its forms, and flash-linear-attention where it is installed."""
+"""What our ops are compared with: torch's dense attention in all its forms, and flash-linear-attention where
+it is installed."""
 
 import importlib.util
 from collections.abc import Callable
@@ -8,13 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-KINDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-         "math": SDPBackend.MATH}
+KINDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 MATH_LIMIT = 4096  # tokens: it writes the whole score matrix to memory
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, kind: str | None = None) -> Tensor:
-    """Causal `scaled_dot_product_attention` of q `[B, T, Hq, D]`, k and v `[B, T, Hkv, D]`; torch chooses if kind is None.
+    """Causal `scaled_dot_product_attention` of q `[B, T, Hq, D]`, k and v `[B, T, Hkv, D]`; torch chooses if
+    kind is None.
 
     Raises:
         RuntimeError: torch has no such kernel for these tensors.
@@ -49,22 +55,27 @@ def fla_installed() -> bool:
 
 
 def simple_gla(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Callable[[], Tensor]:
-    """flash-linear-attention's chunked form of the same recurrence; decay `[H]` as in `lightning_attention`."""
+    """flash-linear-attention's chunked form of the same recurrence; decay `[H]` as in
+    `lightning_attention`."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     return lambda: chunk_simple_gla(q, k, v, g_gamma=-decay)[0]
 
 
 def nsa(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int) -> Callable[[], Tensor]:
-    """flash-linear-attention's attention over given blocks (native sparse attention), selection given, no window."""
+    """flash-linear-attention's attention over given blocks (native sparse attention), selection given, no
+    window."""
     from fla.ops.nsa import parallel_nsa
 
     gate, lists = torch.ones(q.shape[:3], dtype=q.dtype, device=q.device), blocks.long()
-    return lambda: parallel_nsa(q, k, v, g_slc=gate, block_indices=lists, block_counts=blocks.shape[-1], block_size=block_size)
+    return lambda: parallel_nsa(
+        q, k, v, g_slc=gate, block_indices=lists, block_counts=blocks.shape[-1], block_size=block_size
+    )
 
 
 def moba(q: Tensor, k: Tensor, v: Tensor, block_size: int, count: int) -> Callable[[], Tensor]:
-    """flash-linear-attention's mixture of block attention: it selects by block means and attends; needs flash-attn."""
+    """flash-linear-attention's mixture of block attention: it selects by block means and attends; needs
+    flash-attn."""
     from fla.ops.moba import parallel_moba
 
     group = q.shape[2] // k.shape[2]

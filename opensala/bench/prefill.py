@@ -21,17 +21,27 @@ def random_ids(vocabulary: int, tokens: int, device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def time_first_token(report: Report, name: str, model: MiniCPMSALAForCausalLM, tokens: int, runs: int,
-                     keep: bool = False) -> tuple[Timing, SALACache | None]:
+def time_first_token(
+    report: Report, name: str, model: MiniCPMSALAForCausalLM, tokens: int, runs: int, keep: bool = False
+) -> tuple[Timing, SALACache | None]:
     """Time to the first token of a prompt of random tokens; the last cache if `keep`."""
     ids, seconds, kept = random_ids(model.config.vocab_size, tokens, report.device), [], None
     dtype = next(model.parameters()).dtype
     for _ in range(runs):
         cache = SALACache(model.config)
-        seconds.append(timed(partial(prefill, model, ids, cache, new_tokens=4 * DECODED * REPEATS), report.device))
+        seconds.append(
+            timed(partial(prefill, model, ids, cache, new_tokens=4 * DECODED * REPEATS), report.device)
+        )
         kept = cache if keep else None
     timing = quantiles(seconds)
-    report.add("first token", name, timing, shape=f"T={tokens}", dtype=dtype, flops=prefill_flops(model.config, tokens))
+    report.add(
+        "first token",
+        name,
+        timing,
+        shape=f"T={tokens}",
+        dtype=dtype,
+        flops=prefill_flops(model.config, tokens),
+    )
     return timing, kept
 
 
@@ -45,7 +55,9 @@ def time_twin_first_token(report: Report, name: str, twin: PreTrainedModel, toke
 
 
 @torch.inference_mode()
-def time_steps(report: Report, name: str, model: MiniCPMSALAForCausalLM, caches: dict[int, SALACache]) -> dict[int, float]:
+def time_steps(
+    report: Report, name: str, model: MiniCPMSALAForCausalLM, caches: dict[int, SALACache]
+) -> dict[int, float]:
     """Median seconds of a decoding step behind prompts of several lengths, taking turns."""
     seconds: dict[int, list[float]] = {length: [] for length in caches}
     ids = random_ids(model.config.vocab_size, 1, report.device)
@@ -61,5 +73,12 @@ def time_steps(report: Report, name: str, model: MiniCPMSALAForCausalLM, caches:
                 seconds[length].append(spent)
     timings = {length: quantiles(s) for length, s in seconds.items()}
     for length, timing in timings.items():
-        report.add("decode step", name, timing, shape=f"T={length}", dtype=next(model.parameters()).dtype, kind="decode")
+        report.add(
+            "decode step",
+            name,
+            timing,
+            shape=f"T={length}",
+            dtype=next(model.parameters()).dtype,
+            kind="decode",
+        )
     return {length: t.p50 for length, t in timings.items()}

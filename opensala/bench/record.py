@@ -1,4 +1,5 @@
-"""What measurements leave behind: rows with the machine and versions on each, targets, a table, a CSV file, JSON.
+"""What measurements leave behind: rows with the machine and versions on each, targets, a table, a CSV file,
+JSON.
 
 It knows nothing of what was measured.
 """
@@ -19,7 +20,20 @@ from rich.table import Table
 
 from .timing import Timing
 
-MEASURED = ("op", "pass", "backend", "dtype", "shape", "p20_ms", "p50_ms", "p80_ms", "runs", "gflops", "gbs", "peak_mib")
+MEASURED = (
+    "op",
+    "pass",
+    "backend",
+    "dtype",
+    "shape",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "runs",
+    "gflops",
+    "gbs",
+    "peak_mib",
+)
 
 
 @dataclass(frozen=True)
@@ -53,20 +67,44 @@ class Report:
         self.machine = describe(self.device)
         self.console = Console(stderr=True)
 
-    def add(self, op: str, backend: str, timing: Timing, *, shape: str, dtype: torch.dtype = torch.float32, kind: str = "forward",
-            flops: float = 0, moved: float = 0, peak: float | None = None) -> None:
+    def add(
+        self,
+        op: str,
+        backend: str,
+        timing: Timing,
+        *,
+        shape: str,
+        dtype: torch.dtype = torch.float32,
+        kind: str = "forward",
+        flops: float = 0,
+        moved: float = 0,
+        peak: float | None = None,
+    ) -> None:
         """Keep a row and show it. `flops`: operations of a call; `moved`: bytes; `peak`: bytes of memory."""
         row = {
-            "op": op, "pass": kind, "backend": backend, "dtype": str(dtype).removeprefix("torch."), "shape": shape,
-            "p20_ms": significant(timing.p20 * 1e3), "p50_ms": significant(timing.p50 * 1e3), "p80_ms": significant(timing.p80 * 1e3),
-            "runs": timing.runs, "gflops": significant(flops / timing.p50 / 1e9) if flops else "",
-            "gbs": significant(moved / timing.p50 / 1e9) if moved else "", "peak_mib": "" if peak is None else round(peak / 2**20),
+            "op": op,
+            "pass": kind,
+            "backend": backend,
+            "dtype": str(dtype).removeprefix("torch."),
+            "shape": shape,
+            "p20_ms": significant(timing.p20 * 1e3),
+            "p50_ms": significant(timing.p50 * 1e3),
+            "p80_ms": significant(timing.p80 * 1e3),
+            "runs": timing.runs,
+            "gflops": significant(flops / timing.p50 / 1e9) if flops else "",
+            "gbs": significant(moved / timing.p50 / 1e9) if moved else "",
+            "peak_mib": "" if peak is None else round(peak / 2**20),
         }
         self.rows.append(row)
-        rates = [f"{row['gflops']} GFLOP/s" if flops else "", f"{row['gbs']} GB/s" if moved else "",
-                 f"peak {row['peak_mib']} MiB" if peak is not None else ""]
-        self.say(f"  {op} {kind}, {backend}, {shape}: {row['p50_ms']} ms ({row['p20_ms']} ... {row['p80_ms']}, {timing.runs} runs) "
-                 + ", ".join(r for r in rates if r))
+        rates = [
+            f"{row['gflops']} GFLOP/s" if flops else "",
+            f"{row['gbs']} GB/s" if moved else "",
+            f"peak {row['peak_mib']} MiB" if peak is not None else "",
+        ]
+        self.say(
+            f"  {op} {kind}, {backend}, {shape}: {row['p50_ms']} ms ({row['p20_ms']} ... {row['p80_ms']}, "
+            f"{timing.runs} runs) " + ", ".join(r for r in rates if r)
+        )
 
     def note(self, text: str) -> None:
         """Keep and show something a reader of the figures should know."""
@@ -88,7 +126,10 @@ class Report:
             with path.open(newline="") as file:
                 header = next(csv.reader(file))
             if header != columns:
-                raise ValueError(f"{path} has the columns {', '.join(header)}, not {', '.join(columns)}: name another file with --rows")
+                raise ValueError(
+                    f"{path} has the columns {', '.join(header)}, not {', '.join(columns)}: name another "
+                    "file with --rows"
+                )
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             if not file.tell():
@@ -104,7 +145,14 @@ class Report:
         self.console.print(table)
 
     def as_json(self) -> str:
-        return json.dumps({"rows": self.rows, "targets": [asdict(t) for t in self.targets], "notes": self.notes, "machine": self.machine})
+        return json.dumps(
+            {
+                "rows": self.rows,
+                "targets": [asdict(t) for t in self.targets],
+                "notes": self.notes,
+                "machine": self.machine,
+            }
+        )
 
 
 def significant(x: float) -> float:
@@ -115,10 +163,21 @@ def significant(x: float) -> float:
 def describe(device: torch.device) -> dict[str, str]:
     """Machine, threads, versions, commit and time, as they go on every row."""
     threads = torch.get_num_threads()
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"machine": machine, "threads": str(threads), "torch": torch.__version__, "triton": version("triton"),
-            "fla": version("flash-linear-attention"), "opensala": version("opensala"), "commit": commit(),
-            "time": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    return {
+        "machine": machine,
+        "threads": str(threads),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "fla": version("flash-linear-attention"),
+        "opensala": version("opensala"),
+        "commit": commit(),
+        "time": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+    }
 
 
 def processor() -> str:
@@ -139,11 +198,15 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout the package lies in, with a + if files were changed; empty outside a checkout."""
+    """Short hash of the checkout the package lies in, with a + if files were changed; empty outside a
+    checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
+
     def run(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
 
-    return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+    return run("rev-parse", "--short", "HEAD") + (
+        "+" if run("status", "--porcelain", "--untracked-files=no") else ""
+    )

@@ -48,8 +48,9 @@ def take_turns(
 ) -> dict[str, Timing]:
     """Call every work once a round, in turn, for about `budget` seconds: rounds from `least` to `most`.
 
-    The first call of each is its warm-up if it took less than a second; longer ones count, since what a warm-up removes
-    (compilation is not among it: call once before) is then below what the clock's neighbours cost.
+    The first call of each is its warm-up if it took less than a second; longer ones count, since what a
+    warm-up removes (compilation is not among it: call once before) is then below what the clock's neighbours
+    cost.
     """
     seconds: dict[str, list[float]] = {}
     for name, work in works.items():

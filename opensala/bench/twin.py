@@ -23,23 +23,37 @@ class TwinTiming:
 
 
 QWEN3_8B = Qwen3Config(
-    vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, max_position_embeddings=1 << 20, attn_implementation="sdpa",
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=1 << 20,
+    attn_implementation="sdpa",
 )
 
 
 def twin_config(config: MiniCPMSALAConfig) -> Qwen3Config:
     """Full attention with the layers, heads and sizes of a MiniCPM-SALA configuration."""
     return Qwen3Config(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim, tie_word_embeddings=config.tie_word_embeddings,
-        max_position_embeddings=config.max_position_embeddings, attn_implementation="sdpa",
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        tie_word_embeddings=config.tie_word_embeddings,
+        max_position_embeddings=config.max_position_embeddings,
+        attn_implementation="sdpa",
     )
 
 
-def build_dense(config: Qwen3Config, seed: int = 0, device: str | torch.device = "cpu",
-                dtype: torch.dtype = torch.float32) -> Qwen3ForCausalLM:
+def build_dense(
+    config: Qwen3Config, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Qwen3ForCausalLM:
     """A full-attention model of random weights."""
     torch.manual_seed(seed)
     with torch.device(device):
@@ -47,13 +61,18 @@ def build_dense(config: Qwen3Config, seed: int = 0, device: str | torch.device =
 
 
 @torch.inference_mode()
-def time_twin(twin: Qwen3ForCausalLM, ids: Tensor, new_tokens: int = 16,
-              on_layer: Callable[[], None] | None = None) -> TwinTiming:
+def time_twin(
+    twin: Qwen3ForCausalLM, ids: Tensor, new_tokens: int = 16, on_layer: Callable[[], None] | None = None
+) -> TwinTiming:
     """Prefill `ids` `[1, T]` in one call (the fastest way for dense attention), then decode greedily.
 
     `on_layer` is called when the prefill has finished a layer.
     """
-    hooks = [layer.register_forward_hook(lambda *_: on_layer()) for layer in twin.model.layers] if on_layer else []
+    hooks = (
+        [layer.register_forward_hook(lambda *_: on_layer()) for layer in twin.model.layers]
+        if on_layer
+        else []
+    )
     start = time.perf_counter()
     output = twin(ids, use_cache=True, logits_to_keep=1)
     first = time.perf_counter() - start

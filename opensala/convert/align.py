@@ -1,8 +1,9 @@
 """Hidden-state alignment: every Lightning mixer learns to give what its layer's softmax attention gives.
 
-One pass of the teacher serves all layers. Each mixer reads the teacher's normalised hidden state and is fitted to the
-teacher's attention output by mean squared error; the teacher's own stream carries on, so no gradient crosses layers and
-only one layer's graph exists at a time. Gradients are clipped for each layer on its own, which keeps layers independent.
+One pass of the teacher serves all layers. Each mixer reads the teacher's normalised hidden state and is
+fitted to the teacher's attention output by mean squared error; the teacher's own stream carries on, so no
+gradient crosses layers and only one layer's graph exists at a time. Gradients are clipped for each layer on
+its own, which keeps layers independent.
 Source: arXiv 2601.22156, stage 1.
 """
 
@@ -41,10 +42,13 @@ class Alignment:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
                 target = output.detach().float()
                 with torch.enable_grad():
-                    loss = nn.functional.mse_loss(self.mixers[n](args[0].detach().float(), args[1], None), target)
+                    loss = nn.functional.mse_loss(
+                        self.mixers[n](args[0].detach().float(), args[1], None), target
+                    )
                     loss.backward()
                 squared.append(loss.detach())
                 power.append(target.square().mean())
+
             return hook
 
         attentions = [layer.get_submodule("self_attn") for layer in self.teacher.model.layers]

@@ -1,4 +1,5 @@
-"""Sequences to train and to measure on, from the installation's texts or the user's, held-out text kept apart."""
+"""Sequences to train and to measure on, from the installation's texts or the user's, held-out text kept
+apart."""
 
 import hashlib
 import random
@@ -28,7 +29,8 @@ def facts_for(length: int) -> int:
 
 
 def user_texts(paths: Sequence[str]) -> list[str]:
-    """The UTF-8 files among and below the paths, long ones in pieces. Raises ValueError for a path that holds none."""
+    """The UTF-8 files among and below the paths, long ones in pieces. Raises ValueError for a path that holds
+    none."""
     texts = []
     for name in paths:
         path = Path(name)
@@ -55,10 +57,14 @@ class Batches:
             train = [piece for n, piece in enumerate(pieces) if n % stride != stride - 1]
         else:
             train, held = list(_builtin("train", config.seed)), list(_builtin("held_out", config.seed))
-        self.fingerprint = hashlib.sha256("\0".join([*train, "", *held]).encode()).hexdigest()[:16]  # of the texts
+        self.fingerprint = hashlib.sha256("\0".join([*train, "", *held]).encode()).hexdigest()[
+            :16
+        ]  # of the texts
         name = f"data ({', '.join(config.data) or 'the texts of this Python installation'})"
         self.text = PackedText(tokenizer, train, config.length, name, 3 * _CHARACTERS)
-        self.held_out = PackedText(tokenizer, held, config.probes.length, f"the held-out part of {name}", _CHARACTERS)
+        self.held_out = PackedText(
+            tokenizer, held, config.probes.length, f"the held-out part of {name}", _CHARACTERS
+        )
         self.haystack = Haystack(tokenizer, _CHARACTERS, config.seed, texts=train)
         self._held_haystack = Haystack(tokenizer, _CHARACTERS, config.seed, texts=held)
 
@@ -89,7 +95,9 @@ class Batches:
 
     def text_probes(self, count: int) -> Tensor:
         """Up to `count` sequences of held-out text, `[n, probes.length]`."""
-        return torch.from_numpy(self.held_out.draw(self.config.seed, 0, min(count, len(self.held_out))).astype(np.int64))
+        return torch.from_numpy(
+            self.held_out.draw(self.config.seed, 0, min(count, len(self.held_out))).astype(np.int64)
+        )
 
 
 def _builtin(part: str, seed: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """What a conversion does: one frozen configuration, and the recipes that fill it.
 
-`sala` is the paper's way (arXiv 2602.11761), `halo` that of arXiv 2601.22156; `tiny` takes either down to what a laptop
-does in minutes.
+`sala` is the paper's way (arXiv 2602.11761), `halo` that of arXiv 2601.22156; `tiny` takes either down to
+what a laptop does in minutes.
 """
 
 import math
@@ -17,7 +17,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Phase:
-    """`steps` optimizer steps on `batch` sequences, the rate rising over `warmup` steps, then a cosine from `lr` to `last_lr`."""
+    """`steps` optimizer steps on `batch` sequences, the rate rising over `warmup` steps, then a cosine from
+    `lr` to `last_lr`."""
 
     steps: int
     batch: int
@@ -35,7 +36,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Probes:
-    """The built-in measurements: `sequences` documents of `length` tokens with hidden facts, and as many of held-out text.
+    """The built-in measurements: `sequences` documents of `length` tokens with hidden facts, and as many of
+    held-out text.
 
     `recall_tasks` and `general_tasks` name tasks of lm-eval to score with instead.
     """
@@ -57,10 +59,12 @@ class ConvertConfig:
         layers: these very layers instead of a choice.
         hype: take the rotary positions out of the kept layers.
         data: text files or folders; none for the texts of the Python installation.
-        task_share: share of training sequences with hidden facts and questions (the generator of `opensala.data`).
+        task_share: share of training sequences with hidden facts and questions (the generator of
+            `opensala.data`).
         trainable: of the distillation: `linear` (SALA: the Lightning mixers) or `all` (HALO).
         dtype: of the teacher; what is trained is float32.
-        cache_teacher: compute the teacher's final hidden states once and keep them on disk, instead of running it beside.
+        cache_teacher: compute the teacher's final hidden states once and keep them on disk, instead of
+            running it beside.
         reuse: a finished run whose aligned mixers and scores are taken over.
     """
 
@@ -92,11 +96,17 @@ class ConvertConfig:
         check_choice("rule", self.rule, RULES)
         check_choice("trainable", self.trainable, TRAINABLE)
         check_choice("dtype", self.dtype, DTYPES)
-        for name, value, least in (("length", self.length, 16), ("probes.length", self.probes.length, 128),
-                                   ("probes.sequences", self.probes.sequences, 1), ("probes.batch", self.probes.batch, 1),
-                                   ("align.steps", self.align.steps, 0), ("align.batch", self.align.batch, 1),
-                                   ("distill.steps", self.distill.steps, 0), ("distill.batch", self.distill.batch, 1),
-                                   ("save_every", self.save_every, 1)):
+        for name, value, least in (
+            ("length", self.length, 16),
+            ("probes.length", self.probes.length, 128),
+            ("probes.sequences", self.probes.sequences, 1),
+            ("probes.batch", self.probes.batch, 1),
+            ("align.steps", self.align.steps, 0),
+            ("align.batch", self.align.batch, 1),
+            ("distill.steps", self.distill.steps, 0),
+            ("distill.batch", self.distill.batch, 1),
+            ("save_every", self.save_every, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, rate in (("align.lr", self.align.lr), ("distill.lr", self.distill.lr)):
@@ -105,8 +115,10 @@ class ConvertConfig:
         if not 0 <= self.task_share <= 1:
             raise ValueError(f"task_share must be 0 to 1, got {self.task_share}")
         if self.task_share and self.length < 128:
-            raise ValueError(f"length must be at least 128 tokens for sequences with hidden facts, got {self.length}: "
-                             "or set task_share to 0")
+            raise ValueError(
+                f"length must be at least 128 tokens for sequences with hidden facts, got {self.length}: "
+                "or set task_share to 0"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it: tuples are lists."""
@@ -135,14 +147,25 @@ def sala(teacher: str) -> ConvertConfig:
 
 
 def halo(teacher: str) -> ConvertConfig:
-    """HALO as published: no fixed ends, everything trainable in the distillation, 20,000 steps of 96 sequences."""
+    """HALO as published: no fixed ends, everything trainable in the distillation, 20,000 steps of 96
+    sequences."""
     return replace(sala(teacher), fix_ends=False, trainable="all", distill=Phase(20_000, 96, 1e-4, 1e-5))
 
 
 def tiny(config: ConvertConfig) -> ConvertConfig:
     """The same for a teacher of a few million parameters, in minutes on a CPU."""
-    return replace(config, align=Phase(300, 8, 3e-3, 1e-4, warmup=20), distill=Phase(300, 8, 1e-3, 5e-5, warmup=20),
-                   probes=replace(config.probes, sequences=24), save_every=50)
+    return replace(
+        config,
+        align=Phase(300, 8, 3e-3, 1e-4, warmup=20),
+        distill=Phase(300, 8, 1e-3, 5e-5, warmup=20),
+        probes=replace(config.probes, sequences=24),
+        save_every=50,
+    )
 
 
-RECIPES = {"sala": sala, "halo": halo, "tiny": lambda teacher: tiny(sala(teacher)), "tiny-halo": lambda teacher: tiny(halo(teacher))}
+RECIPES = {
+    "sala": sala,
+    "halo": halo,
+    "tiny": lambda teacher: tiny(sala(teacher)),
+    "tiny-halo": lambda teacher: tiny(halo(teacher)),
+}

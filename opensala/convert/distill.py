@@ -1,7 +1,8 @@
 """End-to-end distillation: KL(teacher || student) of the next-token distributions, token by token.
 
-Logits of a large vocabulary are never whole in memory: they are formed in pieces of the vocabulary from final hidden
-states, in the backward pass again. So a teacher's logits can also be kept on disk exactly, as its final hidden states.
+Logits of a large vocabulary are never whole in memory: they are formed in pieces of the vocabulary from final
+hidden states, in the backward pass again. So a teacher's logits can also be kept on disk exactly, as its
+final hidden states.
 
 Shapes: N tokens, V vocabulary, D hidden size.
 """
@@ -29,7 +30,10 @@ class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, s: Tensor, ws: Tensor, t: Tensor, wt: Tensor, chunk: int) -> Tensor:
         rows, low = s.shape[0], torch.finfo(torch.float32).min
-        top_s, top_t = s.new_full((rows,), low, dtype=torch.float32), s.new_full((rows,), low, dtype=torch.float32)
+        top_s, top_t = (
+            s.new_full((rows,), low, dtype=torch.float32),
+            s.new_full((rows,), low, dtype=torch.float32),
+        )
         sum_s, sum_t, cross = torch.zeros_like(top_s), torch.zeros_like(top_s), torch.zeros_like(top_s)
         for a in range(0, ws.shape[0], chunk):
             ls, lt = _logits(s, ws, a, chunk), _logits(t, wt, a, chunk)
@@ -50,7 +54,9 @@ class _ChunkedKL(torch.autograd.Function):
         ds = torch.zeros(s.shape, dtype=torch.float32, device=s.device)
         dw = torch.zeros(ws.shape, dtype=torch.float32, device=s.device) if ctx.needs_input_grad[1] else None
         for a in range(0, ws.shape[0], ctx.chunk):
-            d = (_logits(s, ws, a, ctx.chunk) - lse_s[:, None]).exp() - (_logits(t, wt, a, ctx.chunk) - lse_t[:, None]).exp()
+            d = (_logits(s, ws, a, ctx.chunk) - lse_s[:, None]).exp() - (
+                _logits(t, wt, a, ctx.chunk) - lse_t[:, None]
+            ).exp()
             d *= grads[0]
             ds += d @ ws[a : a + ctx.chunk].float()
             if dw is not None:
@@ -73,21 +79,27 @@ def chunked_kl(s: Tensor, ws: Tensor, t: Tensor, wt: Tensor, chunk: int | None =
     Gradients flow to s and ws.
     """
     if ws.shape[0] != wt.shape[0]:
-        raise ValueError(f"student and teacher must share a vocabulary, got {ws.shape[0]} and {wt.shape[0]} entries")
+        raise ValueError(
+            f"student and teacher must share a vocabulary, got {ws.shape[0]} and {wt.shape[0]} entries"
+        )
     chunk = chunk or max(64, _ELEMENTS // max(1, s.shape[0]))
     return _ChunkedKL.apply(s, ws, t.detach(), wt.detach(), chunk) / s.shape[0]
 
 
 def final_states(model: MiniCPMSALAForCausalLM, ids: Tensor) -> Tensor:
     """What the head of the model multiplies, `[B * T, D]`."""
-    return (model.model(input_ids=ids, use_cache=False).last_hidden_state / model.config.logit_divisor).flatten(0, 1)
+    return (
+        model.model(input_ids=ids, use_cache=False).last_hidden_state / model.config.logit_divisor
+    ).flatten(0, 1)
 
 
 def live_targets(teacher: MiniCPMSALAForCausalLM) -> Targets:
     """The teacher's final states, computed when asked for."""
+
     def targets(_step: int, ids: Tensor) -> Tensor:
         with torch.no_grad():
             return final_states(teacher, ids)
+
     return targets
 
 
@@ -114,7 +126,9 @@ class Distillation:
         head: the teacher's head, `[V, D]`.
     """
 
-    def __init__(self, student: MiniCPMSALAForCausalLM, trainable: str, targets: Targets, head: Tensor, phase: Phase) -> None:
+    def __init__(
+        self, student: MiniCPMSALAForCausalLM, trainable: str, targets: Targets, head: Tensor, phase: Phase
+    ) -> None:
         self.student, self.targets, self.head, self.phase = student, targets, head, phase
         student.requires_grad_(trainable == "all")
         for module in student.modules():
@@ -127,7 +141,9 @@ class Distillation:
 
     def gradients(self, step: int, ids: Tensor) -> float:
         """Run a batch `[B, T]`, leave the gradients in place, return the mean KL per token in nats."""
-        loss = chunked_kl(final_states(self.student, ids), self.student.lm_head.weight, self.targets(step, ids), self.head)
+        loss = chunked_kl(
+            final_states(self.student, ids), self.student.lm_head.weight, self.targets(step, ids), self.head
+        )
         loss.backward()
         return loss.item()
 

@@ -1,10 +1,11 @@
-"""The folder of a run: its configuration, metrics, checkpoints and results. Everything is written whole or not at all.
+"""The folder of a run: its configuration, metrics, checkpoints and results. Everything is written whole or
+not at all.
 
-    config.json     the configuration; a resumed run must have the same
-    metrics.jsonl   one line per step
-    align.pt, distill.pt   the state of each phase: weights, optimizer, step, random state
-    scores.json, selection.json, result.json, plots/   what came out
-    model/          the hybrid
+config.json     the configuration; a resumed run must have the same
+metrics.jsonl   one line per step
+align.pt, distill.pt   the state of each phase: weights, optimizer, step, random state
+scores.json, selection.json, result.json, plots/   what came out
+model/          the hybrid
 """
 
 import json
@@ -26,7 +27,9 @@ class Configuration(Protocol):
 
 def flatten(record: Any, prefix: str = "") -> dict[str, Any]:
     """The leaves of nested dictionaries and lists under dotted names; an empty one is a leaf."""
-    items = record.items() if isinstance(record, dict) else enumerate(record) if isinstance(record, list) else ()
+    items = (
+        record.items() if isinstance(record, dict) else enumerate(record) if isinstance(record, list) else ()
+    )
     leaves = {name: leaf for key, value in items for name, leaf in flatten(value, f"{prefix}{key}.").items()}
     return leaves or {prefix.removesuffix("."): record}
 
@@ -61,14 +64,17 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class RunFolder:
-    """Open the folder of a run: a new one, or with `resume` one of the very same configuration. `kind` is for messages.
+    """Open the folder of a run: a new one, or with `resume` one of the very same configuration. `kind` is for
+    messages.
 
     Raises:
-        ValueError: a folder that holds something else, a run without `resume`, or a run of another configuration
-            (naming the fields that differ).
+        ValueError: a folder that holds something else, a run without `resume`, or a run of another
+            configuration (naming the fields that differ).
     """
 
-    def __init__(self, path: str | Path, config: Configuration, resume: bool, kind: str = "conversion") -> None:
+    def __init__(
+        self, path: str | Path, config: Configuration, resume: bool, kind: str = "conversion"
+    ) -> None:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{path} is a file: give a folder for the run")
@@ -78,20 +84,27 @@ class RunFolder:
         if known is not None:
             self._compare(known, config.as_dict())
             if not resume:
-                raise ValueError(f"{path} holds this run already: add --resume to go on with it, or give another folder")
+                raise ValueError(
+                    f"{path} holds this run already: add --resume to go on with it, or give another folder"
+                )
         (self.path / "plots").mkdir(parents=True, exist_ok=True)
         write_json(self.path / "config.json", config.as_dict())
         self._metrics: IO[str] | None = None
 
     def _compare(self, known: dict[str, Any], wanted: dict[str, Any]) -> None:
         there, here = flatten(known), flatten(wanted)
-        different = [f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
-                     for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+        different = [
+            f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+            for key in sorted({*there, *here})
+            if there.get(key) != here.get(key)
+        ]
         if different:
             if len(different) > _NAMED:
                 different[_NAMED:] = [f"and {len(different) - _NAMED} more"]
-            raise ValueError(f"{self.path} is a run of another configuration: {'; '.join(different)}. "
-                             "Give its options again, or another folder")
+            raise ValueError(
+                f"{self.path} is a run of another configuration: {'; '.join(different)}. "
+                "Give its options again, or another folder"
+            )
 
     # --- checkpoints ---
 

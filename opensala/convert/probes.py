@@ -1,6 +1,8 @@
-"""What replacing a layer costs: recall (facts hidden in a document), general ability (held-out text), divergence.
+"""What replacing a layer costs: recall (facts hidden in a document), general ability (held-out text),
+divergence.
 
-The built-in probes need nothing but the tokenizer; tasks of lm-eval can be scored instead, where it is installed.
+The built-in probes need nothing but the tokenizer; tasks of lm-eval can be scored instead, where it is
+installed.
 """
 
 import importlib.util
@@ -23,7 +25,8 @@ _ROWS = 2048  # tokens whose logits exist at once
 
 @dataclass(frozen=True)
 class Score:
-    """recall: share of answers whose every token is the most likely one. nll, accuracy: of held-out text, per token.
+    """recall: share of answers whose every token is the most likely one. nll, accuracy: of held-out text, per
+    token.
 
     `general` is what enters the selection as C: -nll, or the mean of lm-eval tasks.
     """
@@ -39,7 +42,8 @@ class Score:
 
 @contextmanager
 def replaced(model: MiniCPMSALAForCausalLM, mixers: dict[int, nn.Module]) -> Iterator[None]:
-    """Within the block, layers of the model use these Lightning mixers instead of their own, with a cache or without."""
+    """Within the block, layers of the model use these Lightning mixers instead of their own, with a cache or
+    without."""
     layers, types = model.model.layers, model.config.mixer_types
     own = {i: layers[i].get_submodule("self_attn") for i in mixers}
     try:
@@ -55,13 +59,17 @@ def replaced(model: MiniCPMSALAForCausalLM, mixers: dict[int, nn.Module]) -> Ite
 
 @torch.no_grad()
 def token_scores(model: MiniCPMSALAForCausalLM, ids: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """For every token of ids `[N, T]` but the first: its negative log-likelihood, and whether it was the most likely one.
+    """For every token of ids `[N, T]` but the first: its negative log-likelihood, and whether it was the most
+    likely one.
 
     Both `[N, T - 1]`, on the CPU.
     """
     losses, right = [], []
     for rows in ids.to(model.device).split(batch):
-        states, targets = final_states(model, rows).unflatten(0, rows.shape)[:, :-1].flatten(0, 1), rows[:, 1:].flatten()
+        states, targets = (
+            final_states(model, rows).unflatten(0, rows.shape)[:, :-1].flatten(0, 1),
+            rows[:, 1:].flatten(),
+        )
         for s, target in zip(states.split(_ROWS), targets.split(_ROWS), strict=True):
             logits = model.lm_head(s).float()
             losses.append(nn.functional.cross_entropy(logits, target, reduction="none").cpu())
@@ -124,7 +132,10 @@ class Prober:
             target = final_states(teacher, ids)
             with replaced(teacher, mixers):
                 states = final_states(teacher, ids)
-            total += chunked_kl(states, teacher.lm_head.weight, target, teacher.lm_head.weight).item() * ids.numel()
+            total += (
+                chunked_kl(states, teacher.lm_head.weight, target, teacher.lm_head.weight).item()
+                * ids.numel()
+            )
             count += ids.numel()
         return total / count
 
@@ -132,7 +143,10 @@ class Prober:
 def require_lm_eval() -> None:
     """Raise ValueError with the command to run if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("tasks of lm-eval need the package: pip install 'opensala[eval]' (the built-in probes need nothing)")
+        raise ValueError(
+            "tasks of lm-eval need the package: pip install 'opensala[eval]' (the built-in probes need "
+            "nothing)"
+        )
 
 
 def lm_eval_score(model: MiniCPMSALAForCausalLM, tokenizer: Any, tasks: tuple[str, ...], batch: int) -> float:
@@ -149,15 +163,22 @@ def lm_eval_score(model: MiniCPMSALAForCausalLM, tokenizer: Any, tasks: tuple[st
             raise ValueError(f"lm-eval task {task!r}: {error.args[0]}") from error
         assert results is not None, "lm-eval returns results on the first process"
         found = results["results"]
-        names = [task] if task in found else sorted(found)  # a file is known by the name inside it, a group by its tasks
+        names = (
+            [task] if task in found else sorted(found)
+        )  # a file is known by the name inside it, a group by its tasks
         scores.append(sum(task_metric(name, found[name]) for name in names) / len(names))
     return sum(scores) / len(scores)
 
 
 def task_metric(task: str, values: dict[str, Any]) -> float:
     """The figure of a task, from what lm-eval reports for it: normalised accuracy, else its first number."""
-    numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and "stderr" not in key
-               and key not in ("sample_len", "sample_count")}
+    numbers = {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, (int, float))
+        and "stderr" not in key
+        and key not in ("sample_len", "sample_count")
+    }
     for key in ("acc_norm,none", *numbers):
         if key in numbers:
             return float(numbers[key])

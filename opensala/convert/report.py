@@ -10,7 +10,14 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ..model import MiniCPMSALAForCausalLM
@@ -31,8 +38,14 @@ class Bar:
 @contextmanager
 def progress_bar(label: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
     """Show a bar on stderr while the block runs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn(compact=True), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as progress:
         yield Bar(progress, label, total, done)
 
@@ -69,8 +82,12 @@ def print_plan(rows: list[tuple[str, int, int, float]], needed: int, device: tor
     console = Console(file=sys.stderr, soft_wrap=True)
     console.print(table)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    console.print(f"in all {_clock(total)}; weights, gradients and optimizer {needed / 2**20:,.0f} MiB, activations beside them; "
-                  f"{free / 2**20:,.0f} MiB free on {device}", highlight=False)
+    console.print(
+        f"in all {_clock(total)}; weights, gradients and optimizer {needed / 2**20:,.0f} MiB, activations "
+        "beside them; "
+        f"{free / 2**20:,.0f} MiB free on {device}",
+        highlight=False,
+    )
 
 
 def _clock(seconds: float) -> str:
@@ -99,13 +116,27 @@ def _save(figure: Any, path: Path) -> None:
 
 def plot_alignment(records: list[dict[str, Any]], path: Path) -> None:
     """The relative error of every layer by step, from the metrics of the alignment."""
-    figure, axes = _axes("Alignment: error of each layer's Lightning mixer", "step", "squared error / mean square of the target")
+    figure, axes = _axes(
+        "Alignment: error of each layer's Lightning mixer",
+        "step",
+        "squared error / mean square of the target",
+    )
     layers = len(records[0]["relative"])
     window = max(1, len(records) // 60)
     for i in range(layers):
         values = [r["relative"][i] for r in records]
-        smooth = [sum(values[max(0, n - window + 1) : n + 1]) / len(values[max(0, n - window + 1) : n + 1]) for n in range(len(values))]
-        axes.plot([r["step"] for r in records], smooth, color=f"C{i % 10}", linestyle="-" if i < 10 else "--", linewidth=1, label=str(i))
+        smooth = [
+            sum(values[max(0, n - window + 1) : n + 1]) / len(values[max(0, n - window + 1) : n + 1])
+            for n in range(len(values))
+        ]
+        axes.plot(
+            [r["step"] for r in records],
+            smooth,
+            color=f"C{i % 10}",
+            linestyle="-" if i < 10 else "--",
+            linewidth=1,
+            label=str(i),
+        )
     axes.set_yscale("log")
     axes.legend(title="layer", ncols=2, fontsize=7, loc="upper right")
     _save(figure, path)

@@ -1,7 +1,9 @@
-"""The whole conversion as one run that can be stopped anywhere: alignment, sweep, choice of layers, distillation, export.
+"""The whole conversion as one run that can be stopped anywhere: alignment, sweep, choice of layers,
+distillation, export.
 
-Each phase saves its state every so many steps; a run that resumes takes up the last saved state, with the same data, and
-on a CPU gives the same numbers bit for bit. What a phase computes is in the other modules; here is only their order.
+Each phase saves its state every so many steps; a run that resumes takes up the last saved state, with the
+same data, and on a CPU gives the same numbers bit for bit. What a phase computes is in the other modules;
+here is only their order.
 """
 
 import copy
@@ -39,10 +41,25 @@ from .teacher import load_teacher, read_config, teacher_config
 from .transfer import assemble, lightning_mixers, student_config
 
 logger = logging.getLogger("opensala")
-_REUSED = ("teacher", "align", "length", "data", "task_share", "seed", "dtype")  # what aligned mixers depend on
+_REUSED = (
+    "teacher",
+    "align",
+    "length",
+    "data",
+    "task_share",
+    "seed",
+    "dtype",
+)  # what aligned mixers depend on
 
 
-def convert(config: ConvertConfig, output: str | Path, *, resume: bool = False, plan_only: bool = False, quiet: bool = False) -> Path:
+def convert(
+    config: ConvertConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    plan_only: bool = False,
+    quiet: bool = False,
+) -> Path:
     """Convert a teacher; returns the folder of the finished checkpoint, `output`/model.
 
     Args:
@@ -53,8 +70,8 @@ def convert(config: ConvertConfig, output: str | Path, *, resume: bool = False, 
         quiet: no progress bars, no plan.
 
     Raises:
-        ValueError: an unsupported teacher, data without a full sequence, a folder of another run, a number of layers that
-            cannot be kept, or a loss that is not finite (the last saved state stays as it is).
+        ValueError: an unsupported teacher, data without a full sequence, a folder of another run, a number of
+            layers that cannot be kept, or a loss that is not finite (the last saved state stays as it is).
     """
     return Conversion(config, output, resume, quiet).run(plan_only)
 
@@ -73,7 +90,9 @@ def _tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except OSError as error:
-        raise ValueError(f"teacher: {path} has no tokenizer that can be read ({error}); save one beside the model") from error
+        raise ValueError(
+            f"teacher: {path} has no tokenizer that can be read ({error}); save one beside the model"
+        ) from error
 
 
 class Conversion:
@@ -99,26 +118,41 @@ class Conversion:
         self.scores: dict[str, Any] = {}
 
     def _check_texts(self, run: Path) -> None:
-        """Raise ValueError if a run began with other texts: its data order would be another one from here on."""
+        """Raise ValueError if a run began with other texts: its data order would be another one from here
+        on."""
         known = read_json(run / "config.json")
         if known is not None and known.get("texts") != self.texts:
-            cause = "files were changed" if self.config.data else "packages or Python were installed, removed or updated"
-            raise ValueError(f"data: the texts are not those that {run} began with ({cause} since): bring them back, or begin a new run")
+            cause = (
+                "files were changed"
+                if self.config.data
+                else "packages or Python were installed, removed or updated"
+            )
+            raise ValueError(
+                f"data: the texts are not those that {run} began with ({cause} since): bring them back, "
+                "or begin a new run"
+            )
 
     def _number_kept(self, layers: int) -> int:
         config = self.config
         if config.layers is not None:
             outside = [i for i in config.layers if not 0 <= i < layers]
             if outside or len(set(config.layers)) != len(config.layers):
-                raise ValueError(f"layers must be different numbers in 0..{layers - 1}, got {list(config.layers)}")
+                raise ValueError(
+                    f"layers must be different numbers in 0..{layers - 1}, got {list(config.layers)}"
+                )
             return len(config.layers)
         keep = default_keep(layers, config.fix_ends) if config.keep is None else config.keep
-        select_layers(None, keep, layers=layers, fix_ends=config.fix_ends, rule="uniform")  # refuses what cannot be kept
+        select_layers(
+            None, keep, layers=layers, fix_ends=config.fix_ends, rule="uniform"
+        )  # refuses what cannot be kept
         return keep
 
     def _fill_end_of_text(self) -> None:
         """A teacher that names no end of text takes its tokenizer's."""
-        if read_config(self.config.teacher).get("eos_token_id") is None and self.tokenizer.eos_token_id is not None:
+        if (
+            read_config(self.config.teacher).get("eos_token_id") is None
+            and self.tokenizer.eos_token_id is not None
+        ):
             self.teacher.config.eos_token_id = self.tokenizer.eos_token_id
 
     def run(self, plan_only: bool = False) -> Path:
@@ -157,9 +191,15 @@ class Conversion:
         state = self.folder.load_state("distill")
         left = config.distill.steps - (state["step"] if state else 0)
         if left:
-            kept = select_layers(None, self.keep, layers=layers, fix_ends=False, rule="uniform") if self.keep else []
+            kept = (
+                select_layers(None, self.keep, layers=layers, fix_ends=False, rule="uniform")
+                if self.keep
+                else []
+            )
             distillation = self._distillation(self._student(kept))
-            seconds = self._measure(lambda: distillation.gradients(0, self._batch("distill", 0)), distillation.forget)
+            seconds = self._measure(
+                lambda: distillation.gradients(0, self._batch("distill", 0)), distillation.forget
+            )
             rows.append(("distillation", left, config.distill.batch * config.length, seconds))
         count = sum(p.numel() for p in self.mixers.parameters())
         print_plan(rows, memory_bytes(self.teacher, count, config), self.teacher.device)
@@ -185,14 +225,28 @@ class Conversion:
         """Fit all mixers, from the last saved state on."""
         config, alignment = self.config, Alignment(self.teacher, self.mixers, self.config.align)
         step = self._restore("align", self.mixers, alignment.optimizer)
-        with progress_bar("alignment", config.align.steps, step, self.quiet or step == config.align.steps) as bar:
+        with progress_bar(
+            "alignment", config.align.steps, step, self.quiet or step == config.align.steps
+        ) as bar:
             while step < config.align.steps:
                 errors = alignment.gradients(self._batch("align", step))
-                self._check_finite("align", step, {f"the loss of layer {i}": value for i, value in enumerate(errors["loss"])})
+                self._check_finite(
+                    "align", step, {f"the loss of layer {i}": value for i, value in enumerate(errors["loss"])}
+                )
                 norms = alignment.clip()
-                self._check_finite("align", step, {f"the gradient of layer {i}": value for i, value in enumerate(norms)})
+                self._check_finite(
+                    "align", step, {f"the gradient of layer {i}": value for i, value in enumerate(norms)}
+                )
                 alignment.update(step)
-                self.folder.log({"phase": "align", "step": step, "lr": config.align.rate(step), **errors, "grad_norm": norms})
+                self.folder.log(
+                    {
+                        "phase": "align",
+                        "step": step,
+                        "lr": config.align.rate(step),
+                        **errors,
+                        "grad_norm": norms,
+                    }
+                )
                 step += 1
                 bar.advance(f"error {sum(errors['relative']) / len(norms):.3f}")
                 self._save("align", step, config.align.steps, self.mixers, alignment.optimizer)
@@ -202,7 +256,8 @@ class Conversion:
         self.mixers.requires_grad_(False)
 
     def _reuse(self, other: Path) -> None:
-        """Take aligned mixers and scores from another finished run, if they are what this one would have computed."""
+        """Take aligned mixers and scores from another finished run, if they are what this one would have
+        computed."""
         if (self.folder.path / "align.pt").exists():
             return
         known, mine = read_json(other / "config.json"), self.config.as_dict()
@@ -214,7 +269,9 @@ class Conversion:
         self._check_texts(other)
         steps = torch.load(other / "align.pt", weights_only=True, map_location="cpu")["step"]
         if steps != self.config.align.steps:
-            raise ValueError(f"reuse: {other} was aligned for {steps} of {self.config.align.steps} steps: resume it first")
+            raise ValueError(
+                f"reuse: {other} was aligned for {steps} of {self.config.align.steps} steps: resume it first"
+            )
         for name in ("metrics.jsonl", "scores.json"):
             if (other / name).exists() and (name != "scores.json" or known["probes"] == mine["probes"]):
                 shutil.copyfile(other / name, self.folder.path / name)
@@ -225,7 +282,8 @@ class Conversion:
     # --- selection ---
 
     def _scored(self) -> bool:
-        """Whether the scores the rule needs are there, in this folder or in one from which they will be taken over."""
+        """Whether the scores the rule needs are there, in this folder or in one from which they will be taken
+        over."""
         for folder in (self.folder.path, *([Path(self.config.reuse)] if self.config.reuse else [])):
             known, scores = read_json(folder / "config.json"), read_json(folder / "scores.json")
             same = known is None or known["probes"] == self.config.as_dict()["probes"]
@@ -243,12 +301,25 @@ class Conversion:
             kept = sorted(config.layers)
         else:
             scores = self.sweep() if self._needs_scores() else None
-            kept = select_layers(scores, self.keep, layers=layers, fix_ends=config.fix_ends, rule=config.rule, seed=config.seed)
+            kept = select_layers(
+                scores, self.keep, layers=layers, fix_ends=config.fix_ends, rule=config.rule, seed=config.seed
+            )
             if scores is not None and config.rule == "halo":
                 values = importance(scores.recall, scores.general)
-                plot_importance(values, kept, "lost recall / lost general ability", self.folder.path / "plots" / "importance.png")
-        write_json(self.folder.path / "selection.json", {"rule": "given" if config.layers is not None else config.rule,
-                                                         "fix_ends": config.fix_ends, "kept": kept})
+                plot_importance(
+                    values,
+                    kept,
+                    "lost recall / lost general ability",
+                    self.folder.path / "plots" / "importance.png",
+                )
+        write_json(
+            self.folder.path / "selection.json",
+            {
+                "rule": "given" if config.layers is not None else config.rule,
+                "fix_ends": config.fix_ends,
+                "kept": kept,
+            },
+        )
         logger.info("kept layers: %s", kept)
         return kept
 
@@ -256,7 +327,10 @@ class Conversion:
         """Score the teacher, then the teacher with each layer replaced; saved after every layer."""
         file, layers = self.folder.path / "scores.json", len(self.mixers)
         record = read_json(file) or {"layers": []}
-        with torch.no_grad(), progress_bar("sweep", layers + 1, quiet=self.quiet or len(record["layers"]) == layers) as bar:
+        with (
+            torch.no_grad(),
+            progress_bar("sweep", layers + 1, quiet=self.quiet or len(record["layers"]) == layers) as bar,
+        ):
             if "teacher" not in record:
                 record["teacher"] = self.prober.score(self.teacher).as_dict()
             bar.advance()
@@ -268,7 +342,10 @@ class Conversion:
                     others = {j: self._cast(j) for j in range(layers) if j != i}
                     record["layers"][i]["kl"] = self.prober.divergence(self.teacher, others)
                 write_json(file, record)
-                bar.advance(f"layer {i}: recall {record['layers'][i]['recall']:.3f}, nll {record['layers'][i]['nll']:.3f}")
+                bar.advance(
+                    f"layer {i}: recall {record['layers'][i]['recall']:.3f}, nll "
+                    f"{record['layers'][i]['nll']:.3f}"
+                )
         names = ("recall", "general", "kl") if self.config.rule == "kl" else ("recall", "general")
         lists = {name: [layer[name] for layer in record["layers"]] for name in names}
         write_json(file, record | lists)
@@ -283,15 +360,25 @@ class Conversion:
 
     def _student(self, kept: list[int]) -> MiniCPMSALAForCausalLM:
         config = self.config
-        built = student_config(self.teacher.config, kept, hype=config.hype, attn_qk_norm=config.attn_qk_norm,
-                               attn_scale_base=config.attn_scale_base, sparse_config=config.sparse_config)
+        built = student_config(
+            self.teacher.config,
+            kept,
+            hype=config.hype,
+            attn_qk_norm=config.attn_qk_norm,
+            attn_scale_base=config.attn_scale_base,
+            sparse_config=config.sparse_config,
+        )
         student = assemble(self.teacher, built, dict(enumerate(self.mixers)), torch.float32)
-        student.set_attention_mode("dense")  # training sequences are far below dense_len; small teachers set it low
+        student.set_attention_mode(
+            "dense"
+        )  # training sequences are far below dense_len; small teachers set it low
         return student
 
     def _distillation(self, student: MiniCPMSALAForCausalLM, cache: Path | None = None) -> Distillation:
         targets = live_targets(self.teacher) if cache is None else cached_targets(cache)
-        return Distillation(student, self.config.trainable, targets, self.teacher.lm_head.weight, self.config.distill)
+        return Distillation(
+            student, self.config.trainable, targets, self.teacher.lm_head.weight, self.config.distill
+        )
 
     def distill(self, kept: list[int]) -> MiniCPMSALAForCausalLM:
         """The hybrid with these layers kept, distilled from the last saved state on."""
@@ -303,14 +390,24 @@ class Conversion:
         step = self._restore("distill", trained, distillation.optimizer)
         if not step:
             self._measure_result("aligned", student)
-        with progress_bar("distillation", config.distill.steps, step, self.quiet or step == config.distill.steps) as bar:
+        with progress_bar(
+            "distillation", config.distill.steps, step, self.quiet or step == config.distill.steps
+        ) as bar:
             while step < config.distill.steps:
                 loss = distillation.gradients(step, self._batch("distill", step))
                 self._check_finite("distill", step, {"the loss": loss})
                 norm = distillation.clip()
                 self._check_finite("distill", step, {"the gradient": norm})
                 distillation.update(step)
-                self.folder.log({"phase": "distill", "step": step, "lr": config.distill.rate(step), "loss": loss, "grad_norm": norm})
+                self.folder.log(
+                    {
+                        "phase": "distill",
+                        "step": step,
+                        "lr": config.distill.rate(step),
+                        "loss": loss,
+                        "grad_norm": norm,
+                    }
+                )
                 step += 1
                 bar.advance(f"KL {loss:.4f}")
                 self._save("distill", step, config.distill.steps, trained, distillation.optimizer)
@@ -352,7 +449,9 @@ class Conversion:
         if not self.quiet:
             record = read_json(self.folder.path / "result.json")
             for name, score in record.items():
-                print(f"{name}: recall {score['recall']:.3f}, held-out nll {score['nll']:.4f}", file=sys.stderr)
+                print(
+                    f"{name}: recall {score['recall']:.3f}, held-out nll {score['nll']:.4f}", file=sys.stderr
+                )
             print(f"kept layers {kept}; saved {self.folder.path / 'model'}", file=sys.stderr)
 
     # --- states ---
@@ -368,14 +467,28 @@ class Conversion:
         self.folder.forget_after(phase, step)
         return step
 
-    def _save(self, phase: str, step: int, steps: int, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def _save(
+        self, phase: str, step: int, steps: int, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
         if step % self.config.save_every == 0 or step == steps:
-            self.folder.save_state(phase, {"weights": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step})
+            self.folder.save_state(
+                phase, {"weights": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            )
 
     def _check_finite(self, phase: str, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             if not math.isfinite(value):
-                file, saved = self.folder.path / f"{phase}.pt", step // self.config.save_every * self.config.save_every
-                kept = f"the last good state, {file} (step {saved}), is kept" if file.exists() else "nothing was saved yet"
-                raise ValueError(f"{phase} step {step}: {name} is {value}; {kept}. Try another run with a lower {phase}.lr, or look "
-                                 "for the cause in the data")
+                file, saved = (
+                    self.folder.path / f"{phase}.pt",
+                    step // self.config.save_every * self.config.save_every,
+                )
+                kept = (
+                    f"the last good state, {file} (step {saved}), is kept"
+                    if file.exists()
+                    else "nothing was saved yet"
+                )
+                raise ValueError(
+                    f"{phase} step {step}: {name} is {value}; {kept}. Try another run with a lower "
+                    f"{phase}.lr, or look "
+                    "for the cause in the data"
+                )

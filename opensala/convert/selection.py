@@ -1,7 +1,7 @@
 """Which layers stay softmax attention: pure functions from numbers to layer indices.
 
-It knows no model. Scores may be fractions or percent: the rules use ratios and orders (the cap of 50 is the only
-constant). Among equals the lower layer is kept.
+It knows no model. Scores may be fractions or percent: the rules use ratios and orders (the cap of 50 is the
+only constant). Among equals the lower layer is kept.
 """
 
 import math
@@ -21,7 +21,8 @@ class Scores:
     """Per layer i, higher is better for recall and general, lower for kl.
 
     recall, general: R_i and C_i, measured with layer i alone replaced by its Lightning mixer.
-    kl: divergence from the teacher with layer i alone restored in a model whose other layers are all Lightning.
+    kl: divergence from the teacher with layer i alone restored in a model whose other layers are all
+        Lightning.
     """
 
     recall: tuple[float, ...] = ()
@@ -32,10 +33,13 @@ class Scores:
     def from_dict(cls, record: object) -> "Scores":
         """From parsed JSON, `{"recall": [...], "general": [...]}` (and or instead `"kl"`).
 
-        Raises ValueError for anything else: unknown keys, entries that are no finite numbers, different lengths.
+        Raises ValueError for anything else: unknown keys, entries that are no finite numbers, different
+            lengths.
         """
         if not isinstance(record, dict):
-            raise ValueError(f"scores must be an object with lists named recall and general, got {type(record).__name__}")
+            raise ValueError(
+                f"scores must be an object with lists named recall and general, got {type(record).__name__}"
+            )
         for name, values in record.items():
             check_choice("a list of scores", name, ("recall", "general", "kl"))
             if not isinstance(values, list):
@@ -54,13 +58,17 @@ class Scores:
 
 
 def importance(recall: Sequence[float], general: Sequence[float]) -> list[float]:
-    """I_i = min(50, (max R - R_i) / (max C - C_i + 1e-10)): how much more replacing i costs recall than general ability.
+    """I_i = min(50, (max R - R_i) / (max C - C_i + 1e-10)): how much more replacing i costs recall than
+    general ability.
 
-    The base is the best replaced layer, as in HALO's published code. A layer whose C_i is the maximum gets the cap
+    The base is the best replaced layer, as in HALO's published code. A layer whose C_i is the maximum gets
+    the cap
     unless its R_i is the maximum too. Source: arXiv 2601.22156.
     """
     best_recall, best_general = max(recall), max(general)
-    return [min(CAP, (best_recall - r) / (best_general - c + 1e-10)) for r, c in zip(recall, general, strict=True)]
+    return [
+        min(CAP, (best_recall - r) / (best_general - c + 1e-10)) for r, c in zip(recall, general, strict=True)
+    ]
 
 
 def default_keep(layers: int, fix_ends: bool = True) -> int:
@@ -71,22 +79,32 @@ def default_keep(layers: int, fix_ends: bool = True) -> int:
     least = 2 if fix_ends else 1
     if layers < 4 * least:
         ends = " and both ends stay" if fix_ends else ""
-        raise ValueError(f"a teacher of {layers} layers cannot keep 25%{ends}: name a number with --keep ({least} to {layers})"
-                         + (" or let the ends go with --no-fix-ends" if fix_ends else ""))
+        raise ValueError(
+            f"a teacher of {layers} layers cannot keep 25%{ends}: name a number with --keep ({least} to "
+            f"{layers})" + (" or let the ends go with --no-fix-ends" if fix_ends else "")
+        )
     return (layers + 2) // 4
 
 
-def select_layers(scores: Scores | None, keep: int, *, layers: int | None = None, fix_ends: bool = True, rule: str = "halo",
-                  seed: int = 0) -> list[int]:
+def select_layers(
+    scores: Scores | None,
+    keep: int,
+    *,
+    layers: int | None = None,
+    fix_ends: bool = True,
+    rule: str = "halo",
+    seed: int = 0,
+) -> list[int]:
     """The layers that stay softmax attention, ascending.
 
     Args:
-        scores: what the rule needs: recall and general (`halo`), recall (`recall`), kl (`kl`), none of them (the others).
+        scores: what the rule needs: recall and general (`halo`), recall (`recall`), kl (`kl`), none of them
+            (the others).
         keep: how many, ends included.
         layers: number of layers; needed without scores.
         fix_ends: keep the first and the last layer whatever their scores (SALA; HALO does not).
-        rule: `halo` (the importance above), `recall` (drop in recall alone), `kl` (drop in divergence when restored),
-            `uniform` (even spacing), `first-last-heavy` (from both ends inwards), `random`.
+        rule: `halo` (the importance above), `recall` (drop in recall alone), `kl` (drop in divergence when
+            restored), `uniform` (even spacing), `first-last-heavy` (from both ends inwards), `random`.
         seed: of `random`.
 
     Raises:
@@ -96,11 +114,15 @@ def select_layers(scores: Scores | None, keep: int, *, layers: int | None = None
     layers = layers or (scores.layers if scores else 0)
     least = 2 if fix_ends else 1
     if not least <= keep <= layers:
-        raise ValueError(f"keep must be {least} to {layers} (the layers there are)"
-                         f"{', both ends included' if fix_ends else ''}, got {keep}")
+        raise ValueError(
+            f"keep must be {least} to {layers} (the layers there are)"
+            f"{', both ends included' if fix_ends else ''}, got {keep}"
+        )
     for name in _NEEDS.get(rule, ()):
         if scores is None or len(getattr(scores, name)) != layers:
-            raise ValueError(f"rule {rule!r} needs a list {name!r} with one score for each of {layers} layers")
+            raise ValueError(
+                f"rule {rule!r} needs a list {name!r} with one score for each of {layers} layers"
+            )
     fixed = [0, layers - 1] if fix_ends else []
     order = [i for i in _order(scores, layers, keep, fix_ends, rule, seed) if i not in fixed]
     return sorted((fixed + order)[:keep])
@@ -117,6 +139,9 @@ def _order(scores: Scores | None, layers: int, keep: int, fix_ends: bool, rule: 
     if rule == "random":
         return random.Random(seed).sample(range(layers), layers)
     assert scores is not None, "checked by select_layers"
-    values = {"halo": lambda: importance(scores.recall, scores.general), "recall": lambda: [-r for r in scores.recall],
-              "kl": lambda: [-d for d in scores.kl]}[rule]()
+    values = {
+        "halo": lambda: importance(scores.recall, scores.general),
+        "recall": lambda: [-r for r in scores.recall],
+        "kl": lambda: [-d for d in scores.kl],
+    }[rule]()
     return sorted(range(layers), key=lambda i: (-values[i], i))

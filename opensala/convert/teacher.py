@@ -1,9 +1,9 @@
 """Teachers: which Transformers can be converted, and how each is read.
 
-A Llama, Qwen3 or MiniCPM model is a special case of our own: every layer softmax attention, rotary positions kept, no
-output gate. So a teacher is loaded, tensor for tensor and under the same names, as a `MiniCPMSALAForCausalLM` in that
-form, always dense. This needs no remote code (MiniCPM has no class in transformers), and one class serves as teacher
-and student. It knows nothing of Lightning layers.
+A Llama, Qwen3 or MiniCPM model is a special case of our own: every layer softmax attention, rotary positions
+kept, no output gate. So a teacher is loaded, tensor for tensor and under the same names, as a
+`MiniCPMSALAForCausalLM` in that form, always dense. This needs no remote code (MiniCPM has no class in
+transformers), and one class serves as teacher and student. It knows nothing of Lightning layers.
 """
 
 import math
@@ -17,13 +17,25 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import ROPE_SCALINGS, SPARSE
 
-_SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-         "bos_token_id", "pad_token_id")
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "bos_token_id",
+    "pad_token_id",
+)
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
     """Scalings of a model that has none."""
-    return {"scale_emb": 1, "scale_depth": math.sqrt(given["num_hidden_layers"]), "dim_model_base": given["hidden_size"]}
+    return {
+        "scale_emb": 1,
+        "scale_depth": math.sqrt(given["num_hidden_layers"]),
+        "dim_model_base": given["hidden_size"],
+    }
 
 
 def _llama(given: dict[str, Any]) -> dict[str, Any]:
@@ -32,18 +44,31 @@ def _llama(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _qwen3(given: dict[str, Any]) -> dict[str, Any]:
-    _refuse(given, "use_sliding_window", (False, None), "kept layers see the whole past: a sliding window cannot be expressed")
+    _refuse(
+        given,
+        "use_sliding_window",
+        (False, None),
+        "kept layers see the whole past: a sliding window cannot be expressed",
+    )
     return {**_plain(given), "attn_qk_norm": True, "attention_bias": bool(given.get("attention_bias"))}
 
 
 def _minicpm(given: dict[str, Any]) -> dict[str, Any]:
     _refuse(given, "num_experts", (0, None), "mixtures of experts cannot be converted")
     scalings = {key: given.get(key, 1) for key in ("scale_emb", "scale_depth", "dim_model_base")}
-    return {**scalings, "attn_qk_norm": False, "attention_bias": bool(given.get("attention_bias")),
-            "tie_word_embeddings": given.get("tie_word_embeddings", True)}
+    return {
+        **scalings,
+        "attn_qk_norm": False,
+        "attention_bias": bool(given.get("attention_bias")),
+        "tie_word_embeddings": given.get("tie_word_embeddings", True),
+    }
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"llama": _llama, "qwen3": _qwen3, "minicpm": _minicpm}
+FAMILIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "minicpm": _minicpm,
+}
 
 
 def _refuse(given: dict[str, Any], field: str, allowed: tuple[object, ...], why: str) -> None:
@@ -52,15 +77,19 @@ def _refuse(given: dict[str, Any], field: str, allowed: tuple[object, ...], why:
 
 
 def teacher_config(given: dict[str, Any]) -> MiniCPMSALAConfig:
-    """The configuration of a teacher in our form, from its `config.json` (with its family's defaults filled in).
+    """The configuration of a teacher in our form, from its `config.json` (with its family's defaults filled
+    in).
 
     Raises:
-        ValueError: a family that is not supported (naming those that are), or a field that cannot be expressed.
+        ValueError: a family that is not supported (naming those that are), or a field that cannot be
+            expressed.
     """
     family = given.get("model_type")
     if family not in FAMILIES:
-        raise ValueError(f"teacher: model_type must be one of {', '.join(map(repr, FAMILIES))}, got {family!r}; "
-                         "other families would need their own mapping of weights")
+        raise ValueError(
+            f"teacher: model_type must be one of {', '.join(map(repr, FAMILIES))}, got {family!r}; "
+            "other families would need their own mapping of weights"
+        )
     missing = [key for key in _SAME[:5] if given.get(key) is None]
     if missing:
         raise ValueError(f"teacher: its config.json lacks {', '.join(missing)}")
@@ -68,11 +97,16 @@ def teacher_config(given: dict[str, Any]) -> MiniCPMSALAConfig:
     values |= {
         "num_key_value_heads": given.get("num_key_value_heads") or given["num_attention_heads"],
         "head_dim": given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"],
-        "hidden_act": given.get("hidden_act", "silu"), "rms_norm_eps": given.get("rms_norm_eps", 1e-6),
+        "hidden_act": given.get("hidden_act", "silu"),
+        "rms_norm_eps": given.get("rms_norm_eps", 1e-6),
         "initializer_range": given.get("initializer_range", 0.02),
-        "tie_word_embeddings": bool(given.get("tie_word_embeddings", False)), "eos_token_id": given.get("eos_token_id"),
-        "attn_use_rope": True, "attn_use_output_gate": False, "attention_mode": "dense",
-        "mixer_types": [SPARSE] * given["num_hidden_layers"], "attention_dropout": 0.0,
+        "tie_word_embeddings": bool(given.get("tie_word_embeddings", False)),
+        "eos_token_id": given.get("eos_token_id"),
+        "attn_use_rope": True,
+        "attn_use_output_gate": False,
+        "attention_mode": "dense",
+        "mixer_types": [SPARSE] * given["num_hidden_layers"],
+        "attention_dropout": 0.0,
     }
     return MiniCPMSALAConfig(**{**values, **_rope(given), **FAMILIES[family](given)})
 
@@ -85,9 +119,15 @@ def _rope(given: dict[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in ROPE_SCALINGS:
-        raise ValueError(f"teacher: rope_scaling must be null, {' or '.join(ROPE_SCALINGS)}, got {kind!r}: it changes with the "
-                         "length, which the rotary positions of MiniCPM-SALA cannot")
-    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **{key: rope[key] for key in ROPE_SCALINGS[kind] if key in rope}}}
+        raise ValueError(
+            f"teacher: rope_scaling must be null, {' or '.join(ROPE_SCALINGS)}, got {kind!r}: it changes "
+            "with the "
+            "length, which the rotary positions of MiniCPM-SALA cannot"
+        )
+    return {
+        "rope_theta": theta,
+        "rope_scaling": {"rope_type": kind, **{key: rope[key] for key in ROPE_SCALINGS[kind] if key in rope}},
+    }
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -100,13 +140,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         given, _ = PreTrainedConfig.get_config_dict(str(path))
     except OSError as error:
-        raise ValueError(f"teacher: {path} is neither a folder here nor a checkpoint that can be fetched ({error})") from error
+        raise ValueError(
+            f"teacher: {path} is neither a folder here nor a checkpoint that can be fetched ({error})"
+        ) from error
     if given.get("model_type") in FAMILIES and given["model_type"] != "minicpm":
         given = AutoConfig.for_model(**given).to_dict() | {"model_type": given["model_type"]}
     return given
 
 
-def load_teacher(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> MiniCPMSALAForCausalLM:
+def load_teacher(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> MiniCPMSALAForCausalLM:
     """Load a Transformer as an always dense, frozen model of our class; strict, safetensors only.
 
     Raises:

@@ -1,9 +1,9 @@
 """Teacher weights -> hybrid weights, tensor for tensor, strict both ways.
 
-A kept layer is the teacher's attention with a new output gate of zeros: sigmoid(0) = 1/2, and the output projection is
-doubled, both exact in binary, so it starts by computing what the teacher computed. A converted layer copies the
-projections (k and v repeated, so that each Lightning head has its own) and starts its gate in the same way. The teacher
-is one loaded by `load_teacher`.
+A kept layer is the teacher's attention with a new output gate of zeros: sigmoid(0) = 1/2, and the output
+projection is doubled, both exact in binary, so it starts by computing what the teacher computed. A converted
+layer copies the projections (k and v repeated, so that each Lightning head has its own) and starts its gate
+in the same way. The teacher is one loaded by `load_teacher`.
 
 Shapes: H query heads, Hkv kv heads, D head dim, C hidden size.
 """
@@ -23,8 +23,13 @@ State = dict[str, Tensor]
 
 
 def student_config(
-    teacher: MiniCPMSALAConfig, kept: Iterable[int], *, hype: bool = True, attn_qk_norm: bool = False,
-    attn_scale_base: float | None = None, sparse_config: Mapping[str, Any] | None = None,
+    teacher: MiniCPMSALAConfig,
+    kept: Iterable[int],
+    *,
+    hype: bool = True,
+    attn_qk_norm: bool = False,
+    attn_scale_base: float | None = None,
+    sparse_config: Mapping[str, Any] | None = None,
 ) -> MiniCPMSALAConfig:
     """The hybrid's configuration.
 
@@ -40,19 +45,33 @@ def student_config(
     outside = sorted(i for i in chosen if not 0 <= i < layers)
     if outside:
         raise ValueError(f"kept layers must lie in 0..{layers - 1}, got {outside}")
-    values = {key: value for key, value in teacher.to_dict().items() if key in MiniCPMSALAConfig.__annotations__}
-    return MiniCPMSALAConfig(**values | {
-        "mixer_types": [SPARSE if i in chosen else LIGHTNING for i in range(layers)],
-        "lightning_nh": teacher.num_attention_heads, "lightning_nkv": teacher.num_attention_heads,
-        "lightning_head_dim": teacher.head_dim, "qk_norm": True, "use_output_norm": True, "use_output_gate": True,
-        "lightning_use_rope": True, "attn_use_rope": not hype, "attn_use_output_gate": True,
-        "attn_qk_norm": teacher.attn_qk_norm or attn_qk_norm, "attn_scale_base": attn_scale_base,
-        "sparse_config": dict(sparse_config or {}), "attention_mode": "auto",
-    })
+    values = {
+        key: value for key, value in teacher.to_dict().items() if key in MiniCPMSALAConfig.__annotations__
+    }
+    return MiniCPMSALAConfig(
+        **values
+        | {
+            "mixer_types": [SPARSE if i in chosen else LIGHTNING for i in range(layers)],
+            "lightning_nh": teacher.num_attention_heads,
+            "lightning_nkv": teacher.num_attention_heads,
+            "lightning_head_dim": teacher.head_dim,
+            "qk_norm": True,
+            "use_output_norm": True,
+            "use_output_gate": True,
+            "lightning_use_rope": True,
+            "attn_use_rope": not hype,
+            "attn_use_output_gate": True,
+            "attn_qk_norm": teacher.attn_qk_norm or attn_qk_norm,
+            "attn_scale_base": attn_scale_base,
+            "sparse_config": dict(sparse_config or {}),
+            "attention_mode": "auto",
+        }
+    )
 
 
 def repeat_heads(weight: Tensor, head_dim: int, repeats: int) -> Tensor:
-    """Rows of Hkv heads, `[Hkv * D, ...]` -> `[H * D, ...]`: each head `repeats` times in a row, as GQA shares them."""
+    """Rows of Hkv heads, `[Hkv * D, ...]` -> `[H * D, ...]`: each head `repeats` times in a row, as GQA
+    shares them."""
     return weight.unflatten(0, (-1, head_dim)).repeat_interleave(repeats, 0).flatten(0, 1)
 
 
@@ -62,7 +81,11 @@ def _take(source: State, names: Iterable[str]) -> State:
 
 def kept_attention(attention: State, config: MiniCPMSALAConfig) -> State:
     """A teacher's attention weights (without prefix; emptied) -> those of a gated softmax layer."""
-    taken = _take(attention, [f"{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")] + ["q_norm.weight", "k_norm.weight"])
+    taken = _take(
+        attention,
+        [f"{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")]
+        + ["q_norm.weight", "k_norm.weight"],
+    )
     taken |= _output(attention, "o_gate", taken["q_proj.weight"])
     if config.attn_qk_norm:
         _add_norms(taken, config.head_dim)
@@ -70,11 +93,14 @@ def kept_attention(attention: State, config: MiniCPMSALAConfig) -> State:
 
 
 def linear_attention(attention: State, config: MiniCPMSALAConfig) -> State:
-    """A teacher's attention weights (without prefix; emptied) -> those of a Lightning layer before alignment."""
+    """A teacher's attention weights (without prefix; emptied) -> those of a Lightning layer before
+    alignment."""
     assert config.head_dim and config.num_key_value_heads, "filled by the configuration"
     taken = _take(attention, ["q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight"])
     repeats = config.num_attention_heads // config.num_key_value_heads
-    for name, weight in _take(attention, [f"{p}_proj.{kind}" for p in "kv" for kind in ("weight", "bias")]).items():
+    for name, weight in _take(
+        attention, [f"{p}_proj.{kind}" for p in "kv" for kind in ("weight", "bias")]
+    ).items():
         taken[name] = repeat_heads(weight, config.head_dim, repeats)
     taken |= _output(attention, "z_proj", taken["q_proj.weight"])
     taken["o_norm.weight"] = taken["q_proj.weight"].new_ones(config.num_attention_heads * config.head_dim)
@@ -84,7 +110,10 @@ def linear_attention(attention: State, config: MiniCPMSALAConfig) -> State:
 
 def _output(attention: State, gate: str, like: Tensor) -> State:
     """The output projection, doubled to undo a gate of zeros, and that gate (`like` has the gate's shape)."""
-    taken = {"o_proj.weight": attention.pop("o_proj.weight") * GATE_AT_ZERO, f"{gate}.weight": torch.zeros_like(like)}
+    taken = {
+        "o_proj.weight": attention.pop("o_proj.weight") * GATE_AT_ZERO,
+        f"{gate}.weight": torch.zeros_like(like),
+    }
     if "o_proj.bias" in attention:  # added behind the gate: stays as it is
         taken |= {"o_proj.bias": attention.pop("o_proj.bias"), f"{gate}.bias": like.new_zeros(like.shape[0])}
     return taken
@@ -102,7 +131,9 @@ def split_layer(state: State, layer: int) -> State:
     return {name.removeprefix(prefix): state.pop(name) for name in [n for n in state if n.startswith(prefix)]}
 
 
-def hybrid_state(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig, mixers: Mapping[int, nn.Module] | None = None) -> State:
+def hybrid_state(
+    teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig, mixers: Mapping[int, nn.Module] | None = None
+) -> State:
     """All weights of the hybrid; converted layers from `mixers` where given, else as transferred.
 
     Raises:
@@ -125,8 +156,12 @@ def hybrid_state(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig, mix
     return result | left
 
 
-def assemble(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig, mixers: Mapping[int, nn.Module] | None = None,
-             dtype: torch.dtype | None = None) -> MiniCPMSALAForCausalLM:
+def assemble(
+    teacher: MiniCPMSALAForCausalLM,
+    config: MiniCPMSALAConfig,
+    mixers: Mapping[int, nn.Module] | None = None,
+    dtype: torch.dtype | None = None,
+) -> MiniCPMSALAForCausalLM:
     """Build the hybrid of a teacher, with weights of its own.
 
     Args:
@@ -140,7 +175,10 @@ def assemble(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig, mixers:
     """
     with torch.device("meta"):
         model = MiniCPMSALAForCausalLM(config)
-    state = {name: value.to(dtype or teacher.dtype, copy=True) for name, value in hybrid_state(teacher, config, mixers).items()}
+    state = {
+        name: value.to(dtype or teacher.dtype, copy=True)
+        for name, value in hybrid_state(teacher, config, mixers).items()
+    }
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     try:
@@ -160,6 +198,10 @@ def lightning_mixers(teacher: MiniCPMSALAForCausalLM) -> nn.ModuleList:
         with torch.device("meta"):
             mixer = LightningMixer(config, i)
         weights = linear_attention(split_layer(state, i), config)
-        mixer.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, strict=True, assign=True)
+        mixer.load_state_dict(
+            {name: value.to(torch.float32, copy=True) for name, value in weights.items()},
+            strict=True,
+            assign=True,
+        )
         mixers.append(mixer.to(teacher.device))
     return mixers.requires_grad_(True)

@@ -27,15 +27,30 @@ class Haystack:
         texts: real text to use instead of what the Python installation carries.
     """
 
-    def __init__(self, tokenizer: Any, characters: int = 6_000_000, seed: int = 0, part: str = "all",
-                 texts: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        characters: int = 6_000_000,
+        seed: int = 0,
+        part: str = "all",
+        texts: Sequence[str] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
-        sources = [list(documents(kind, part)) for kind in ("code", "prose", "headers")] if texts is None else [list(texts)]
+        sources = (
+            [list(documents(kind, part)) for kind in ("code", "prose", "headers")]
+            if texts is None
+            else [list(texts)]
+        )
         self.real = [self._tokenize(source, characters, seed) for source in sources]
         self.real = [ids for ids in self.real if len(ids)]
         self.words = self._words()
-        self._made: list[Callable[[random.Random], str]] = [self._log, self._table, self._word_salad, self._repeated,
-                                                             self._foreign_code]
+        self._made: list[Callable[[random.Random], str]] = [
+            self._log,
+            self._table,
+            self._word_salad,
+            self._repeated,
+            self._foreign_code,
+        ]
 
     def _tokenize(self, texts: list[str], characters: int, seed: int) -> np.ndarray:
         random.Random(seed).shuffle(texts)
@@ -79,10 +94,15 @@ class Haystack:
         part = f"{rng.choice(self.words)}.{rng.choice(self.words)}"
         lines = []
         for _ in range(20):
-            stamp = f"2{rng.randrange(10, 99)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02} " \
-                    f"{rng.randrange(24):02}:{rng.randrange(60):02}:{rng.randrange(60):02}"
+            stamp = (
+                f"2{rng.randrange(10, 99)}-{rng.randrange(1, 13):02}-{rng.randrange(1, 29):02} "
+                f"{rng.randrange(24):02}:{rng.randrange(60):02}:{rng.randrange(60):02}"
+            )
             detail = " ".join(rng.choice(self.words) for _ in range(rng.randrange(3, 9)))
-            lines.append(f"{stamp} {rng.choice(_LEVELS)} [{part}] {detail} id={rng.randrange(10**6)} took {rng.randrange(999)}ms")
+            lines.append(
+                f"{stamp} {rng.choice(_LEVELS)} [{part}] {detail} id={rng.randrange(10**6)} took "
+                f"{rng.randrange(999)}ms"
+            )
         return "\n".join(lines) + "\n"
 
     def _table(self, rng: random.Random) -> str:
@@ -90,7 +110,9 @@ class Haystack:
         rows = []
         style = rng.randrange(3)
         for _ in range(12):
-            values = [str(rng.randrange(10**5)) if rng.random() < 0.6 else rng.choice(self.words) for _ in keys]
+            values = [
+                str(rng.randrange(10**5)) if rng.random() < 0.6 else rng.choice(self.words) for _ in keys
+            ]
             if style == 0:
                 rows.append(",".join(values))
             elif style == 1:
@@ -102,26 +124,44 @@ class Haystack:
     def _word_salad(self, rng: random.Random) -> str:
         sentences = []
         for _ in range(8):
-            words = [rng.choice(self.words) if rng.random() < 0.9 else invented_word(rng) for _ in range(rng.randrange(5, 18))]
+            words = [
+                rng.choice(self.words) if rng.random() < 0.9 else invented_word(rng)
+                for _ in range(rng.randrange(5, 18))
+            ]
             sentences.append(" ".join(words).capitalize() + rng.choice((".", ".", ".", "?", "!")))
         return " ".join(sentences) + rng.choice((" ", "\n", "\n\n"))
 
     def _repeated(self, rng: random.Random) -> str:
-        sentences = [" ".join(rng.choice(self.words) for _ in range(rng.randrange(3, 8))).capitalize() + "." for _ in range(4)]
+        sentences = [
+            " ".join(rng.choice(self.words) for _ in range(rng.randrange(3, 8))).capitalize() + "."
+            for _ in range(4)
+        ]
         return (" ".join(sentences) + rng.choice((" ", "\n"))) * 6
 
     def _foreign_code(self, rng: random.Random) -> str:
         def word() -> str:
             return rng.choice(self.words)
 
-        lines = [f"{rng.choice(('func', 'function', 'fn', 'public static void', 'int', 'void', 'def'))} {word()}{word().capitalize()}"
-                 f"({word()}, {word()}) {{"]
+        lines = [
+            f"{rng.choice(('func', 'function', 'fn', 'public static void', 'int', 'void', 'def'))} "
+            f"{word()}{word().capitalize()}"
+            f"({word()}, {word()}) {{"
+        ]
         for _ in range(rng.randrange(4, 12)):
-            lines.append("    " * rng.randrange(1, 3) + rng.choice((
-                f"{rng.choice(('let', 'var', 'const', 'int', 'auto', 'my'))} {word()} = {word()}.{word()}({rng.randrange(1000)});",
-                f"if ({word()} {rng.choice(('==', '<', '>=', '!='))} {rng.randrange(100)}) {{ return {word()}; }}",
-                f"{word()}->{word()}({word()}, \"{word()} {word()}\");",
-                f"// {word()} {word()} {word()} {word()}",
-                f"for (int i = 0; i < {rng.randrange(99)}; i++) {word()}[i] += {word()};",
-                f"{word()}::{word()}<{word()}> {word()} = new {word().capitalize()}({rng.randrange(10)});")))
+            lines.append(
+                "    " * rng.randrange(1, 3)
+                + rng.choice(
+                    (
+                        f"{rng.choice(('let', 'var', 'const', 'int', 'auto', 'my'))} {word()} = "
+                        f"{word()}.{word()}({rng.randrange(1000)});",
+                        f"if ({word()} {rng.choice(('==', '<', '>=', '!='))} {rng.randrange(100)}) {{ "
+                        f"return {word()}; }}",
+                        f'{word()}->{word()}({word()}, "{word()} {word()}");',
+                        f"// {word()} {word()} {word()} {word()}",
+                        f"for (int i = 0; i < {rng.randrange(99)}; i++) {word()}[i] += {word()};",
+                        f"{word()}::{word()}<{word()}> {word()} = new "
+                        f"{word().capitalize()}({rng.randrange(10)});",
+                    )
+                )
+            )
         return "\n".join([*lines, "}", ""]) + "\n"

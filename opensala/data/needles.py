@@ -39,11 +39,15 @@ def needle_document(tokenizer: Any, text: str, length: int, facts: int, rng: ran
     spots = sorted(min(len(text) - 1, int((i + rng.random()) / facts * len(text))) for i in range(facts))
     parts, last, depths = [], 0, []
     for spot, fact in zip(spots, chosen, strict=True):
-        cut = max(text.rfind("\n", max(last, spot - 2000), spot), text.rfind(" ", max(last, spot - 200), spot), last)
+        cut = max(
+            text.rfind("\n", max(last, spot - 2000), spot), text.rfind(" ", max(last, spot - 200), spot), last
+        )
         parts += [text[last:cut], f"\n{fact.statement}\n"]
         depths.append(cut / len(text))
         last = cut
     body = tokenizer("".join([*parts, text[last:]]))["input_ids"]
-    trials = [Trial(fact, tokenizer(format_question(fact.question), add_special_tokens=False)["input_ids"], depth)
-              for fact, depth in zip(chosen, depths, strict=True)]
+    trials = [
+        Trial(fact, tokenizer(format_question(fact.question), add_special_tokens=False)["input_ids"], depth)
+        for fact, depth in zip(chosen, depths, strict=True)
+    ]
     return NeedleDocument(body, trials)

@@ -1,6 +1,8 @@
-"""Text as sequences of equal length: documents one after the other with an end-of-text between them, cut evenly.
+"""Text as sequences of equal length: documents one after the other with an end-of-text between them, cut
+evenly.
 
-Which sequence comes when depends on seed and step alone, so a run that resumes sees the data it would have seen.
+Which sequence comes when depends on seed and step alone, so a run that resumes sees the data it would have
+seen.
 """
 
 import random
@@ -24,7 +26,14 @@ class PackedText:
         ValueError: the texts do not fill one sequence.
     """
 
-    def __init__(self, tokenizer: Any, texts: Iterable[str], length: int, name: str = "data", characters: int = 6_000_000) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        texts: Iterable[str],
+        length: int,
+        name: str = "data",
+        characters: int = 6_000_000,
+    ) -> None:
         chosen, total = [], 0
         for text in texts:
             if total > characters:
@@ -36,14 +45,18 @@ class PackedText:
         flat = np.array([t for ids in encoded for t in (*ids, *end)], dtype=np.int32)
         count = len(flat) // length
         if not count:
-            raise ValueError(f"{name} has {len(flat):,} tokens, one sequence needs {length:,}: give more text or shorter sequences")
+            raise ValueError(
+                f"{name} has {len(flat):,} tokens, one sequence needs {length:,}: give more text or "
+                "shorter sequences"
+            )
         self.rows = flat[: count * length].reshape(count, length)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def draw(self, seed: int, position: int, count: int) -> np.ndarray:
-        """Sequences `position` to `position + count` of an endless stream of shuffled epochs, `[count, length]`."""
+        """Sequences `position` to `position + count` of an endless stream of shuffled epochs, `[count,
+        length]`."""
         orders: dict[int, list[int]] = {}
         chosen = []
         for n in range(position, position + count):

@@ -27,7 +27,9 @@ class PromptFormat:
 
     def __post_init__(self) -> None:
         if self.chat and not self.tokenizer.chat_template:
-            raise ValueError("chat=True, but the tokenizer has no chat template: use chat=False or another checkpoint")
+            raise ValueError(
+                "chat=True, but the tokenizer has no chat template: use chat=False or another checkpoint"
+            )
 
     @property
     def uses_chat(self) -> bool:

@@ -24,9 +24,19 @@ def place(rng: random.Random, fact: Fact) -> str:
         indent = " " * rng.choice((0, 0, 0, 4, 8))
         # Some lines after it begin with digits, so that the end of a value is learnt from the line's end.
         return f"\n{indent}{fact.statement}\n" + (str(rng.randrange(10**5)) if rng.random() < 0.4 else "")
-    return rng.choice((f" {fact.statement} ", f"\n{fact.statement}\n", f"\n\n{fact.statement}\n\n", f" {fact.statement}\n",
-                       f"\n# {fact.statement}\n", f"\n    # {fact.statement}\n", f"\n// {fact.statement}\n",
-                       f"\n- {fact.statement}\n", f"\n{fact.statement}\n{rng.randrange(10**4)}"))
+    return rng.choice(
+        (
+            f" {fact.statement} ",
+            f"\n{fact.statement}\n",
+            f"\n\n{fact.statement}\n\n",
+            f" {fact.statement}\n",
+            f"\n# {fact.statement}\n",
+            f"\n    # {fact.statement}\n",
+            f"\n// {fact.statement}\n",
+            f"\n- {fact.statement}\n",
+            f"\n{fact.statement}\n{rng.randrange(10**4)}",
+        )
+    )
 
 
 def _decoy(rng: random.Random, fact: Fact, words: list[str]) -> str:
@@ -35,7 +45,9 @@ def _decoy(rng: random.Random, fact: Fact, words: list[str]) -> str:
     kept = fact.answer[: rng.randrange(1, len(fact.answer) + 1)]
     digits = "".join(rng.choice("0123456789") for _ in range(rng.randrange(1, 5)))
     tail = digits if fact.answer.isdigit() else rng.choice(words)
-    return rng.choice((" {}{} ", "\n{}{}\n", " {}{}.", " = {}{}\n", ": {}{},", " is {}{}.\n", "\n{}{}")).format(kept, tail)
+    return rng.choice(
+        (" {}{} ", "\n{}{}\n", " {}{}.", " = {}{}\n", ": {}{},", " is {}{}.\n", "\n{}{}")
+    ).format(kept, tail)
 
 
 def hide(tokenizer: Any, rng: random.Random, hay: np.ndarray, statements: list[str]) -> np.ndarray:
@@ -49,9 +61,11 @@ def hide(tokenizer: Any, rng: random.Random, hay: np.ndarray, statements: list[s
     return np.concatenate([*parts, hay[last:]])
 
 
-def training_sequence(tokenizer: Any, haystack: Haystack, rng: random.Random, length: int, facts: int) -> Sequence:
-    """A sequence of exactly `length` tokens: bos (if the tokenizer has one), a document with hidden facts, then all
-    questions answered.
+def training_sequence(
+    tokenizer: Any, haystack: Haystack, rng: random.Random, length: int, facts: int
+) -> Sequence:
+    """A sequence of exactly `length` tokens: bos (if the tokenizer has one), a document with hidden facts,
+    then all questions answered.
 
     Raises ValueError if the questions alone do not fit.
     """

@@ -21,7 +21,12 @@ _SKIPPED = {"__pycache__", "site-packages", "dist-packages", "ensurepip", "lib-d
 
 
 def _files(root: Path, patterns: tuple[str, ...]) -> list[Path]:
-    found = [p for pattern in patterns for p in root.rglob(pattern) if not _SKIPPED & set(p.relative_to(root).parts)]
+    found = [
+        p
+        for pattern in patterns
+        for p in root.rglob(pattern)
+        if not _SKIPPED & set(p.relative_to(root).parts)
+    ]
     return sorted(p for p in found if p.is_file())
 
 
@@ -48,8 +53,8 @@ def _docstrings(source: str) -> Iterator[str]:
 
 
 def prose() -> Iterator[str]:
-    """English about programming from the standard library alone: help topics, then docstrings; the same for every
-    installation of one Python version."""
+    """English about programming from the standard library alone: help topics, then docstrings; the same for
+    every installation of one Python version."""
     from pydoc_data.topics import topics
 
     yield from topics.values()
@@ -60,7 +65,8 @@ def prose() -> Iterator[str]:
 
 
 def documents(kind: str, part: str = "all") -> Iterator[str]:
-    """Texts of one kind, in a fixed order: all of them, or only those to train on or those held out to measure with.
+    """Texts of one kind, in a fixed order: all of them, or only those to train on or those held out to
+    measure with.
 
     Raises ValueError for an unknown kind or part.
     """
@@ -76,7 +82,9 @@ def _documents(kind: str) -> Iterator[str]:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     library = Path(sysconfig.get_path("stdlib"))
     if kind == "headers":
-        texts: Iterator[str | None] = (read_text(p) for p in _files(Path(sysconfig.get_path("include")), ("*.h",)))
+        texts: Iterator[str | None] = (
+            read_text(p) for p in _files(Path(sysconfig.get_path("include")), ("*.h",))
+        )
         yield from (t for t in texts if t)
         return
     sources = (read_text(p) for p in _files(library, ("*.py",)))

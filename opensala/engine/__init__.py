@@ -5,4 +5,14 @@ from .documents import Document, read_documents
 from .generate import Engine, Generation, Sampling, shipped_model
 from .prefill import prefill
 
-__all__ = ["Document", "Engine", "Generation", "Sampling", "ask", "build_prompt", "prefill", "read_documents", "shipped_model"]
+__all__ = [
+    "Document",
+    "Engine",
+    "Generation",
+    "Sampling",
+    "ask",
+    "build_prompt",
+    "prefill",
+    "read_documents",
+    "shipped_model",
+]

@@ -17,16 +17,23 @@ def build_prompt(engine: Engine, documents: list[Document], question: str) -> Te
     limit = engine.config.max_position_embeddings
     asked = len(engine.tokenizer(question, add_special_tokens=False)["input_ids"])
     if asked >= limit:
-        raise ValueError(f"the question has {asked:,} tokens, the model's limit is {limit:,}: put long text into a document")
+        raise ValueError(
+            f"the question has {asked:,} tokens, the model's limit is {limit:,}: put long text into a "
+            "document"
+        )
     text = join_documents(documents)
     if engine.tokenizer.chat_template:
         messages = [{"role": "user", "content": f"{text}\n\n{question.strip()}"}]
-        ids = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids = engine.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         return ids["input_ids"].to(engine.device)
     return engine.encode_prompt(text + format_question(question.strip()))
 
 
-def ask(engine: Engine, documents: list[Document], question: str, sampling: Sampling, *, quiet: bool = False) -> Generation:
+def ask(
+    engine: Engine, documents: list[Document], question: str, sampling: Sampling, *, quiet: bool = False
+) -> Generation:
     """Read the documents and answer the question.
 
     Raises:

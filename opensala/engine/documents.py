@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STDIN = "-"
-_SKIPPED_FOLDERS = {".git", ".hg", ".svn", "__pycache__", "node_modules", ".venv", "venv", ".tox", ".mypy_cache"}
+_SKIPPED_FOLDERS = {
+    ".git",
+    ".hg",
+    ".svn",
+    "__pycache__",
+    "node_modules",
+    ".venv",
+    "venv",
+    ".tox",
+    ".mypy_cache",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,9 @@ def read_documents(sources: list[str]) -> list[Document]:
     documents: list[Document] = []
     for source in sources:
         if source == STDIN:
-            documents.append(_checked(Document("standard input", _decode(sys.stdin.buffer.read(), "standard input"))))
+            documents.append(
+                _checked(Document("standard input", _decode(sys.stdin.buffer.read(), "standard input")))
+            )
             continue
         path = Path(source)
         if path.is_dir():
@@ -70,11 +82,14 @@ def _decode(data: bytes, name: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{name}: not UTF-8 text (byte {data[error.start]:#04x} at offset {error.start}); convert it first, "
+            f"{name}: not UTF-8 text (byte {data[error.start]:#04x} at offset {error.start}); convert it "
+            "first, "
             "for example with iconv"
         ) from error
     if "\0" in text:
-        raise ValueError(f"{name}: looks like a binary file (it holds zero bytes); only text and PDF are read")
+        raise ValueError(
+            f"{name}: looks like a binary file (it holds zero bytes); only text and PDF are read"
+        )
     return text.replace("\r\n", "\n")
 
 

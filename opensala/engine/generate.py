@@ -101,8 +101,15 @@ class Engine:
         ValueError: an unknown device or dtype, a checkpoint that is missing, broken or of another kind.
     """
 
-    def __init__(self, model: str | None = None, *, device: str = "auto", dtype: str = "auto",
-                 attention_mode: str | None = None, block_search: str | None = None) -> None:
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        attention_mode: str | None = None,
+        block_search: str | None = None,
+    ) -> None:
         self.name = model or str(shipped_model())
         self.device = _device(device)
         self.dtype = _dtype(dtype, self.device)
@@ -117,7 +124,9 @@ class Engine:
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.name}: no usable tokenizer ({_first_line(error)})") from error
         try:
-            self.model = MiniCPMSALAForCausalLM.from_pretrained(self.name, config=config, dtype=self.dtype).to(self.device)
+            self.model = MiniCPMSALAForCausalLM.from_pretrained(
+                self.name, config=config, dtype=self.dtype
+            ).to(self.device)
         except OSError as error:
             raise ValueError(f"{self.name}: cannot be loaded ({_first_line(error)})") from error
         self.model.eval()
@@ -132,11 +141,23 @@ class Engine:
         check_prompt_fits(self.config, tokens + new_tokens, chunk, self.dtype, self.device)
         limit = self.config.max_position_embeddings
         if tokens + new_tokens > limit:
-            return [f"the prompt and its answer take {tokens + new_tokens:,} tokens; the model was made for {limit:,}"]
+            return [
+                f"the prompt and its answer take {tokens + new_tokens:,} tokens; the model was made for "
+                f"{limit:,}"
+            ]
         return []
 
-    def generate(self, ids: Tensor, sampling: Sampling, *, label: str = "reading", chunk: int = CHUNK,
-                 stream: bool = False, quiet: bool = False, cache: SALACache | None = None) -> Generation:
+    def generate(
+        self,
+        ids: Tensor,
+        sampling: Sampling,
+        *,
+        label: str = "reading",
+        chunk: int = CHUNK,
+        stream: bool = False,
+        quiet: bool = False,
+        cache: SALACache | None = None,
+    ) -> Generation:
         """Read `ids` `[1, T]` and continue them.
 
         Args:
@@ -159,15 +180,29 @@ class Engine:
         start = time.perf_counter()
         with token_progress(label, tokens, quiet) as advance:
             if tokens > 1:
-                prefill(self.model, ids[:, :-1], cache, chunk=chunk, new_tokens=sampling.max_new_tokens + 1, progress=advance)
+                prefill(
+                    self.model,
+                    ids[:, :-1],
+                    cache,
+                    chunk=chunk,
+                    new_tokens=sampling.max_new_tokens + 1,
+                    progress=advance,
+                )
             advance(1)
         streamer = _Timed(self.tokenizer, stream)
         whole = torch.cat([ids.new_zeros(1, held), ids], 1)  # transformers reads only what the cache lacks
         chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
             chosen |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        output = self.model.generate(whole, attention_mask=torch.ones_like(whole), past_key_values=cache, streamer=streamer,
-                                     max_new_tokens=sampling.max_new_tokens, pad_token_id=self.config.pad_token_id, **chosen)
+        output = self.model.generate(
+            whole,
+            attention_mask=torch.ones_like(whole),
+            past_key_values=cache,
+            streamer=streamer,
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=self.config.pad_token_id,
+            **chosen,
+        )
         end = time.perf_counter()
         new = output[0, whole.shape[1] :]
         first = streamer.first - start
@@ -223,5 +258,8 @@ def _config(name: str) -> MiniCPMSALAConfig:
     except OSError as error:
         raise ValueError(f"{name}: no checkpoint to be found there ({_first_line(error)})") from error
     if not isinstance(config, MiniCPMSALAConfig):
-        raise ValueError(f"{name}: a {config.model_type} model; this command runs {MiniCPMSALAConfig.model_type} checkpoints")
+        raise ValueError(
+            f"{name}: a {config.model_type} model; this command runs {MiniCPMSALAConfig.model_type} "
+            "checkpoints"
+        )
     return config

@@ -14,8 +14,11 @@ _RESERVE = 200 << 20  # bytes left alone: allocator slack, the operating system
 
 
 def cache_bytes(config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes the cache of one sequence of `tokens` tokens takes: K, V, two levels of compressed keys, states."""
-    assert config.num_key_value_heads and config.head_dim and config.lightning_nh and config.lightning_head_dim
+    """Bytes the cache of one sequence of `tokens` tokens takes: K, V, two levels of compressed keys,
+    states."""
+    assert (
+        config.num_key_value_heads and config.head_dim and config.lightning_nh and config.lightning_head_dim
+    )
     spec, layers = config.block_spec, config.num_hidden_layers
     sparse = sum(config.is_sparse(i) for i in range(layers))
     rows = 2 * tokens + num_windows(tokens, spec.kernel_size, spec.kernel_stride)
@@ -40,7 +43,10 @@ def available_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     root = Path("/sys/fs/cgroup")
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             free = min(free, int((root / limit).read_text()) - int((root / used).read_text()))
         except (OSError, ValueError):  # no such limit here ("max" is not a number)
@@ -48,13 +54,16 @@ def available_bytes(device: torch.device) -> int:
     return free
 
 
-def check_prompt_fits(config: MiniCPMSALAConfig, tokens: int, chunk: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_prompt_fits(
+    config: MiniCPMSALAConfig, tokens: int, chunk: int, dtype: torch.dtype, device: torch.device
+) -> None:
     """Raise ValueError with needed and available bytes if a prompt of `tokens` tokens cannot fit."""
     needed = cache_bytes(config, tokens, dtype) + activation_bytes(config, min(chunk, tokens), tokens, dtype)
     free = available_bytes(device) - _RESERVE
     if needed > free:
         raise ValueError(
-            f"a prompt of {tokens:,} tokens needs {needed:,} bytes on {device.type}, {max(free, 0):,} are available: "
+            f"a prompt of {tokens:,} tokens needs {needed:,} bytes on {device.type}, {max(free, 0):,} are "
+            "available: "
             "shorten the document, free memory, or use a smaller --dtype"
         )
 

@@ -29,8 +29,8 @@ def prefill(
 
     Args:
         new_tokens: how many tokens will be generated afterwards (room is made for them).
-        following: prompt tokens that come in later calls; they count in the length that decides between dense and
-            sparse attention.
+        following: prompt tokens that come in later calls; they count in the length that decides between dense
+            and sparse attention.
         progress: called after each chunk with its number of tokens.
 
     Returns:

@@ -1,4 +1,5 @@
-"""Several questions about one document, read once: after each answer the cache goes back to the document's end."""
+"""Several questions about one document, read once: after each answer the cache goes back to the document's
+end."""
 
 import torch
 
@@ -9,8 +10,14 @@ from .shared import greedy_tokens
 
 
 @torch.no_grad()
-def answer_all(engine: Engine, document: list[int], questions: list[list[int]], *, max_new_tokens: int = 24,
-               progress: Progress | None = None) -> list[str]:
+def answer_all(
+    engine: Engine,
+    document: list[int],
+    questions: list[list[int]],
+    *,
+    max_new_tokens: int = 24,
+    progress: Progress | None = None,
+) -> list[str]:
     """Greedy answers to questions (token ids) that each follow the same document (token ids)."""
     cache = SALACache(engine.config)
     extra = max(map(len, questions)) + max_new_tokens
@@ -19,7 +26,9 @@ def answer_all(engine: Engine, document: list[int], questions: list[list[int]], 
     end, answers = cache.snapshot(), []
     for question in questions:
         cache.restore(end)
-        logits = prefill(engine.model, torch.tensor([question], device=engine.device), cache, new_tokens=max_new_tokens)
+        logits = prefill(
+            engine.model, torch.tensor([question], device=engine.device), cache, new_tokens=max_new_tokens
+        )
         tokens = greedy_tokens(engine, cache, logits, max_new_tokens)
         answers.append(engine.tokenizer.decode(tokens, skip_special_tokens=True).strip())
     return answers

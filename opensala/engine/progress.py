@@ -19,8 +19,13 @@ class _Rate(ProgressColumn):
 def token_progress(label: str, total: int, quiet: bool = False) -> Iterator["Advance"]:
     """Show a bar for `total` tokens while the block runs; yields the function that advances it."""
     console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-               _Rate(), TimeRemainingColumn(compact=True))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        _Rate(),
+        TimeRemainingColumn(compact=True),
+    )
     with Progress(*columns, console=console, disable=quiet, transient=False) as bar:
         task = bar.add_task(label, total=total)
         yield Advance(bar, task)

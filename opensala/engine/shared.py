@@ -1,8 +1,9 @@
 """Prompts that begin alike, answered with their common beginning read once.
 
-After each answer the cache goes back to the end of the common part. Every answer is the one the prompt would get
-alone: the length of the whole prompt decides between dense and sparse attention, so prompts on different sides of
-`dense_len` share nothing.
+After each answer the cache goes back to the end of the common part. Every answer is the one the prompt would
+get
+alone: the length of the whole prompt decides between dense and sparse attention, so prompts on different
+sides of `dense_len` share nothing.
 """
 
 import time
@@ -29,15 +30,18 @@ class Answer:
 
 
 @torch.no_grad()
-def answer_shared(engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-                  progress: Progress | None = None) -> Iterator[Answer]:
+def answer_shared(
+    engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, progress: Progress | None = None
+) -> Iterator[Answer]:
     """Greedy answers to prompts (token ids), in their order, each as soon as it is there.
 
     Raises:
         ValueError: no prompts, an empty one, or one that memory cannot hold.
     """
     if not prompts or not all(prompts):
-        raise ValueError(f"every prompt needs at least one token, got prompts of {[len(p) for p in prompts]} tokens")
+        raise ValueError(
+            f"every prompt needs at least one token, got prompts of {[len(p) for p in prompts]} tokens"
+        )
     longest = max(map(len, prompts))
     engine.check_prompt(longest, max_new_tokens)
     if len(set(engine.model.model._sparse([len(p) for p in prompts]))) > 1:
@@ -48,8 +52,14 @@ def answer_shared(engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_t
     common = shared_length(prompts)
     cache, point = SALACache(engine.config), None
     if common and len(prompts) > 1:
-        prefill(engine.model, _row(engine, prompts[0][:common]), cache, following=longest - common, new_tokens=max_new_tokens,
-                progress=progress)
+        prefill(
+            engine.model,
+            _row(engine, prompts[0][:common]),
+            cache,
+            following=longest - common,
+            new_tokens=max_new_tokens,
+            progress=progress,
+        )
         point = cache.snapshot()
     read = common if point else 0
     for prompt in prompts:
@@ -59,7 +69,9 @@ def answer_shared(engine: Engine, prompts: Sequence[Sequence[int]], *, max_new_t
             rest = prompt[common:]
         else:
             cache.reset()
-        logits = prefill(engine.model, _row(engine, rest), cache, new_tokens=max_new_tokens, progress=progress)
+        logits = prefill(
+            engine.model, _row(engine, rest), cache, new_tokens=max_new_tokens, progress=progress
+        )
         tokens = greedy_tokens(engine, cache, logits, max_new_tokens)
         text = engine.tokenizer.decode(tokens, skip_special_tokens=True)
         yield Answer(text, len(tokens), read + len(rest), time.perf_counter() - start)
@@ -81,7 +93,8 @@ def _row(engine: Engine, ids: Sequence[int]) -> Tensor:
 
 
 def greedy_tokens(engine: Engine, cache: SALACache, logits: Tensor, max_new_tokens: int) -> list[int]:
-    """The most likely continuation, token by token, up to an end of text; logits `[1, V]` are those behind what the cache holds."""
+    """The most likely continuation, token by token, up to an end of text; logits `[1, V]` are those behind
+    what the cache holds."""
     stops = engine.config.eos_token_id
     stop_ids = stops if isinstance(stops, list) else [stops]
     tokens: list[int] = []
@@ -90,5 +103,7 @@ def greedy_tokens(engine: Engine, cache: SALACache, logits: Tensor, max_new_toke
         if token in stop_ids:
             break
         tokens.append(token)
-        logits = engine.model(input_ids=_row(engine, [token]), past_key_values=cache, use_cache=True).logits[:, -1]
+        logits = engine.model(input_ids=_row(engine, [token]), past_key_values=cache, use_cache=True).logits[
+            :, -1
+        ]
     return tokens

@@ -1,7 +1,7 @@
 """Generated documents kept on disk as token ids, so that a second model or mode does not make them again.
 
-A file's name is the hash of all that decides what is in it: the tokenizer, the prompt's form, the generators' own source and
-what the document was asked to be. A file that cannot be read is made anew.
+A file's name is the hash of all that decides what is in it: the tokenizer, the prompt's form, the generators'
+own source and what the document was asked to be. A file that cannot be read is made anew.
 """
 
 import hashlib
@@ -49,10 +49,23 @@ class DocumentCache:
         self.folder, self.form, self._base = folder, form, ""
         if folder is not None:
             tokenizer = form.tokenizer
-            text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-            self._base = repr((generators_fingerprint(), hashlib.sha256(text.encode()).hexdigest(), tokenizer.chat_template, form.uses_chat))
+            text = (
+                tokenizer.backend_tokenizer.to_str()
+                if tokenizer.is_fast
+                else repr(sorted(tokenizer.get_vocab().items()))
+            )
+            self._base = repr(
+                (
+                    generators_fingerprint(),
+                    hashlib.sha256(text.encode()).hexdigest(),
+                    tokenizer.chat_template,
+                    form.uses_chat,
+                )
+            )
 
-    def document(self, task: RulerTask, length: int, index: int, seed: int, questions: int) -> tuple[Prompts, tuple[RulerQuestion, ...]]:
+    def document(
+        self, task: RulerTask, length: int, index: int, seed: int, questions: int
+    ) -> tuple[Prompts, tuple[RulerQuestion, ...]]:
         """Token ids of each question's prompt, and the questions; see `RulerTask.document`."""
         path = self._path(task.name, length, index, seed, questions)
         if path is not None and (held := _read(path)) is not None:
@@ -63,7 +76,11 @@ class DocumentCache:
         return fitted.prompts, fitted.document.questions
 
     def _path(self, *what: Any) -> Path | None:
-        return None if self.folder is None else self.folder / f"{hashlib.sha256(repr((self._base, what)).encode()).hexdigest()[:40]}.npz"
+        return (
+            None
+            if self.folder is None
+            else self.folder / f"{hashlib.sha256(repr((self._base, what)).encode()).hexdigest()[:40]}.npz"
+        )
 
 
 def _write(path: Path, prompts: Prompts, questions: Sequence[RulerQuestion]) -> None:
@@ -75,8 +92,14 @@ def _write(path: Path, prompts: Prompts, questions: Sequence[RulerQuestion]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".new")
     with os.fdopen(handle, "wb") as file:
-        np.savez(file, first=first.astype(np.uint16 if first.max() < 2**16 else np.uint32), common=common, ends=np.cumsum([len(r) for r in rests]),
-                 rests=np.concatenate(rests), questions=np.frombuffer(text.encode(), dtype=np.uint8))
+        np.savez(
+            file,
+            first=first.astype(np.uint16 if first.max() < 2**16 else np.uint32),
+            common=common,
+            ends=np.cumsum([len(r) for r in rests]),
+            rests=np.concatenate(rests),
+            questions=np.frombuffer(text.encode(), dtype=np.uint8),
+        )
     os.replace(temporary, path)
 
 
@@ -90,8 +113,20 @@ def _read(path: Path) -> tuple[Prompts, tuple[RulerQuestion, ...]] | None:
     try:
         with np.load(path, allow_pickle=False) as held:
             first, rests = held["first"], np.split(held["rests"], held["ends"][:-1])
-            prompts = [tuple(np.concatenate((first[:n].astype(np.int64), rest)).tolist()) for n, rest in zip(held["common"], rests, strict=True)]
-            questions = tuple(RulerQuestion(text, tuple(references), depth) for text, references, depth in json.loads(held["questions"].tobytes()))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or cut off in the writing
+            prompts = [
+                tuple(np.concatenate((first[:n].astype(np.int64), rest)).tolist())
+                for n, rest in zip(held["common"], rests, strict=True)
+            ]
+            questions = tuple(
+                RulerQuestion(text, tuple(references), depth)
+                for text, references, depth in json.loads(held["questions"].tobytes())
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        zipfile.BadZipFile,
+    ):  # not there, or cut off in the writing
         return None
     return prompts, questions

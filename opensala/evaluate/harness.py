@@ -1,7 +1,8 @@
 """Tasks of lm-eval on this engine, from the command line: found, checked, run, resumed and written down.
 
-Beside `run.json`, the folder of results gets `requests.jsonl` (each answer as it comes), and at the end `lm_eval.json` (figures by
-task, with versions, settings and seeds) and `lm_eval_samples.jsonl` (each document's id, hashes, answers and figures).
+Beside `run.json`, the folder of results gets `requests.jsonl` (each answer as it comes), and at the end
+`lm_eval.json` (figures by task, with versions, settings and seeds) and `lm_eval_samples.jsonl` (each
+document's id, hashes, answers and figures).
 """
 
 import contextlib
@@ -33,8 +34,13 @@ class Harness:
     manager: Any
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None = None, allow_code: bool = False, known: Sequence[str] = (),
-               quiet: bool = False) -> Harness:
+def load_tasks(
+    names: Sequence[str],
+    include_path: Path | None = None,
+    allow_code: bool = False,
+    known: Sequence[str] = (),
+    quiet: bool = False,
+) -> Harness:
     """Find tasks by name and load their data.
 
     Args:
@@ -44,13 +50,17 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None, allow_cod
         quiet: no progress bars of the loading.
 
     Raises:
-        ValueError: lm-eval is missing; unknown names; data or packages that cannot be had; programs would be run without leave.
+        ValueError: lm-eval is missing; unknown names; data or packages that cannot be had; programs would be
+            run without leave.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(f"{', '.join(names)}: not a suite of this package ({', '.join(known)}), and lm-eval, which may have it, "
-                         f"is not installed: {INSTALL}") from error
+        raise ValueError(
+            f"{', '.join(names)}: not a suite of this package ({', '.join(known)}), and lm-eval, which "
+            "may have it, "
+            f"is not installed: {INSTALL}"
+        ) from error
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"--include-path: {include_path} is not a folder")
     if quiet:
@@ -72,8 +82,11 @@ def _check_names(names: Sequence[str], manager: Any, known: Sequence[str]) -> No
     for name in names:
         if name not in manager.all_tasks:
             near = " or ".join(difflib.get_close_matches(name, [*known, *manager.all_tasks], 3))
-            raise ValueError(f"suite {name!r} does not exist, here or in lm-eval{f': did you mean {near}?' if near else '.'} "
-                             f"There are {', '.join(known)} and lm-eval's {len(manager.all_tasks):,} tasks")
+            raise ValueError(
+                f"suite {name!r} does not exist, here or in "
+                f"lm-eval{f': did you mean {near}?' if near else '.'} "
+                f"There are {', '.join(known)} and lm-eval's {len(manager.all_tasks):,} tasks"
+            )
 
 
 def _load_all(names: Sequence[str], manager: Any) -> list[Any]:
@@ -84,12 +97,20 @@ def _load_all(names: Sequence[str], manager: Any) -> list[Any]:
             loaded += _load(manager, name)
         except ImportError as error:
             failed[name] = f"needs the package {error.name} (pip install {error.name})"
-        except (OSError, RuntimeError, ValueError) as error:  # datasets' and the hub's own kinds of "cannot be had" are among these
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # datasets' and the hub's own kinds of "cannot be had" are among these
             failed[name] = " ".join(str(error).split())[:200]
     if failed:
         rest = [name for name in names if name not in failed]
-        raise ValueError(f"{len(failed)} of {len(names)} tasks could not be loaded: {'; '.join(f'{n}: {why}' for n, why in failed.items())}. Data are fetched "
-                         f"from the hub once and then kept: connect to the network{', or choose --suite ' + ','.join(rest) if rest else ''}")
+        raise ValueError(
+            f"{len(failed)} of {len(names)} tasks could not be loaded: "
+            f"{'; '.join(f'{n}: {why}' for n, why in failed.items())}. Data are fetched "
+            "from the hub once and then kept: connect to the "
+            f"network{', or choose --suite ' + ','.join(rest) if rest else ''}"
+        )
     return loaded
 
 
@@ -105,11 +126,24 @@ def _load(manager: Any, name: str) -> list[Any]:
 
 
 def _leaves(loaded: Sequence[Any]) -> list[Any]:
-    return [task for item in loaded for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])]
+    return [
+        task
+        for item in loaded
+        for task in (item.get_all_tasks() if hasattr(item, "get_all_tasks") else [item])
+    ]
 
 
-def run_tasks(engine: Engine, harness: Harness, folder: Path, *, limit: int | None = None, chat: bool | None = None, batch_size: int = 1,
-              allow_code: bool = False, quiet: bool = True) -> dict[str, Any]:
+def run_tasks(
+    engine: Engine,
+    harness: Harness,
+    folder: Path,
+    *,
+    limit: int | None = None,
+    chat: bool | None = None,
+    batch_size: int = 1,
+    allow_code: bool = False,
+    quiet: bool = True,
+) -> dict[str, Any]:
     """Run loaded tasks into a folder of results, or finish what is there; returns what `lm_eval.json` holds.
 
     Raises:
@@ -122,15 +156,29 @@ def run_tasks(engine: Engine, harness: Harness, folder: Path, *, limit: int | No
     uses_chat = bool(engine.tokenizer.chat_template) if chat is None else chat
     version = importlib.metadata.version("lm_eval")
     settings = {f"lm-eval: {name}": {"source": f"lm-eval {version}", "seed": _SEED} for name in harness.names}
-    Results(folder, identity(engine, uses_chat) | {"thoughts stripped": False}, settings, circumstances(engine))
+    Results(
+        folder, identity(engine, uses_chat) | {"thoughts stripped": False}, settings, circumstances(engine)
+    )
     model = ResumingLM(engine, batch_size=batch_size, log=folder / "requests.jsonl")
     if model.log and not quiet:
         print(f"going on: {folder} holds {len(model.log)} answers", file=sys.stderr)
-    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():  # lm-eval's bars have no switch
+    with (
+        contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
+    ):  # lm-eval's bars have no switch
         found = lm_eval.simple_evaluate(
-            model=model, tasks=harness.tasks, task_manager=harness.manager, limit=limit, apply_chat_template=uses_chat, bootstrap_iters=1000,
-            log_samples=True, confirm_run_unsafe_code=allow_code, random_seed=0, numpy_random_seed=_SEED, torch_random_seed=_SEED,
-            fewshot_random_seed=_SEED)
+            model=model,
+            tasks=harness.tasks,
+            task_manager=harness.manager,
+            limit=limit,
+            apply_chat_template=uses_chat,
+            bootstrap_iters=1000,
+            log_samples=True,
+            confirm_run_unsafe_code=allow_code,
+            random_seed=0,
+            numpy_random_seed=_SEED,
+            torch_random_seed=_SEED,
+            fewshot_random_seed=_SEED,
+        )
     return _write(found, folder)
 
 
@@ -139,15 +187,38 @@ def _write(found: dict[str, Any], folder: Path) -> dict[str, Any]:
     held = read_figures(folder)
     for key in ("results", "groups", "versions", "n-shot", "n-samples", "configs"):
         held[key] = held.get(key, {}) | found.get(key, {})
-    held["config"], held["higher_is_better"] = found.get("config", {}), held.get("higher_is_better", {}) | found.get("higher_is_better", {})
-    (folder / "lm_eval.json").write_text(json.dumps(held, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    held["config"], held["higher_is_better"] = (
+        found.get("config", {}),
+        held.get("higher_is_better", {}) | found.get("higher_is_better", {}),
+    )
+    (folder / "lm_eval.json").write_text(
+        json.dumps(held, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+    )
     samples = {(row["task"], row["doc_id"], row["filter"]): row for row in _held_samples(folder)}
     for task, rows in found.get("samples", {}).items():
         for row in rows:
-            kept = {k: row[k] for k in ("doc_id", "filter", "target", "resps", "filtered_resps", "doc_hash", "prompt_hash", *row["metrics"])}
-            samples[task, row["doc_id"], row["filter"]] = {"id": f"{task}/{row['doc_id']}", "task": task, **kept}
-    (folder / "lm_eval_samples.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in samples.values()),
-                                                  encoding="utf-8")
+            kept = {
+                k: row[k]
+                for k in (
+                    "doc_id",
+                    "filter",
+                    "target",
+                    "resps",
+                    "filtered_resps",
+                    "doc_hash",
+                    "prompt_hash",
+                    *row["metrics"],
+                )
+            }
+            samples[task, row["doc_id"], row["filter"]] = {
+                "id": f"{task}/{row['doc_id']}",
+                "task": task,
+                **kept,
+            }
+    (folder / "lm_eval_samples.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in samples.values()),
+        encoding="utf-8",
+    )
     return held
 
 
@@ -167,4 +238,8 @@ def read_figures(folder: Path) -> dict[str, Any]:
 
 def _held_samples(folder: Path) -> list[dict[str, Any]]:
     path = folder / "lm_eval_samples.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if path.exists()
+        else []
+    )

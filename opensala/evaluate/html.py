@@ -1,4 +1,5 @@
-"""A report's Markdown as one HTML file with its pictures inside: headings, lists, tables, bold, code and pictures, nothing more."""
+"""A report's Markdown as one HTML file with its pictures inside: headings, lists, tables, bold, code and
+pictures, nothing more."""
 
 import base64
 import html
@@ -7,17 +8,24 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-_STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;margin:1rem 0;"
-          "display:block;overflow-x:auto}td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left}td.n,th.n{text-align:right}"
-          "img{max-width:100%}code{background:#f2f2f2;padding:0 .2em}")
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 "
+    "1rem;color:#222}table{border-collapse:collapse;margin:1rem 0;"
+    "display:block;overflow-x:auto}td,th{border:1px solid #ccc;padding:.25rem "
+    ".6rem;text-align:left}td.n,th.n{text-align:right}"
+    "img{max-width:100%}code{background:#f2f2f2;padding:0 .2em}"
+)
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 
 
 def to_html(markdown: str, folder: Path, title: str) -> str:
     """A whole page; pictures are read from `folder`."""
     body = "\n".join(_blocks(markdown, folder))
-    return (f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
 
 
 def _blocks(markdown: str, folder: Path) -> Iterator[str]:
@@ -49,9 +57,17 @@ def _table(lines: list[str]) -> str:
     right = [c.endswith(":") for c in cells[1]]
 
     def line(tag: str, row: list[str]) -> str:
-        return "<tr>" + "".join(f'<{tag}{" class=n" if n else ""}>{_inline(c)}</{tag}>' for c, n in zip(row, right, strict=False)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{' class=n' if n else ''}>{_inline(c)}</{tag}>"
+                for c, n in zip(row, right, strict=False)
+            )
+            + "</tr>"
+        )
 
-    return f"<table><thead>{line('th', cells[0])}</thead><tbody>{''.join(line('td', row) for row in cells[2:])}</tbody></table>"
+    body = "".join(line("td", row) for row in cells[2:])
+    return f"<table><thead>{line('th', cells[0])}</thead><tbody>{body}</tbody></table>"
 
 
 def _picture(line: str, folder: Path) -> str:

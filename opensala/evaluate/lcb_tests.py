@@ -1,7 +1,8 @@
-"""LiveCodeBench's tests: decoding the published form, running them, and its rules for when an output is right.
+"""LiveCodeBench's tests: decoding the published form, running them, and its rules for when an output is
+right.
 
-Private tests are published as base64 of zlib of a pickle of a JSON string. A pickle is a program, and is not run here: its
-instructions are listed, and unless they are one string and nothing else, it is refused.
+Private tests are published as base64 of zlib of a pickle of a JSON string. A pickle is a program, and is not
+run here: its instructions are listed, and unless they are one string and nothing else, it is refused.
 """
 
 import base64
@@ -18,15 +19,35 @@ from .sandbox import Limits, call_function, run_program
 MOST_BYTES = 1 << 30  # of one problem's tests, unpacked
 _STRINGS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
 _HARMLESS = {"PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP"}
-_PREAMBLE = "".join(f"import {m}\nfrom {m} import *\n" for m in (
-    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools", "functools", "operator",
-    "io", "sys", "json", "typing"))
+_PREAMBLE = "".join(
+    f"import {m}\nfrom {m} import *\n"
+    for m in (
+        "string",
+        "re",
+        "datetime",
+        "collections",
+        "heapq",
+        "bisect",
+        "copy",
+        "math",
+        "random",
+        "statistics",
+        "itertools",
+        "functools",
+        "operator",
+        "io",
+        "sys",
+        "json",
+        "typing",
+    )
+)
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class ProgramTest:
-    """`input` and `output` as published: text for programs, for functions a JSON value a line (arguments) and one (result)."""
+    """`input` and `output` as published: text for programs, for functions a JSON value a line (arguments) and
+    one (result)."""
 
     input: str
     output: str
@@ -42,15 +63,23 @@ def decode_tests(text: str, where: str) -> list[ProgramTest]:
     try:
         found = json.loads(text if text.lstrip()[:1] == "[" else _unpacked(text))
     except (binascii.Error, zlib.error, ValueError) as error:
-        raise ValueError(f"{where}: neither a JSON list of tests nor LiveCodeBench's packed form ({error})") from error
+        raise ValueError(
+            f"{where}: neither a JSON list of tests nor LiveCodeBench's packed form ({error})"
+        ) from error
     if not isinstance(found, list):
         raise ValueError(f"{where}: must be a list of tests, got {str(found)[:60]!r}")
     tests = []
     for n, test in enumerate(found, 1):
-        if not isinstance(test, dict) or not all(isinstance(test.get(k), str) for k in ("input", "output", "testtype")):
-            raise ValueError(f"{where}, test {n}: must have the strings input, output and testtype, got {str(test)[:80]!r}")
+        if not isinstance(test, dict) or not all(
+            isinstance(test.get(k), str) for k in ("input", "output", "testtype")
+        ):
+            raise ValueError(
+                f"{where}, test {n}: must have the strings input, output and testtype, got {str(test)[:80]!r}"
+            )
         if test["testtype"] not in ("stdin", "functional"):
-            raise ValueError(f"{where}, test {n}: testtype must be stdin or functional, got {test['testtype']!r}")
+            raise ValueError(
+                f"{where}, test {n}: testtype must be stdin or functional, got {test['testtype']!r}"
+            )
         tests.append(ProgramTest(test["input"], test["output"], test["testtype"] == "functional"))
     return tests
 
@@ -95,9 +124,12 @@ def _passes(source: str, test: ProgramTest, function: str, limits: Limits) -> bo
 
 
 def same_output(printed: str, wanted: str) -> bool:
-    """Line by line with white space around dropped; lines that differ are equal if they are the same decimal numbers."""
+    """Line by line with white space around dropped; lines that differ are equal if they are the same decimal
+    numbers."""
     mine, right = ([line.strip() for line in text.strip().split("\n")] for text in (printed, wanted))
-    return len(mine) == len(right) and all(a == b or _same_numbers(a, b) for a, b in zip(mine, right, strict=True))
+    return len(mine) == len(right) and all(
+        a == b or _same_numbers(a, b) for a, b in zip(mine, right, strict=True)
+    )
 
 
 def _same_numbers(a: str, b: str) -> bool:

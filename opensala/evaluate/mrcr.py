@@ -1,7 +1,8 @@
 """OpenAI's MRCR (multi-round co-reference resolution) from its published files, scored by its published rule.
 
-A row is a long conversation in which several requests are alike; the last message asks for the answer to one of them,
-to be repeated after a random string. Rows are sorted into bins by the tokens of prompt and answer with the model's own
+A row is a long conversation in which several requests are alike; the last message asks for the answer to one
+of them, to be repeated after a random string. Rows are sorted into bins by the tokens of prompt and answer
+with the model's own
 tokenizer: (4096, 8192], (8192, 16384], ... up to 1M; a bin is named by its upper end.
 """
 
@@ -40,9 +41,16 @@ class MRCRSuite:
     def __init__(self, path: Path, lengths: tuple[int, ...] = (), samples: int = 0) -> None:
         for length in lengths:
             if length not in BINS[1:]:
-                raise ValueError(f"mrcr: length must be the upper end of a bin, one of {', '.join(map(str, BINS[1:]))}; got {length}")
+                raise ValueError(
+                    "mrcr: length must be the upper end of a bin, one of "
+                    f"{', '.join(map(str, BINS[1:]))}; got {length}"
+                )
         self._lengths, self._samples = lengths or BINS[1:], samples
-        self._files = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".parquet")) if path.is_dir() else [path]
+        self._files = (
+            sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".parquet"))
+            if path.is_dir()
+            else [path]
+        )
         self._names = {f: (f.relative_to(path).as_posix() if path.is_dir() else f.name) for f in self._files}
         if not self._files:
             raise ValueError(f"{path}: holds no .jsonl or .parquet file")
@@ -63,7 +71,9 @@ class MRCRSuite:
                 if len(row["prompt"]) > 12 * max(self._lengths):
                     continue
                 prompt = tuple(form.encode(form.messages(messages)))
-                length = bin_of(len(prompt) + len(form.tokenizer(row["answer"], add_special_tokens=False)["input_ids"]))
+                length = bin_of(
+                    len(prompt) + len(form.tokenizer(row["answer"], add_special_tokens=False)["input_ids"])
+                )
                 key = (row["n_needles"], length)
                 if length not in self._lengths or (self._samples and taken[key] >= self._samples):
                     continue
@@ -74,8 +84,18 @@ class MRCRSuite:
     @staticmethod
     def _load(id: str, row: dict[str, Any], prompt: tuple[int, ...], length: int) -> list[Sample]:
         answer, prefix = row["answer"], row["random_string_to_prepend"]
-        return [Sample(id, f"mrcr_{row['n_needles']}needle", length, prompt, (answer,), BUDGET, "mrcr_ratio",
-                       lambda prediction: mrcr_ratio(prediction, answer, prefix))]
+        return [
+            Sample(
+                id,
+                f"mrcr_{row['n_needles']}needle",
+                length,
+                prompt,
+                (answer,),
+                BUDGET,
+                "mrcr_ratio",
+                lambda prediction: mrcr_ratio(prediction, answer, prefix),
+            )
+        ]
 
 
 def bin_of(tokens: int) -> int:
@@ -115,7 +135,10 @@ def _messages(text: str, where: str) -> list[dict[str, str]]:
         raise ValueError(f"{where}: field 'prompt' must be a JSON list of messages, got {text[:60]!r}")
     for message in messages:
         if not isinstance(message, dict):
-            raise ValueError(f"{where}: field 'prompt' must be a list of messages with role and content, got {str(message)[:60]!r}")
+            raise ValueError(
+                f"{where}: field 'prompt' must be a list of messages with role and content, got "
+                f"{str(message)[:60]!r}"
+            )
         check_fields(message, {"role": str, "content": str}, f"{where}, field 'prompt'")
     return messages
 

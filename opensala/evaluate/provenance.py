@@ -16,7 +16,8 @@ _VALUES = 65_536  # of each tensor at most
 def model_fingerprint(engine: Engine) -> str:
     """Hash of the configuration and of up to 65,536 evenly spaced values of every weight.
 
-    Two checkpoints that differ anywhere by training or quantisation differ here; reading an 18 GB model takes seconds.
+    Two checkpoints that differ anywhere by training or quantisation differ here; reading an 18 GB model takes
+    seconds.
     """
     digest = hashlib.sha256(engine.config.to_json_string().encode())
     for name, weight in sorted(engine.model.state_dict().items()):
@@ -36,20 +37,33 @@ def tokenizer_fingerprint(engine: Engine) -> str:
 def identity(engine: Engine, chat: bool) -> dict[str, Any]:
     """What must not change between the samples of one folder of results."""
     return {
-        "model": model_fingerprint(engine), "tokenizer": tokenizer_fingerprint(engine), "chat template": chat,
-        "dtype": str(engine.dtype).removeprefix("torch."), "attention mode": engine.config.attention_mode,
-        "block search": engine.config.block_search, "decoding": "greedy",
+        "model": model_fingerprint(engine),
+        "tokenizer": tokenizer_fingerprint(engine),
+        "chat template": chat,
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "attention mode": engine.config.attention_mode,
+        "block search": engine.config.block_search,
+        "decoding": "greedy",
     }
 
 
 def circumstances(engine: Engine) -> dict[str, Any]:
     """Versions, machine and time: written down for every run, but allowed to differ between them."""
-    machine = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else platform.machine()
+    machine = (
+        torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else platform.machine()
+    )
     versions = {name: _version(name) for name in ("opensala", "torch", "transformers", "numpy")}
     name = "shipped model" if engine.name == str(shipped_model()) else engine.name
-    return {"name": name, "parameters": sum(p.numel() for p in engine.model.parameters()), "device": str(engine.device),
-            "machine": machine, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions,
-            "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {
+        "name": name,
+        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "device": str(engine.device),
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **versions,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _version(package: str) -> str:

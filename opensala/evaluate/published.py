@@ -8,8 +8,11 @@ LONG: dict[str, dict[int, tuple[float, ...]]] = {
     "mrcr_2needle": {65536: (29.20, 20.91, 44.02, 13.18, 29.77), 131072: (26.50, 14.61, 50.30, 9.17, 28.62)},
     "mrcr_4needle": {65536: (21.56, 13.69, 35.80, 9.06, 20.57), 131072: (14.75, 12.20, 22.66, 8.22, 19.62)},
     "mrcr_8needle": {65536: (17.82, 13.24, 17.23, 6.93, 16.56), 131072: (12.15, 7.55, 14.47, 7.54, 10.12)},
-    "nolima": {32000: (43.40, 19.69, 3.78, 14.89, 54.54), 64000: (23.35, 11.82, 2.48, 9.87, 42.95),
-               128000: (11.25, 5.80, 3.48, 4.73, 23.86)},
+    "nolima": {
+        32000: (43.40, 19.69, 3.78, 14.89, 54.54),
+        64000: (23.35, 11.82, 2.48, 9.87, 42.95),
+        128000: (11.25, 5.80, 3.48, 4.73, 23.86),
+    },
 }
 
 # Table 4: RULER beyond 128K; None where the paper has no figure
@@ -22,7 +25,14 @@ ULTRA: dict[str, tuple[float | None, ...]] = {
 }
 
 # Table 2: standard benchmarks, one score for each of STANDARD_MODELS
-STANDARD_MODELS = ("Qwen3-8B", "Nemotron-Nano-v2-9B", "MiniCPM-4.1-8B", "Ministral-3-R-8B", "Falcon-H1R-7B", "MiniCPM-SALA-9B")
+STANDARD_MODELS = (
+    "Qwen3-8B",
+    "Nemotron-Nano-v2-9B",
+    "MiniCPM-4.1-8B",
+    "Ministral-3-R-8B",
+    "Falcon-H1R-7B",
+    "MiniCPM-SALA-9B",
+)
 STANDARD: dict[str, tuple[float, ...]] = {
     "CMMLU": (81.68, 61.59, 84.72, 71.74, 63.55, 81.55),
     "MMLU-Pro": (73.26, 71.79, 72.70, 68.75, 70.98, 67.04),

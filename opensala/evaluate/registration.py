@@ -1,8 +1,10 @@
 """Making `model="opensala"` known to lm-eval without importing it.
 
-lm-eval finds models in a registry that takes the name of a class ("module:class") in place of the class, but it has
-no entry points through which an installed package could add to that registry. So the name is added when lm-eval's registry
-is imported: at once if it is there already, otherwise by a finder that waits for that one module and then steps aside.
+lm-eval finds models in a registry that takes the name of a class ("module:class") in place of the class, but
+it has no entry points through which an installed package could add to that registry. So the name is added
+when lm-eval's registry
+is imported: at once if it is there already, otherwise by a finder that waits for that one module and then
+    steps aside.
 """
 
 import importlib.abc
@@ -17,7 +19,8 @@ _REGISTRY = "lm_eval.api.registry"
 
 
 def register_with_lm_eval() -> None:
-    """Add the model to lm-eval's registry, now or as soon as it is imported; harmless if done twice or without lm-eval."""
+    """Add the model to lm-eval's registry, now or as soon as it is imported; harmless if done twice or
+    without lm-eval."""
     if _REGISTRY in sys.modules:
         _register(sys.modules[_REGISTRY])
     elif not any(isinstance(finder, _WaitForRegistry) for finder in sys.meta_path):
@@ -30,9 +33,12 @@ def _register(registry: ModuleType) -> None:
 
 
 class _WaitForRegistry(importlib.abc.MetaPathFinder):
-    """Finds one module, in the way that others would find it, with a loader that registers the model once it has run."""
+    """Finds one module, in the way that others would find it, with a loader that registers the model once it
+    has run."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != _REGISTRY:
             return None
         sys.meta_path.remove(self)

@@ -1,4 +1,5 @@
-"""A report from folders of results, as Markdown and as one HTML file: the published tables with ours, every task's scores, and pictures."""
+"""A report from folders of results, as Markdown and as one HTML file: the published tables with ours, every
+task's scores, and pictures."""
 
 import re
 from collections.abc import Sequence
@@ -15,12 +16,18 @@ from .standard import standard_scores, standard_table
 from .tables import figures_table, length_name, row, score_table
 
 _TASKS = 13
-_TITLES = {"ruler": "RULER", "mrcr_2needle": "MRCR, 2 needles", "mrcr_4needle": "MRCR, 4 needles", "mrcr_8needle": "MRCR, 8 needles",
-           "nolima": "NoLiMa"}
+_TITLES = {
+    "ruler": "RULER",
+    "mrcr_2needle": "MRCR, 2 needles",
+    "mrcr_4needle": "MRCR, 4 needles",
+    "mrcr_8needle": "MRCR, 8 needles",
+    "nolima": "NoLiMa",
+}
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
-    """Write `report.md`, its pictures, and `report.html` with the pictures inside, into `output`; returns the former's path.
+    """Write `report.md`, its pictures, and `report.html` with the pictures inside, into `output`; returns the
+    former's path.
 
     Raises:
         ValueError: a folder without results; no matplotlib.
@@ -38,8 +45,18 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
         ours[name] = summary
         if scores := standard_scores(summary, figures):
             standard[name] = scores
-        details += [f"## {name}", "", *_description(header, summary, folder), "", figures_table(figures), "", score_table(summary), "",
-                    *_pictures(name, rows, summary, output, n), *_effective(summary)]
+        details += [
+            f"## {name}",
+            "",
+            *_description(header, summary, folder),
+            "",
+            figures_table(figures),
+            "",
+            score_table(summary),
+            "",
+            *_pictures(name, rows, summary, output, n),
+            *_effective(summary),
+        ]
     parts += (standard_table(standard) if standard else []) + _published(ours) + details
     path = output / "report.md"
     text = re.sub("\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
@@ -49,7 +66,8 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
 
 
 def paper_tables(name: str, summary: dict[str, Any], figures: dict[str, Any]) -> str:
-    """The paper's tables that one run has something for, with its row or column, as Markdown; empty if there are none."""
+    """The paper's tables that one run has something for, with its row or column, as Markdown; empty if there
+    are none."""
     scores = standard_scores(summary, figures)
     lines = [*(standard_table({name: scores}) if scores else []), *_published({name: summary})]
     return "\n".join(lines).rstrip()
@@ -70,17 +88,31 @@ def _unique(name: str, taken: dict[str, Any]) -> str:
 
 def _description(header: dict[str, Any], summary: dict[str, Any], folder: Path) -> list[str]:
     identity, run = header["identity"], (header.get("runs") or [{}])[-1]
-    lines = [f"- model {identity.get('model')}, tokenizer {identity.get('tokenizer')}, {run.get('parameters', 0):,} parameters",
-             f"- {identity.get('dtype')}, attention mode {identity.get('attention mode')}, block search {identity.get('block search')}, "
-             f"{'chat template' if identity.get('chat template') else 'no chat template'}, {identity.get('decoding')} decoding",
-             f"- {run.get('machine')}, {run.get('device')}, torch {run.get('torch')}, transformers {run.get('transformers')}, "
-             f"opensala {run.get('opensala')}, last run {run.get('time')}"]
-    lines += [f"- {name}: " + ", ".join(f"{k} {v}" for k, v in settings.items()) for name, settings in header["suites"].items()]
+    lines = [
+        f"- model {identity.get('model')}, tokenizer {identity.get('tokenizer')}, "
+        f"{run.get('parameters', 0):,} parameters",
+        f"- {identity.get('dtype')}, attention mode {identity.get('attention mode')}, block search "
+        f"{identity.get('block search')}, "
+        f"{'chat template' if identity.get('chat template') else 'no chat template'}, "
+        f"{identity.get('decoding')} decoding",
+        f"- {run.get('machine')}, {run.get('device')}, torch {run.get('torch')}, transformers "
+        f"{run.get('transformers')}, "
+        f"opensala {run.get('opensala')}, last run {run.get('time')}",
+    ]
+    lines += [
+        f"- {name}: " + ", ".join(f"{k} {v}" for k, v in settings.items())
+        for name, settings in header["suites"].items()
+    ]
     if summary["prompt_tokens"]:
-        lines.append(f"- {summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read; the rest was shared between questions "
-                     "about one document")
+        lines.append(
+            f"- {summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read; the "
+            "rest was shared between questions "
+            "about one document"
+        )
     files = [name for name in ("samples.jsonl", "lm_eval_samples.jsonl") if (folder / name).exists()]
-    lines.append(f"- every prompt's id, answer and score: {', '.join(f'`{folder.name}/{name}`' for name in files)}")
+    lines.append(
+        f"- every prompt's id, answer and score: {', '.join(f'`{folder.name}/{name}`' for name in files)}"
+    )
     return lines
 
 
@@ -99,19 +131,44 @@ def _published(ours: dict[str, dict[str, Any]]) -> list[str]:
         found = {name: _averages(summary, key) for name, summary in ours.items()}
         if not any(found.values()):
             continue
-        extra = sorted({n for scores in found.values() for n in scores} - set(columns) - set(ULTRA_LENGTHS if key == "ruler" else ()))
+        extra = sorted(
+            {n for scores in found.values() for n in scores}
+            - set(columns)
+            - set(ULTRA_LENGTHS if key == "ruler" else ())
+        )
         lengths = [*extra, *columns] if not extra or extra[0] < min(columns) else [*columns, *extra]
-        lines += [f"## {_TITLES[key]}", "", row("", *(length_name(n) for n in lengths)), "|---" + "|---:" * len(lengths) + "|"]
+        lines += [
+            f"## {_TITLES[key]}",
+            "",
+            row("", *(length_name(n) for n in lengths)),
+            "|---" + "|---:" * len(lengths) + "|",
+        ]
         for i, model in enumerate(MODELS):
-            lines.append(row(f"{model} (published)", *(f"{columns[n][i]:.1f}" if n in columns else "" for n in lengths)))
+            lines.append(
+                row(
+                    f"{model} (published)", *(f"{columns[n][i]:.1f}" if n in columns else "" for n in lengths)
+                )
+            )
         lines += [_own(name, scores, lengths, key) for name, scores in found.items()]
         if key == "ruler":
-            lines += ["", row("beyond 128K", *(length_name(n) for n in ULTRA_LENGTHS)), "|---" + "|---:" * len(ULTRA_LENGTHS) + "|"]
-            lines += [row(f"{m} (published)", *("" if s is None else f"{s:.1f}" for s in scores)) for m, scores in ULTRA.items()]
+            lines += [
+                "",
+                row("beyond 128K", *(length_name(n) for n in ULTRA_LENGTHS)),
+                "|---" + "|---:" * len(ULTRA_LENGTHS) + "|",
+            ]
+            lines += [
+                row(f"{m} (published)", *("" if s is None else f"{s:.1f}" for s in scores))
+                for m, scores in ULTRA.items()
+            ]
             lines += [_own(name, scores, list(ULTRA_LENGTHS), key) for name, scores in found.items()]
-            lines += ["", "The published rows used RULER's own text. Unless the data came from RULER's files, ours has the same task types and "
-                      "parameters in other words, so the figures compare in kind, not digit by digit. A number in brackets says how many of "
-                      f"the {_TASKS} tasks an average covers when it is not all of them."]
+            lines += [
+                "",
+                "The published rows used RULER's own text. Unless the data came from RULER's files, ours "
+                "has the same task types and "
+                "parameters in other words, so the figures compare in kind, not digit by digit. A number "
+                "in brackets says how many of "
+                f"the {_TASKS} tasks an average covers when it is not all of them.",
+            ]
         lines.append("")
     return lines
 
@@ -126,19 +183,27 @@ def _own(name: str, scores: dict[int, tuple[float, int]], lengths: list[int], ke
     return row(f"**{name}**", *(cell(n) for n in lengths))
 
 
-def _pictures(name: str, rows: list[dict[str, Any]], summary: dict[str, Any], output: Path, number: int) -> list[str]:
+def _pictures(
+    name: str, rows: list[dict[str, Any]], summary: dict[str, Any], output: Path, number: int
+) -> list[str]:
     lines: list[str] = []
     for suite, table in summary["suites"].items():
         if set(table["average"]) == {"0"}:  # no lengths: nothing to draw over them
             continue
-        curves = {task: {int(n): c["score"] for n, c in cells.items()} for task, cells in table["tasks"].items()}
+        curves = {
+            task: {int(n): c["score"] for n, c in cells.items()} for task, cells in table["tasks"].items()
+        }
         if len(curves) > 1:
             curves["average"] = {int(n): c["score"] for n, c in table["average"].items()}
         file = f"{suite}-lengths-{number}.png"
         length_curves(curves, f"{_TITLES.get(suite, suite)}, {name}", output / file)
         lines += [f"![{suite} by length]({file})", ""]
         file = f"{suite}-depths-{number}.png"
-        if depth_map([r for r in rows if r["suite"] == suite], f"{_TITLES.get(suite, suite)}, tasks with one answer: {name}", output / file):
+        if depth_map(
+            [r for r in rows if r["suite"] == suite],
+            f"{_TITLES.get(suite, suite)}, tasks with one answer: {name}",
+            output / file,
+        ):
             lines += [f"![{suite} by depth and length]({file})", ""]
     return lines
 
@@ -148,5 +213,8 @@ def _effective(summary: dict[str, Any]) -> list[str]:
     if not set(scores) & set(BASE_LENGTHS):
         return []
     base, effective = effective_length(scores)
-    return [f"NoLiMa base score {base:.1f}; effective length (at least 85% of it at every length): "
-            f"{'none' if effective is None else length_name(effective)}.", ""]
+    return [
+        f"NoLiMa base score {base:.1f}; effective length (at least 85% of it at every length): "
+        f"{'none' if effective is None else length_name(effective)}.",
+        "",
+    ]

@@ -1,6 +1,8 @@
-"""lm-eval's requests with their answers in a file, each on disk before the next begins: a run killed at any moment goes on there.
+"""lm-eval's requests with their answers in a file, each on disk before the next begins: a run killed at any
+moment goes on there.
 
-lm-eval's own cache (`use_cache`) works too, but writes in a thread of its own, keeps no sampled answers and does not know the model.
+lm-eval's own cache (`use_cache`) works too, but writes in a thread of its own, keeps no sampled answers and
+does not know the model.
 """
 
 import hashlib
@@ -17,13 +19,15 @@ from .provenance import identity
 
 
 class RequestLog:
-    """Answers by request, in the order in which equal requests were answered (a task may ask one thing several times).
+    """Answers by request, in the order in which equal requests were answered (a task may ask one thing
+    several times).
 
     It is what lm-eval calls a cache hook: `add_partial` is called with every single answer.
 
     Args:
         path: a file of JSON lines, made if need be; a last line without its end is cut off.
-        whose: who answers, part of every request's key: answers of another model are not taken for this one's.
+        whose: who answers, part of every request's key: answers of another model are not taken for this
+            one's.
 
     Raises:
         ValueError: a line that is no answer.
@@ -55,14 +59,18 @@ class RequestLog:
         """Write one answer down; it is on disk when this returns."""
         key = self.key_of(kind, arguments)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"request": key, "kind": kind, "answer": answer}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"request": key, "kind": kind, "answer": answer}, ensure_ascii=False) + "\n"
+            )
             file.flush()
             os.fsync(file.fileno())
         self.answers[key].append(answer)
 
     def key_of(self, kind: str, arguments: Any) -> str:
         """Fingerprint of a request: who is asked, its kind, its texts and its generation options."""
-        return hashlib.sha256(json.dumps([self.whose, kind, list(arguments)], sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return hashlib.sha256(
+            json.dumps([self.whose, kind, list(arguments)], sort_keys=True, default=str).encode()
+        ).hexdigest()[:32]
 
 
 class ResumingLM(OpenSALALM):
@@ -77,18 +85,31 @@ class ResumingLM(OpenSALALM):
         super().__init__(*arguments, **options)
         self.log = None
         if log is not None:
-            self.log = RequestLog(Path(log), json.dumps(identity(self.engine, False) | {"longest": self.max_length}, sort_keys=True))
+            self.log = RequestLog(
+                Path(log),
+                json.dumps(identity(self.engine, False) | {"longest": self.max_length}, sort_keys=True),
+            )
             self.set_cache_hook(self.log)
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        answers = self._answered("loglikelihood", requests, lambda rest: super(ResumingLM, self).loglikelihood(rest, disable_tqdm))
+        answers = self._answered(
+            "loglikelihood", requests, lambda rest: super(ResumingLM, self).loglikelihood(rest, disable_tqdm)
+        )
         return [(score, greedy) for score, greedy in answers]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        return self._answered("loglikelihood_rolling", requests, lambda rest: super(ResumingLM, self).loglikelihood_rolling(rest, disable_tqdm))
+        return self._answered(
+            "loglikelihood_rolling",
+            requests,
+            lambda rest: super(ResumingLM, self).loglikelihood_rolling(rest, disable_tqdm),
+        )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        return self._answered("generate_until", requests, lambda rest: super(ResumingLM, self).generate_until(rest, disable_tqdm))
+        return self._answered(
+            "generate_until",
+            requests,
+            lambda rest: super(ResumingLM, self).generate_until(rest, disable_tqdm),
+        )
 
     def _answered(self, kind: str, requests: list[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
         if self.log is None:

@@ -60,7 +60,12 @@ class RulerSuite:
     def settings(self) -> dict[str, Any]:
         """The essay is the prose of the standard library, hence the version."""
         python = ".".join(platform.python_version_tuple()[:2])
-        return {"source": "generated", "seed": self.seed, "questions per document": self.questions, "essay": f"Python {python}"}
+        return {
+            "source": "generated",
+            "seed": self.seed,
+            "questions per document": self.questions,
+            "essay": f"Python {python}",
+        }
 
     def longest(self) -> int:
         return max(self.lengths)
@@ -76,12 +81,25 @@ class RulerSuite:
                     ids = tuple(f"{name}/{length}/{index}/{n}" for n in range(count))
                     yield Group(ids, partial(self._load, task, length, index, ids, documents))
 
-    def _load(self, task: RulerTask, length: int, index: int, ids: tuple[str, ...], documents: DocumentCache) -> list[Sample]:
+    def _load(
+        self, task: RulerTask, length: int, index: int, ids: tuple[str, ...], documents: DocumentCache
+    ) -> list[Sample]:
         prompts, questions = documents.document(task, length, index, self.seed, self.questions)
         rule = rule_of(task)
-        return [Sample(id, task.name, length, prompt, question.references, task.budget, rule.__name__,
-                       scorer(rule, question.references), question.depth)
-                for id, prompt, question in zip(ids, prompts, questions, strict=False)]
+        return [
+            Sample(
+                id,
+                task.name,
+                length,
+                prompt,
+                question.references,
+                task.budget,
+                rule.__name__,
+                scorer(rule, question.references),
+                question.depth,
+            )
+            for id, prompt, question in zip(ids, prompts, questions, strict=False)
+        ]
 
 
 class RulerFiles:
@@ -95,15 +113,22 @@ class RulerFiles:
 
     def __init__(self, folder: Path, tasks: tuple[str, ...] = (), samples: int = 0) -> None:
         self.name, self._samples = "ruler", samples
-        self._files = [f for f in sorted(folder.glob("*/validation.jsonl")) if not tasks or task_of(f) in tasks]
+        self._files = [
+            f for f in sorted(folder.glob("*/validation.jsonl")) if not tasks or task_of(f) in tasks
+        ]
         if not self._files:
-            raise ValueError(f"{folder}: holds no TASK/validation.jsonl, the files that RULER's scripts write"
-                             f"{' for ' + ', '.join(tasks) if tasks else ''}")
+            raise ValueError(
+                f"{folder}: holds no TASK/validation.jsonl, the files that RULER's scripts write"
+                f"{' for ' + ', '.join(tasks) if tasks else ''}"
+            )
         fields = {"input": str, "outputs": list, "answer_prefix": str, "length": int}
         self._rows = {task_of(f): [row for _, row in read_jsonl(f, fields)] for f in self._files}
 
     def settings(self) -> dict[str, Any]:
-        return {"source": "files", **{task_of(f): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in self._files}}
+        return {
+            "source": "files",
+            **{task_of(f): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in self._files},
+        }
 
     def longest(self) -> int:
         return max(row["length"] for rows in self._rows.values() for row in rows)
@@ -115,8 +140,20 @@ class RulerFiles:
                 id = f"{task}/{length}/{n}"
                 yield Group((id,), partial(self._load, id, TASKS[task], length, row, form))
 
-    def _load(self, id: str, task: RulerTask, length: int, row: dict[str, Any], form: PromptFormat) -> list[Sample]:
+    def _load(
+        self, id: str, task: RulerTask, length: int, row: dict[str, Any], form: PromptFormat
+    ) -> list[Sample]:
         text = form.messages([{"role": "user", "content": row["input"]}]) if form.uses_chat else row["input"]
         rule, references = rule_of(task), tuple(row["outputs"])
-        return [Sample(id, task.name, length, tuple(form.encode(text + row["answer_prefix"])), references, task.budget, rule.__name__,
-                       scorer(rule, references))]
+        return [
+            Sample(
+                id,
+                task.name,
+                length,
+                tuple(form.encode(text + row["answer_prefix"])),
+                references,
+                task.budget,
+                rule.__name__,
+                scorer(rule, references),
+            )
+        ]

@@ -29,13 +29,16 @@ class FileScore:
 
 
 def task_of(path: Path) -> str:
-    """The task a file belongs to: its name, or its folder's for `validation.jsonl`; ValueError if neither is a task."""
+    """The task a file belongs to: its name, or its folder's for `validation.jsonl`; ValueError if neither is
+    a task."""
     name = path.parent.name if path.stem == "validation" else path.stem
     task = name.split("-")[0]
     if task not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 1)
-        raise ValueError(f"{path}: the file's name must be a RULER task, as in RULER's own folders, got {name!r}"
-                         f"{f': did you mean {near[0]}.jsonl?' if near else ''} Tasks: {', '.join(TASKS)}")
+        raise ValueError(
+            f"{path}: the file's name must be a RULER task, as in RULER's own folders, got {name!r}"
+            f"{f': did you mean {near[0]}.jsonl?' if near else ''} Tasks: {', '.join(TASKS)}"
+        )
     return task
 
 
@@ -49,5 +52,10 @@ def score_file(path: Path) -> FileScore:
     rule = string_match_part if TASKS[task].any_reference else string_match_all
     records = [record for _, record in read_jsonl(path, {"pred": str, "outputs": list})]
     scores = [rule(r["pred"], r["outputs"]) for r in records]
-    return FileScore(task, rule.__name__, round(100 * sum(scores) / len(scores), 2), len(scores),
-                     sum(not clean(r["pred"]) for r in records))
+    return FileScore(
+        task,
+        rule.__name__,
+        round(100 * sum(scores) / len(scores), 2),
+        len(scores),
+        sum(not clean(r["pred"]) for r in records),
+    )

@@ -33,7 +33,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Group:
-    """Samples whose prompts begin alike. `ids` are known beforehand; `load` makes the prompts only when they are run."""
+    """Samples whose prompts begin alike. `ids` are known beforehand; `load` makes the prompts only when they
+    are run."""
 
     ids: tuple[str, ...]
     load: Callable[[], list[Sample]]
@@ -47,8 +48,8 @@ def scorer(rule: Callable[[str, Any], float], references: tuple[str, ...]) -> Ca
 class Suite(Protocol):
     """A set of tasks.
 
-    `settings` are all that decides what the samples with these ids are (seeds, files); lengths and numbers of samples
-    do not belong there, so that a run can be extended.
+    `settings` are all that decides what the samples with these ids are (seeds, files); lengths and numbers of
+    samples do not belong there, so that a run can be extended.
     """
 
     @property

@@ -17,7 +17,8 @@ def clean(prediction: str) -> str:
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
-    """RULER, all tasks but question answering: the share of references the answer contains, whatever the case."""
+    """RULER, all tasks but question answering: the share of references the answer contains, whatever the
+    case."""
     text = clean(prediction).lower()
     return sum(r.lower() in text for r in references) / len(references)
 
@@ -29,7 +30,8 @@ def string_match_part(prediction: str, references: Sequence[str]) -> float:
 
 
 def mrcr_ratio(prediction: str, answer: str, prefix: str) -> float:
-    """OpenAI MRCR: 0 unless the response starts with the random prefix; then, without it, how alike the texts are."""
+    """OpenAI MRCR: 0 unless the response starts with the random prefix; then, without it, how alike the texts
+    are."""
     if not prediction.startswith(prefix):
         return 0.0
     return SequenceMatcher(None, prediction.removeprefix(prefix), answer.removeprefix(prefix)).ratio()
@@ -47,6 +49,7 @@ def exact(prediction: str, references: Sequence[str]) -> float:
 
 def last_line(rule: Callable[[str, Sequence[str]], float]) -> Callable[[str, Sequence[str]], float]:
     """NoLiMa `lastline_...`: the rule applied to the last line of the response."""
+
     def score(prediction: str, references: Sequence[str]) -> float:
         return rule(prediction.strip().split("\n")[-1], references)
 
@@ -54,7 +57,10 @@ def last_line(rule: Callable[[str, Sequence[str]], float]) -> Callable[[str, Seq
 
 
 NOLIMA_RULES: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "contains": contains, "EM": exact, "lastline_contains": last_line(contains), "lastline_EM": last_line(exact),
+    "contains": contains,
+    "EM": exact,
+    "lastline_contains": last_line(contains),
+    "lastline_EM": last_line(exact),
 }
 
 

@@ -22,7 +22,12 @@ def _suite_table(name: str, table: dict[str, Any]) -> str:
     lengths = sorted({n for cells in table["tasks"].values() for n in cells}, key=int)
     lines = [row(name, *(length_name(int(n)) for n in lengths)), "|---" + "|---:" * len(lengths) + "|"]
     for task, cells in table["tasks"].items():
-        lines.append(row(task, *(f"{cells[n]['score']:.1f} ({cells[n]['samples']})" if n in cells else "" for n in lengths)))
+        lines.append(
+            row(
+                task,
+                *(f"{cells[n]['score']:.1f} ({cells[n]['samples']})" if n in cells else "" for n in lengths),
+            )
+        )
     average = table["average"]
     lines.append(row("average", *(f"{average[n]['score']:.1f}" if n in average else "" for n in lengths)))
     return "\n".join(lines)
@@ -40,5 +45,16 @@ def figures_table(figures: dict[str, Any]) -> str:
             name, _, kind = key.partition(",")
             if kind and not name.endswith("_stderr") and isinstance(value, (int, float)):
                 error = values.get(f"{name}_stderr,{kind}")
-                rows.append(row(task, name if kind == "none" else f"{name} ({kind})", f"{value:.4f}", f"{error:.4f}" if isinstance(error, (int, float)) else ""))
-    return "\n".join([row("lm-eval", "figure", "value", "standard error"), "|---|---|---:|---:|", *rows]) if rows else ""
+                rows.append(
+                    row(
+                        task,
+                        name if kind == "none" else f"{name} ({kind})",
+                        f"{value:.4f}",
+                        f"{error:.4f}" if isinstance(error, (int, float)) else "",
+                    )
+                )
+    return (
+        "\n".join([row("lm-eval", "figure", "value", "standard error"), "|---|---|---:|---:|", *rows])
+        if rows
+        else ""
+    )

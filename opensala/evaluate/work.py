@@ -14,9 +14,17 @@ from .runner import check_reach, run
 from .samples import Suite
 
 
-def evaluate(engine: Engine, suites: Sequence[Suite], folder: Path, *, chat: bool | None = None, strip_thoughts: bool = False,
-             quiet: bool = True) -> dict[str, Any]:
-    """Run suites into a folder of results, or finish what is there, and return the summary (see `results.summarize`).
+def evaluate(
+    engine: Engine,
+    suites: Sequence[Suite],
+    folder: Path,
+    *,
+    chat: bool | None = None,
+    strip_thoughts: bool = False,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Run suites into a folder of results, or finish what is there, and return the summary (see
+    `results.summarize`).
 
     Raises:
         ValueError: prompts that memory cannot hold; a folder with other results; what the suites refuse.
@@ -30,5 +38,7 @@ def evaluate(engine: Engine, suites: Sequence[Suite], folder: Path, *, chat: boo
         print(f"going on: {folder} holds {len(results.rows)} samples", file=sys.stderr)
     run(engine, suites, results, form, strip_thoughts=strip_thoughts, quiet=quiet)
     summary = summarize(results.rows.values())
-    (folder / "summary.json").write_text(json.dumps(results.header | summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(
+        json.dumps(results.header | summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return summary

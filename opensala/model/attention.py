@@ -44,7 +44,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         end = length - tokens + b
         row = torch.arange(length - tokens + a, end, device=q.device)
         mask = column[:end] <= row[:, None]
-        parts.append(attend(q[:, :, a:b], k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale, enable_gqa=True))
+        parts.append(
+            attend(q[:, :, a:b], k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale, enable_gqa=True)
+        )
     return torch.cat(parts, 2).transpose(1, 2)
 
 
@@ -54,9 +56,14 @@ class SparseMixer(nn.Module):
     def __init__(self, config: MiniCPMSALAConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        assert config.head_dim is not None and config.num_key_value_heads is not None, "filled by the configuration"
+        assert config.head_dim is not None and config.num_key_value_heads is not None, (
+            "filled by the configuration"
+        )
         self.head_dim, hidden, bias = config.head_dim, config.hidden_size, config.attention_bias
-        inner, kv_inner = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        inner, kv_inner = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
         self.q_proj = nn.Linear(hidden, inner, bias=bias)
         self.k_proj = nn.Linear(hidden, kv_inner, bias=bias)
         self.v_proj = nn.Linear(hidden, kv_inner, bias=bias)
@@ -74,10 +81,16 @@ class SparseMixer(nn.Module):
         cos, sin = layout.angles(self.head_dim, self.config) if self.config.attn_use_rope else (None, None)
         if self.config.attn_qk_norm or cos is not None:
             norms = (self.q_norm.weight, self.k_norm.weight) if self.config.attn_qk_norm else (None, None)
-            q, k = (norm_rope(y, w, cos, sin, self.config.rms_norm_eps) for y, w in zip((q, k), norms, strict=True))
+            q, k = (
+                norm_rope(y, w, cos, sin, self.config.rms_norm_eps)
+                for y, w in zip((q, k), norms, strict=True)
+            )
         base = self.config.attn_scale_base
         if base is not None:  # on the query, so that the selection of blocks follows
-            q = q * (torch.log(layout.positions.double() + base) / math.log(base)).to(q.dtype)[..., None, None]
+            q = (
+                q
+                * (torch.log(layout.positions.double() + base) / math.log(base)).to(q.dtype)[..., None, None]
+            )
         return q, k, v
 
     def forward(self, x: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
@@ -93,8 +106,11 @@ class SparseMixer(nn.Module):
             o = norm_gate(o, None, self.o_gate(x), self.config.rms_norm_eps)
         return self.o_proj(o)
 
-    def _one(self, n: int, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
-        """Sequence n of the call: q `[1, T, H, D]`, k, v from all tokens that are not in a cache -> `[1, T, H, D]`."""
+    def _one(
+        self, n: int, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: SALACache | None
+    ) -> Tensor:
+        """Sequence n of the call: q `[1, T, H, D]`, k, v from all tokens that are not in a cache -> `[1, T,
+        H, D]`."""
         if q.shape[1] == 0:
             return q
         compressed = None
@@ -106,8 +122,17 @@ class SparseMixer(nn.Module):
         if not layout.sparse[n]:
             return dense_attention(q, k, v, self.scale)
         spec = self.config.block_spec
-        blocks = once(lambda: select_blocks(q, k, spec, compressed=compressed, scale=self.scale, lse=self.config.lse,
-                                            search=self.config.block_search))
+        blocks = once(
+            lambda: select_blocks(
+                q,
+                k,
+                spec,
+                compressed=compressed,
+                scale=self.scale,
+                lse=self.config.lse,
+                search=self.config.block_search,
+            )
+        )
         return sparse_attention(q, k, v, blocks, spec.block_size, scale=self.scale)
 
 
@@ -117,7 +142,9 @@ class LightningMixer(nn.Module):
     def __init__(self, config: MiniCPMSALAConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
-        assert config.lightning_head_dim and config.lightning_nh and config.lightning_nkv, "filled by the configuration"
+        assert config.lightning_head_dim and config.lightning_nh and config.lightning_nkv, (
+            "filled by the configuration"
+        )
         self.head_dim, self.heads = config.lightning_head_dim, config.lightning_nh
         self.repeats = config.lightning_nh // config.lightning_nkv
         hidden, bias = config.hidden_size, config.attention_bias
@@ -138,12 +165,16 @@ class LightningMixer(nn.Module):
     def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, T, H, D]`, normalised, rotated and repeated to the query heads."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = layout.angles(self.head_dim, self.config) if self.config.lightning_use_rope else (None, None)
+        cos, sin = (
+            layout.angles(self.head_dim, self.config) if self.config.lightning_use_rope else (None, None)
+        )
         if self.config.qk_norm or cos is not None:
             norms = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else (None, None)
             # Left in float32: rounding q and k behind the rotation costs accuracy on long contexts.
-            q, k = (norm_rope(y, w, cos, sin, self.config.rms_norm_eps, out_dtype=wide(y.dtype))
-                    for y, w in zip((q, k), norms, strict=True))
+            q, k = (
+                norm_rope(y, w, cos, sin, self.config.rms_norm_eps, out_dtype=wide(y.dtype))
+                for y, w in zip((q, k), norms, strict=True)
+            )
         if self.repeats > 1:
             k, v = (y.repeat_interleave(self.repeats, dim=2) for y in (k, v))
         return q, k, v
@@ -151,7 +182,9 @@ class LightningMixer(nn.Module):
     def forward(self, x: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
         q, k, v = (layout.pack(y) for y in self.project(x, layout))
         entry = None if cache is None else cache.layers[self.layer]
-        assert entry is None or isinstance(entry, LightningCacheLayer), "the cache is built from the same configuration"
+        assert entry is None or isinstance(entry, LightningCacheLayer), (
+            "the cache is built from the same configuration"
+        )
         decay = torch.tensor(self.slopes, dtype=torch.float32, device=x.device)
         before = None if entry is None else entry.state
         if layout.parallel is not None:
@@ -167,20 +200,27 @@ class LightningMixer(nn.Module):
             o = norm_gate(o, weight, gate, self.config.rms_norm_eps)
         return self.o_proj(o)
 
-    def _run(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, layout: SequenceLayout,
-             state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, layout: SequenceLayout, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         scale = self.config.lightning_scale_value
         if layout.rectangular:
             return lightning_attention(q, k, v, decay, scale=scale, initial_state=state)
         present = [n for n, length in enumerate(layout.lengths) if length]
         if len(present) == len(layout.lengths):
-            return lightning_attention(q, k, v, decay, scale=scale, initial_state=state, cu_seqlens=layout.cu_seqlens)
+            return lightning_attention(
+                q, k, v, decay, scale=scale, initial_state=state, cu_seqlens=layout.cu_seqlens
+            )
         # A row that is all padding in this call keeps its state.
         rows = torch.tensor(present, device=q.device)
-        whole = q.new_zeros(len(layout.lengths), self.heads, self.head_dim, self.head_dim, dtype=torch.float32)
+        whole = q.new_zeros(
+            len(layout.lengths), self.heads, self.head_dim, self.head_dim, dtype=torch.float32
+        )
         whole = whole if state is None else state
         if not present:
             return v, whole
         bounds = torch.tensor([0, *(layout.lengths[n] for n in present)], device=q.device).cumsum(0)
-        o, new = lightning_attention(q, k, v, decay, scale=scale, initial_state=whole[rows], cu_seqlens=bounds)
+        o, new = lightning_attention(
+            q, k, v, decay, scale=scale, initial_state=whole[rows], cu_seqlens=bounds
+        )
         return o, whole.index_copy(0, rows, new)

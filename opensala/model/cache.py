@@ -36,8 +36,14 @@ class _Store:
         old = self.data
         if old is not None and old.shape[1] >= needed:
             return old
-        capacity = needed if exact else max(needed, _FIRST, math.ceil(_GROWTH * (0 if old is None else old.shape[1])))
-        with torch.inference_mode(False):  # usable inside and outside of inference mode, whichever comes first
+        capacity = (
+            needed
+            if exact
+            else max(needed, _FIRST, math.ceil(_GROWTH * (0 if old is None else old.shape[1])))
+        )
+        with torch.inference_mode(
+            False
+        ):  # usable inside and outside of inference mode, whichever comes first
             new = torch.empty(batch, capacity, *like.shape[2:], dtype=like.dtype, device=like.device)
         if old is not None:
             new[:, : old.shape[1]] = old
@@ -67,7 +73,9 @@ class SparseCacheLayer:
         self.spec = spec
         self.keys, self.values, self.k1, self.k2 = _Store(), _Store(), _Store(), _Store()
 
-    def append(self, row: int, batch: int, past: int, k: Tensor, v: Tensor, reserve: int) -> tuple[Tensor, ...]:
+    def append(
+        self, row: int, batch: int, past: int, k: Tensor, v: Tensor, reserve: int
+    ) -> tuple[Tensor, ...]:
         """Put k, v `[1, T, Hkv, D]` behind the first `past` tokens of a row and extend its compressed keys.
 
         Returns K, V `[1, past + T, Hkv, D]` and both levels of compressed keys `[1, n, Hkv, D]`, as views.
@@ -80,8 +88,10 @@ class SparseCacheLayer:
         keys[row, past:end] = k[0]
         values[row, past:end] = v[0]
         levels = []
-        for store, size, stride in ((self.k1, self.spec.kernel_size, self.spec.kernel_stride),
-                                    (self.k2, self.spec.coarse_size, self.spec.coarse_stride)):
+        for store, size, stride in (
+            (self.k1, self.spec.kernel_size, self.spec.kernel_stride),
+            (self.k2, self.spec.coarse_size, self.spec.coarse_stride),
+        ):
             data = store.reserve(k, batch, max(1, num_windows(room, size, stride)), exact)
             extend_compressed(keys[row : row + 1], data[row : row + 1], past, k.shape[1], size, stride)
             levels.append(data[row : row + 1, : num_windows(end, size, stride)])
@@ -161,8 +171,11 @@ class LightningCacheLayer:
             self.state = self.state.index_select(0, rows)
         if self.record is not None:
             before, k, v = self.record
-            self.record = (None if before is None else before.index_select(0, rows), k.index_select(0, rows),
-                           v.index_select(0, rows))
+            self.record = (
+                None if before is None else before.index_select(0, rows),
+                k.index_select(0, rows),
+                v.index_select(0, rows),
+            )
 
 
 @dataclass(eq=False)
@@ -192,8 +205,12 @@ class SALACache(Cache):
     def __init__(self, config: MiniCPMSALAConfig, *, record_past: bool = False) -> None:
         self.config = config
         assert config.lightning_nh is not None, "filled by the configuration"
-        layers = [SparseCacheLayer(config.block_spec) if config.is_sparse(i) else LightningCacheLayer(config.lightning_nh)
-                  for i in range(config.num_hidden_layers)]
+        layers = [
+            SparseCacheLayer(config.block_spec)
+            if config.is_sparse(i)
+            else LightningCacheLayer(config.lightning_nh)
+            for i in range(config.num_hidden_layers)
+        ]
         super().__init__(layers=layers)
         self.record_past = record_past
         self.lengths: list[int] = []  # real tokens of each row
@@ -248,7 +265,9 @@ class SALACache(Cache):
 
     def _check_rows(self, batch: int) -> None:
         if self.lengths and len(self.lengths) != batch:
-            raise ValueError(f"the cache holds {len(self.lengths)} rows, but the call has {batch}: use one cache a batch")
+            raise ValueError(
+                f"the cache holds {len(self.lengths)} rows, but the call has {batch}: use one cache a batch"
+            )
 
     # --- what transformers asks of a cache ---
 
@@ -297,8 +316,10 @@ class SALACache(Cache):
         ValueError, and the cache is unchanged: take a `snapshot` at points you want to return to.
         """
         if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
-            raise ValueError(f"crop takes {-self.columns} (all tokens held) to 0, got {tokens_to_remove}: "
-                             "crop(-n) removes the last n tokens")
+            raise ValueError(
+                f"crop takes {-self.columns} (all tokens held) to 0, got {tokens_to_remove}: "
+                "crop(-n) removes the last n tokens"
+            )
         if tokens_to_remove == 0:
             return
         if -tokens_to_remove == self.columns:
@@ -309,8 +330,10 @@ class SALACache(Cache):
         if not all(layer.can_drop(removed) for layer in lightning):
             raise ValueError(
                 f"cannot undo {removed} tokens: a lightning state cannot be run backwards, and "
-                f"{'the last call was shorter' if self.record_past else 'recording is off'}. Make the cache with "
-                "record_past=True to undo tokens of the last call, or take a snapshot() where you want to return to"
+                f"{'the last call was shorter' if self.record_past else 'recording is off'}. Make the "
+                "cache with "
+                "record_past=True to undo tokens of the last call, or take a snapshot() where you want to "
+                "return to"
             )
         for layer in lightning:
             layer.drop(removed)
@@ -340,7 +363,8 @@ class SALACache(Cache):
     # --- ours ---
 
     def snapshot(self) -> Snapshot:
-        """A point to `restore` later; costs one reference to each recurrent state and no copy of keys or values."""
+        """A point to `restore` later; costs one reference to each recurrent state and no copy of keys or
+        values."""
         states = [x.state if isinstance(x, LightningCacheLayer) else None for x in self.layers]
         point = Snapshot(list(self.lengths), self.columns, list(self._announced), states)
         self._points.add(point)
@@ -349,10 +373,17 @@ class SALACache(Cache):
     def restore(self, point: Snapshot) -> None:
         """Go back to a snapshot of this cache, exactly. ValueError if it cannot be gone back to."""
         if point not in self._points or not point.valid:
-            raise ValueError(f"the snapshot (rows of {point.lengths} tokens) was taken from another cache, or this one has been "
-                             "cut back below it, reordered or reset since: take a new one")
+            raise ValueError(
+                f"the snapshot (rows of {point.lengths} tokens) was taken from another cache, or this one "
+                "has been "
+                "cut back below it, reordered or reset since: take a new one"
+            )
         self._forget_points(point.columns)
-        self.lengths, self.columns, self._announced = list(point.lengths), point.columns, list(point.announced)
+        self.lengths, self.columns, self._announced = (
+            list(point.lengths),
+            point.columns,
+            list(point.announced),
+        )
         self._reserve = 0
         for layer, state in zip(self.layers, point.states, strict=True):
             if isinstance(layer, LightningCacheLayer):

@@ -22,20 +22,28 @@ def check_files(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = [p.name for pattern in _PICKLES for p in folder.glob(pattern)]
-        found = f" {pickles[0]} is a pickle, which can run code when opened and is never read;" if pickles else ""
-        raise ValueError(f"{folder} holds no *.safetensors file;{found} save the model with safe_serialization")
+        found = (
+            f" {pickles[0]} is a pickle, which can run code when opened and is never read;" if pickles else ""
+        )
+        raise ValueError(
+            f"{folder} holds no *.safetensors file;{found} save the model with safe_serialization"
+        )
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read as safetensors ({error}); copy or download it again") from error
+            raise ValueError(
+                f"{file} cannot be read as safetensors ({error}); copy or download it again"
+            ) from error
 
 
 def load_strictly(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
     """Call transformers' `from_pretrained` and refuse a checkpoint that does not fit tensor for tensor."""
     if kwargs.get("use_safetensors") is False:
-        raise ValueError("use_safetensors=False: pickled checkpoints can run code when opened and are never read")
+        raise ValueError(
+            "use_safetensors=False: pickled checkpoints can run code when opened and are never read"
+        )
     kwargs["use_safetensors"] = True
     if Path(str(path)).is_dir():
         check_files(Path(str(path)) / kwargs.get("subfolder", ""))
@@ -45,8 +53,10 @@ def load_strictly(load: Callable[..., Any], path: Any, *args: Any, **kwargs: Any
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
     if not tolerated:
-        problems += [f"{name} has shape {list(there)}, the configuration asks for {list(here)}"
-                     for name, there, here in sorted(info["mismatched_keys"])]
+        problems += [
+            f"{name} has shape {list(there)}, the configuration asks for {list(here)}"
+            for name, there, here in sorted(info["mismatched_keys"])
+        ]
     if problems:
         more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise ValueError(f"{path} does not fit its configuration: {'; '.join(problems[:_NAMED])}{more}")

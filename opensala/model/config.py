@@ -1,6 +1,7 @@
 """The configuration of MiniCPM-SALA, with the keys of the released `config.json`.
 
-Defaults are those of the released 9B model. Some keys are extensions that a released file does not have and that
+Defaults are those of the released 9B model. Some keys are extensions that a released file does not have and
+that
 are written only when they are in use: `attn_qk_norm`, `attn_scale_base`, `attention_mode`, `block_search` and
 `sparse_config.lse`; so is any `rope_scaling` but null.
 Everything is checked when the object is made, so that a bad file is refused before any weight is read.
@@ -30,10 +31,25 @@ RELEASED_SPARSE_CONFIG = {
     "use_nope": False,
     "dense_len": 8192,
 }
-_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-           "num_key_value_heads", "head_dim", "lightning_nh", "lightning_nkv", "lightning_head_dim",
-           "max_position_embeddings")
-_EXTENSION_DEFAULTS = {"attn_qk_norm": False, "attn_scale_base": None, "attention_mode": "auto", "block_search": "exact"}
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "lightning_nh",
+    "lightning_nkv",
+    "lightning_head_dim",
+    "max_position_embeddings",
+)
+_EXTENSION_DEFAULTS = {
+    "attn_qk_norm": False,
+    "attn_scale_base": None,
+    "attention_mode": "auto",
+    "block_search": "exact",
+}
 ROPE_SCALINGS = {  # the kinds that change frequencies once and for all, with the numbers each needs
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -55,10 +71,11 @@ class MiniCPMSALAConfig(PreTrainedConfig):
     `"lightning-attn"` (`"lightning"` and `"lightning_attn"` are accepted and normalised).
     `attention_mode`: `auto` attends densely below `sparse_config["dense_len"]` tokens and sparsely from
     there on; `dense` and `sparse` force one of them. `attn_qk_norm` adds a per-head RMSNorm on q and k of
-    the sparse layers. `block_search`: `exact` scores every compressed key, `hierarchical` only those of promising
-    regions, for contexts near a million tokens. `attn_scale_base` a (HypeNet; near 500) multiplies the logits of the sparse
-    layers' attention at position t by log(t + a) / log(a). `rope_scaling` is null, or the `linear` or `llama3` scaling of a
-    converted teacher. `sparse_config["lse"]` is `"coarse"` (released) or `"exact"`.
+    the sparse layers. `block_search`: `exact` scores every compressed key, `hierarchical` only those of
+    promising regions, for contexts near a million tokens. `attn_scale_base` a (HypeNet; near 500) multiplies
+    the logits of the sparse layers' attention at position t by log(t + a) / log(a). `rope_scaling` is null,
+    or the `linear` or `llama3` scaling of a converted teacher. `sparse_config["lse"]` is `"coarse"`
+    (released) or `"exact"`.
 
     Raises:
         ValueError: a field out of its range, naming the field, the value and what is allowed.
@@ -136,30 +153,45 @@ class MiniCPMSALAConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Validate every field that a model is built from; ValueError for the first that does not fit."""
-        self._divides("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        self._divides(
+            "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
+        )
         assert self.lightning_nh and self.lightning_head_dim and self.head_dim, "filled in __post_init__"
         self._divides("lightning_nh", self.lightning_nh, "lightning_nkv", self.lightning_nkv)
-        for field, used, dim in (("head_dim", self.attn_use_rope, self.head_dim),
-                                 ("lightning_head_dim", self.lightning_use_rope, self.lightning_head_dim)):
+        for field, used, dim in (
+            ("head_dim", self.attn_use_rope, self.head_dim),
+            ("lightning_head_dim", self.lightning_use_rope, self.lightning_head_dim),
+        ):
             if used and dim % 2:
                 raise ValueError(f"{field} must be even for rotary positions, got {dim}")
         if self.attention_dropout:
-            raise ValueError(f"attention_dropout must be 0 (the released model has none), got {self.attention_dropout}")
+            raise ValueError(
+                f"attention_dropout must be 0 (the released model has none), got {self.attention_dropout}"
+            )
         check_choice("attention_mode", self.attention_mode, ATTENTION_MODES)
         check_choice("block_search", self.block_search, SEARCHES)
         self._check_rope_scaling()
         if self.attn_scale_base is not None and not self.attn_scale_base > 1:
-            raise ValueError(f"attn_scale_base must be null or a number above 1, got {self.attn_scale_base!r}")
-        if not (isinstance(self.lightning_scale, (int, float)) or self.lightning_scale in ("1/sqrt(d)", "1/d")):
-            raise ValueError(f"lightning_scale must be '1/sqrt(d)', '1/d' or a number, got {self.lightning_scale!r}")
+            raise ValueError(
+                f"attn_scale_base must be null or a number above 1, got {self.attn_scale_base!r}"
+            )
+        if not (
+            isinstance(self.lightning_scale, (int, float)) or self.lightning_scale in ("1/sqrt(d)", "1/d")
+        ):
+            raise ValueError(
+                f"lightning_scale must be '1/sqrt(d)', '1/d' or a number, got {self.lightning_scale!r}"
+            )
 
     def _check_rope_scaling(self) -> None:
         if self.rope_scaling is None:
             return
         kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
         if kind not in ROPE_SCALINGS:
-            raise ValueError(f"rope_scaling must be null or of type {' or '.join(ROPE_SCALINGS)}, got {self.rope_scaling!r}: "
-                             "other kinds depend on the length, which rotary positions here do not")
+            raise ValueError(
+                f"rope_scaling must be null or of type {' or '.join(ROPE_SCALINGS)}, got "
+                f"{self.rope_scaling!r}: "
+                "other kinds depend on the length, which rotary positions here do not"
+            )
         for key in ROPE_SCALINGS[kind]:
             value = self.rope_scaling.get(key)
             if not isinstance(value, (int, float)) or value <= 0:
@@ -172,10 +204,15 @@ class MiniCPMSALAConfig(PreTrainedConfig):
 
     def _check_mixers(self) -> None:
         if self.mixer_types is None:
-            raise ValueError(f"mixer_types is missing: give {self.num_hidden_layers} entries, each {SPARSE!r} or {LIGHTNING!r}")
+            raise ValueError(
+                f"mixer_types is missing: give {self.num_hidden_layers} entries, each {SPARSE!r} or "
+                f"{LIGHTNING!r}"
+            )
         if len(self.mixer_types) != self.num_hidden_layers:
-            raise ValueError(f"mixer_types must have num_hidden_layers = {self.num_hidden_layers} entries, "
-                             f"got {len(self.mixer_types)}")
+            raise ValueError(
+                f"mixer_types must have num_hidden_layers = {self.num_hidden_layers} entries, "
+                f"got {len(self.mixer_types)}"
+            )
         for i, name in enumerate(self.mixer_types):
             check_choice(f"mixer_types[{i}]", name, tuple(_SPELLINGS))
         self.mixer_types = [_SPELLINGS[name] for name in self.mixer_types]
@@ -194,12 +231,27 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             if key in ("use_nope", "lse"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least.get(key, 1):
-                raise ValueError(f"sparse_config.{key} must be a whole number of at least {least.get(key, 1)}, got {value!r}")
-        self._divides("sparse_config.block_size", merged["block_size"], "sparse_config.kernel_stride", merged["kernel_stride"])
-        self._divides("sparse_config.window_size", merged["window_size"], "sparse_config.block_size", merged["block_size"])
+                raise ValueError(
+                    f"sparse_config.{key} must be a whole number of at least {least.get(key, 1)}, got "
+                    f"{value!r}"
+                )
+        self._divides(
+            "sparse_config.block_size",
+            merged["block_size"],
+            "sparse_config.kernel_stride",
+            merged["kernel_stride"],
+        )
+        self._divides(
+            "sparse_config.window_size",
+            merged["window_size"],
+            "sparse_config.block_size",
+            merged["block_size"],
+        )
         if merged["topk"] <= merged["init_blocks"]:
-            raise ValueError(f"sparse_config.topk must exceed init_blocks = {merged['init_blocks']} "
-                             f"(the blocks that are always taken must fit), got {merged['topk']}")
+            raise ValueError(
+                f"sparse_config.topk must exceed init_blocks = {merged['init_blocks']} "
+                f"(the blocks that are always taken must fit), got {merged['topk']}"
+            )
         self.sparse_config = merged
 
     @property
@@ -224,7 +276,11 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         """`lightning_scale` as a number."""
         assert self.lightning_head_dim is not None, "filled in __post_init__"
         named = {"1/sqrt(d)": 1 / math.sqrt(self.lightning_head_dim), "1/d": 1 / self.lightning_head_dim}
-        return named[self.lightning_scale] if isinstance(self.lightning_scale, str) else float(self.lightning_scale)
+        return (
+            named[self.lightning_scale]
+            if isinstance(self.lightning_scale, str)
+            else float(self.lightning_scale)
+        )
 
     @property
     def residual_scale(self) -> float:

@@ -23,7 +23,9 @@ class RMSNorm(nn.Module):
         return nn.functional.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
-def rotary_frequencies(dim: int, theta: float, scaling: dict[str, Any] | None, device: torch.device) -> Tensor:
+def rotary_frequencies(
+    dim: int, theta: float, scaling: dict[str, Any] | None, device: torch.device
+) -> Tensor:
     """`[dim / 2]` radians a token, float64; `scaling` is a configuration's `rope_scaling`.
 
     `linear` divides every frequency by `factor`. `llama3` does so for wavelengths above
@@ -35,13 +37,17 @@ def rotary_frequencies(dim: int, theta: float, scaling: dict[str, Any] | None, d
         return frequencies
     if scaling.get("rope_type", scaling.get("type")) == "linear":
         return frequencies / scaling["factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
+    turns = (
+        scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    )  # in the original context
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (kept + (1 - kept) / scaling["factor"])
 
 
-def rotary_angles(positions: Tensor, dim: int, theta: float, scaling: dict[str, Any] | None = None) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    positions: Tensor, dim: int, theta: float, scaling: dict[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin `[B, T, dim / 2]` of the half-rotation form, float32.
 
     The angles are formed in float64: at position 10^6 a float32 product is already off by 0.06 rad.

@@ -1,8 +1,9 @@
 """How the tokens of one forward call lie: which belong to which sequence, at which position, in which mode.
 
 A call is a rectangle `[B, T]`. Padding (anywhere in a row) and packed documents are described here once,
-so that the mixers see whole sequences only. Where rows are split over ranks, it says what of each sequence lies here,
-and asks a `SequenceParallel` for the rest. It knows nothing of weights or of how attention is computed.
+so that the mixers see whole sequences only. Where rows are split over ranks, it says what of each sequence
+lies here, and asks a `SequenceParallel` for the rest. It knows nothing of weights or of how attention is
+computed.
 """
 
 from bisect import bisect_right
@@ -18,9 +19,11 @@ from .layers import rotary_angles
 
 
 class SequenceParallel(Protocol):
-    """The ranks over which rows are split, each holding one of `ranks` stretches of T tokens: what the mixers ask of them.
+    """The ranks over which rows are split, each holding one of `ranks` stretches of T tokens: what the mixers
+    ask of them.
 
-    Every rank must ask the same questions in the same order. `opensala.train.parallel` answers them with collectives.
+    Every rank must ask the same questions in the same order. `opensala.train.parallel` answers them with
+    collectives.
     """
 
     @property
@@ -30,11 +33,15 @@ class SequenceParallel(Protocol):
     def ranks(self) -> int: ...
 
     def gather(self, x: Tensor) -> Tensor:
-        """The stretches `[B, T, ...]` of all ranks in order, `[B, ranks * T, ...]`; their gradients return summed."""
+        """The stretches `[B, T, ...]` of all ranks in order, `[B, ranks * T, ...]`; their gradients return
+        summed."""
         ...
 
-    def state_before(self, k: Tensor, v: Tensor, slopes: list[float], layout: "SequenceLayout") -> Tensor | None:
-        """The Lightning state `[N, H, D, Dv]` in which each sequence of the layout arrives here; None if all begin here.
+    def state_before(
+        self, k: Tensor, v: Tensor, slopes: list[float], layout: "SequenceLayout"
+    ) -> Tensor | None:
+        """The Lightning state `[N, H, D, Dv]` in which each sequence of the layout arrives here; None if all
+        begin here.
 
         k, v are this rank's, packed: `[1, tokens, H, D]` or the rectangle.
         """
@@ -54,7 +61,8 @@ class SequenceLayout:
             and every row is one sequence.
         shape: (B, T).
         parallel: the ranks over which rows are split, or None.
-        reach: how many ranks back the sequence begins that holds the first token of rank 0, 1, ...; empty without ranks.
+        reach: how many ranks back the sequence begins that holds the first token of rank 0, 1, ...; empty
+            without ranks.
     """
 
     lengths: list[int]
@@ -100,15 +108,17 @@ class SequenceLayout:
         return list(x.split(self.lengths, 1))
 
     def split_whole(self, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """`split` of two tensors of the same shape, each piece `[1, past + length, ...]` with its sequence's tokens of
-        earlier ranks before it."""
+        """`split` of two tensors of the same shape, each piece `[1, past + length, ...]` with its sequence's
+        tokens of earlier ranks before it."""
         pieces = list(zip(self.split(k), self.split(v), strict=True))
         if self.parallel is None or not any(self.reach):
             return pieces
         row, here = self.parallel.gather(torch.cat([k, v], -1)), self.parallel.rank * k.shape[1]
         # Every rank takes something from what was gathered, or its part of the backward pass would never run.
         taken = len(pieces) if self.index is None else 1
-        whole = [row[n : n + 1, here - self.past[n] : here + self.lengths[n]].chunk(2, -1) for n in range(taken)]
+        whole = [
+            row[n : n + 1, here - self.past[n] : here + self.lengths[n]].chunk(2, -1) for n in range(taken)
+        ]
         return [(a, b) for a, b in whole] + pieces[taken:]
 
 
@@ -120,7 +130,11 @@ def packed_bounds(position_ids: Tensor | None, cu_seqlens: Tensor | None, length
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if (
+            bounds[0] != 0
+            or bounds[-1] != length
+            or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False))
+        ):
             raise ValueError(f"cu_seqlens must rise from 0 to {length} (the tokens given), got {bounds}")
         return bounds
     if position_ids is None or position_ids.shape[0] != 1 or length == 1:
@@ -140,7 +154,11 @@ def documents_layout(bounds: list[int], sparse: list[bool], device: torch.device
 
 
 def rows_layout(
-    shape: tuple[int, int], valid: Tensor | None, past: list[int], sparse: list[bool], device: torch.device,
+    shape: tuple[int, int],
+    valid: Tensor | None,
+    past: list[int],
+    sparse: list[bool],
+    device: torch.device,
     position_ids: Tensor | None = None,
 ) -> SequenceLayout:
     """One sequence a row; `valid` `[B, T]` marks the real tokens, None if all are."""
@@ -157,20 +175,27 @@ def rows_layout(
 
 
 def parallel_layout(
-    shape: tuple[int, int], bounds: list[int] | None, parallel: SequenceParallel, sparse: Callable[[list[int]], list[bool]],
-    device: torch.device, position_ids: Tensor | None = None,
+    shape: tuple[int, int],
+    bounds: list[int] | None,
+    parallel: SequenceParallel,
+    sparse: Callable[[list[int]], list[bool]],
+    device: torch.device,
+    position_ids: Tensor | None = None,
 ) -> SequenceLayout:
     """This rank's stretch `[B, T]` of rows that are split over ranks.
 
     Args:
-        bounds: boundaries of documents packed in the whole row of ranks * T tokens (B is 1); None: a row is one document.
+        bounds: boundaries of documents packed in the whole row of ranks * T tokens (B is 1); None: a row is
+            one document.
         sparse: from whole lengths of documents to whether each attends sparsely.
         position_ids: `[B, T]` rotary positions of this stretch, if a row is one document.
     """
     batch, length = shape
     bounds = bounds or [0, parallel.ranks * length]
     first, end = parallel.rank * length, (parallel.rank + 1) * length
-    reach = tuple(-(-(a - bounds[bisect_right(bounds, a) - 1]) // length) for a in range(0, bounds[-1], length))
+    reach = tuple(
+        -(-(a - bounds[bisect_right(bounds, a) - 1]) // length) for a in range(0, bounds[-1], length)
+    )
     documents = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < end and b > first] * batch
     lengths = [min(b, end) - max(a, first) for a, b in documents]
     past = [max(0, first - a) for a, _ in documents]

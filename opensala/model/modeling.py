@@ -23,7 +23,14 @@ from .cache import SALACache
 from .checkpoint import load_strictly
 from .config import ATTENTION_MODES, MiniCPMSALAConfig, check_choice
 from .layers import RMSNorm, SwiGLU
-from .layout import SequenceLayout, SequenceParallel, documents_layout, packed_bounds, parallel_layout, rows_layout
+from .layout import (
+    SequenceLayout,
+    SequenceParallel,
+    documents_layout,
+    packed_bounds,
+    parallel_layout,
+    rows_layout,
+)
 
 logger = logging.getLogger("opensala")
 
@@ -33,13 +40,17 @@ class MiniCPMSALADecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MiniCPMSALAConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = SparseMixer(config, layer) if config.is_sparse(layer) else LightningMixer(config, layer)
+        self.self_attn = (
+            SparseMixer(config, layer) if config.is_sparse(layer) else LightningMixer(config, layer)
+        )
         self.mlp = SwiGLU(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_scale = config.residual_scale
 
-    def forward(self, hidden_states: Tensor, layout: SequenceLayout, cache: SALACache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, layout: SequenceLayout, cache: SALACache | None = None
+    ) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(hidden_states), layout, cache)
         hidden_states = hidden_states + mixed * self.residual_scale
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * self.residual_scale
@@ -62,13 +73,21 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
         return load_strictly(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; says so if the model uses extensions that other servers of the format do not know."""
-        asked = {"attn_qk_norm": self.config.attn_qk_norm, "attn_scale_base": self.config.attn_scale_base is not None,
-                 "rope_scaling": self.config.rope_scaling is not None, "sparse_config.lse = 'exact'": self.config.lse == "exact"}
+        """As in transformers; says so if the model uses extensions that other servers of the format do not
+        know."""
+        asked = {
+            "attn_qk_norm": self.config.attn_qk_norm,
+            "attn_scale_base": self.config.attn_scale_base is not None,
+            "rope_scaling": self.config.rope_scaling is not None,
+            "sparse_config.lse = 'exact'": self.config.lse == "exact",
+        }
         used = [name for name, on in asked.items() if on]
         if used:
-            logger.warning("%s uses %s: an extension that other servers of the MiniCPM-SALA format do not know", save_directory,
-                           " and ".join(used))
+            logger.warning(
+                "%s uses %s: an extension that other servers of the MiniCPM-SALA format do not know",
+                save_directory,
+                " and ".join(used),
+            )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_attention_mode(self, mode: str) -> None:
@@ -89,7 +108,9 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         config.check()  # fields may have been changed since the configuration was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MiniCPMSALADecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            MiniCPMSALADecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.parallel: SequenceParallel | None = None  # set where rows are split over ranks
@@ -116,8 +137,10 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
         if past_key_values is not None and not isinstance(past_key_values, SALACache):
-            raise ValueError(f"past_key_values must be an opensala.SALACache, got {type(past_key_values).__name__}: "
-                             "make one with SALACache(model.config)")
+            raise ValueError(
+                f"past_key_values must be an opensala.SALACache, got {type(past_key_values).__name__}: "
+                "make one with SALACache(model.config)"
+            )
         cache = past_key_values
         if use_cache and cache is None:
             cache = SALACache(self.config)
@@ -135,13 +158,23 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             raise
         if cache is not None:
             cache.commit(layout.lengths, shape[1])
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states),
-                                       past_key_values=cache if use_cache else None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=cache if use_cache else None
+        )
 
-    def _layout(self, shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None,
-                cache: SALACache | None, cu_seqlens: Tensor | None, device: torch.device) -> SequenceLayout:
+    def _layout(
+        self,
+        shape: tuple[int, int],
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: SALACache | None,
+        cu_seqlens: Tensor | None,
+        device: torch.device,
+    ) -> SequenceLayout:
         if self.parallel is not None:
-            return self._split_rows(self.parallel, shape, attention_mask, position_ids, cache, cu_seqlens, device)
+            return self._split_rows(
+                self.parallel, shape, attention_mask, position_ids, cache, cu_seqlens, device
+            )
         batch, length = shape
         empty = cache is None or cache.columns == 0
         bounds = packed_bounds(position_ids, cu_seqlens, length) if empty and attention_mask is None else None
@@ -155,9 +188,15 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
                 return documents_layout(bounds, self._sparse(ends), device)
         valid = None
         if attention_mask is not None:
-            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
-                raise ValueError(f"attention_mask must be [batch, past + new tokens] = [{batch}, >= {length}] of 0 and 1, "
-                                 f"got shape {list(attention_mask.shape)}")
+            if (
+                attention_mask.dim() != 2
+                or attention_mask.shape[0] != batch
+                or attention_mask.shape[1] < length
+            ):
+                raise ValueError(
+                    f"attention_mask must be [batch, past + new tokens] = [{batch}, >= {length}] of 0 and 1, "
+                    f"got shape {list(attention_mask.shape)}"
+                )
             valid = attention_mask[:, -length:].bool()
             if bool(valid.all()):
                 valid = None
@@ -168,12 +207,21 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         custom = position_ids if cache is None and attention_mask is None else None
         return rows_layout(shape, valid, past, self._sparse(decisive), device, custom)
 
-    def _split_rows(self, parallel: SequenceParallel, shape: tuple[int, int], attention_mask: Tensor | None,
-                    position_ids: Tensor | None, cache: SALACache | None, cu_seqlens: Tensor | None,
-                    device: torch.device) -> SequenceLayout:
+    def _split_rows(
+        self,
+        parallel: SequenceParallel,
+        shape: tuple[int, int],
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: SALACache | None,
+        cu_seqlens: Tensor | None,
+        device: torch.device,
+    ) -> SequenceLayout:
         if cache is not None or attention_mask is not None:
-            raise ValueError("where sequences are split over ranks there is no cache and no padding: pass use_cache=False "
-                             "and no attention_mask")
+            raise ValueError(
+                "where sequences are split over ranks there is no cache and no padding: pass use_cache=False "
+                "and no attention_mask"
+            )
         if cu_seqlens is not None and shape[0] != 1:
             raise ValueError(f"cu_seqlens needs a single row, got {shape[0]}")
         bounds = packed_bounds(None, cu_seqlens, shape[1] * parallel.ranks)
@@ -190,7 +238,9 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             line = describe_attention(self.config, "sparse" if sparse else "dense", like)
             if line not in self._said:
                 self._said.add(line)
-                logger.warning(line)  # shown without any logging set up: which attention runs is never a guess
+                logger.warning(
+                    line
+                )  # shown without any logging set up: which attention runs is never a guess
 
 
 def describe_attention(config: MiniCPMSALAConfig, mode: str, like: Tensor) -> str:
@@ -198,10 +248,16 @@ def describe_attention(config: MiniCPMSALAConfig, mode: str, like: Tensor) -> st
     sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
     spec, backend = config.block_spec, planned_backend(like)
     search = "" if config.block_search == "exact" else f", {config.block_search} search"
-    how = (f"block-sparse, {spec.num_blocks} blocks of {spec.block_size}{search} ({backend})" if mode == "sparse"
-           else "dense (scaled_dot_product_attention)")
-    return (f"attention on {like.device.type}: {sparse} sparse layers {how}; {config.num_hidden_layers - sparse} lightning layers "
-            f"chunked ({backend}); mode {config.attention_mode}, sparse from {config.dense_len} tokens")
+    how = (
+        f"block-sparse, {spec.num_blocks} blocks of {spec.block_size}{search} ({backend})"
+        if mode == "sparse"
+        else "dense (scaled_dot_product_attention)"
+    )
+    return (
+        f"attention on {like.device.type}: {sparse} sparse layers {how}; "
+        f"{config.num_hidden_layers - sparse} lightning layers "
+        f"chunked ({backend}); mode {config.attention_mode}, sparse from {config.dense_len} tokens"
+    )
 
 
 class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
@@ -240,37 +296,66 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
             past_key_values: a `SALACache`.
             labels: `[B, T]`, -100 where there is no loss; shifted here.
             logits_to_keep: compute logits for the last so many positions (0: all).
-            cu_seqlens: `[N + 1]` boundaries of documents packed in one row (the whole row, where it is split over ranks).
+            cu_seqlens: `[N + 1]` boundaries of documents packed in one row (the whole row, where it is split
+                over ranks).
         """
         if labels is not None and self.model.parallel is not None:
-            raise ValueError("labels are shifted here, which loses a token at each border between ranks: shift them before the "
-                             "sequence is split and take the loss from the logits")
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-                             cu_seqlens=cu_seqlens, **kwargs)
+            raise ValueError(
+                "labels are shifted here, which loses a token at each border between ranks: shift them "
+                "before the "
+                "sequence is split and take the loss from the logits"
+            )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            **kwargs,
+        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept] / self.config.logit_divisor)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values,
-                                      hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     # --- generation hooks of transformers ---
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
-                                      **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
         given = model_kwargs.get("past_key_values")
         if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation must be unset or 'dynamic' for MiniCPM-SALA, got "
-                             f"{generation_config.cache_implementation!r}")
+            raise ValueError(
+                f"cache_implementation must be unset or 'dynamic' for MiniCPM-SALA, got "
+                f"{generation_config.cache_implementation!r}"
+            )
         if given is not None:
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = SALACache(self.config, record_past=bool(generation_config.is_assistant))
+            model_kwargs["past_key_values"] = SALACache(
+                self.config, record_past=bool(generation_config.is_assistant)
+            )
 
-    def _prefill(self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any,
-                 **kwargs: Any) -> Any:
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, SALACache):
             mask = model_kwargs.get("attention_mask")

@@ -1,8 +1,9 @@
 """Values that a recomputed forward pass must take from the first one instead of computing them again.
 
-Activation checkpointing runs a layer twice. Which blocks a query attends to is a choice: where scores nearly tie, the second
-run may choose otherwise (another kernel order on a GPU is enough), and the backward pass would then belong to another
-function than the loss. So the first run's choices are kept and given to the second.
+Activation checkpointing runs a layer twice. Which blocks a query attends to is a choice: where scores nearly
+tie, the second run may choose otherwise (another kernel order on a GPU is enough), and the backward pass
+would then belong to another function than the loss. So the first run's choices are kept and given to the
+second.
 """
 
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ def _with(values: list[Tensor], playing: bool) -> Iterator[None]:
 
 
 def record_and_replay() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The two contexts of one checkpointed call, as `torch.utils.checkpoint` takes them from its `context_fn`."""
+    """The two contexts of one checkpointed call, as `torch.utils.checkpoint` takes them from its
+    `context_fn`."""
     values: list[Tensor] = []
     return _with(values, False), _with(values, True)

@@ -6,6 +6,14 @@ from .lightning import alibi_slopes, lightning_attention
 from .sparse import BlockSpec, compress_keys, extend_compressed, select_blocks, sparse_attention
 
 __all__ = [
-    "BlockSpec", "alibi_slopes", "compress_keys", "extend_compressed", "lightning_attention", "norm_gate",
-    "norm_rope", "select_blocks", "sparse_attention", "use_backend",
+    "BlockSpec",
+    "alibi_slopes",
+    "compress_keys",
+    "extend_compressed",
+    "lightning_attention",
+    "norm_gate",
+    "norm_rope",
+    "select_blocks",
+    "sparse_attention",
+    "use_backend",
 ]

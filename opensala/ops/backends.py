@@ -26,9 +26,11 @@ _override: ContextVar[Backend | None] = ContextVar("opensala_backend", default=N
 
 @contextmanager
 def use_backend(name: Backend | None) -> Iterator[None]:
-    """Within the block, ops run on this backend unless a call names another; None restores the choice by device.
+    """Within the block, ops run on this backend unless a call names another; None restores the choice by
+    device.
 
-    An op that does not have it (there is no `cpp` form of an op that plain PyTorch already does best) uses `torch`.
+    An op that does not have it (there is no `cpp` form of an op that plain PyTorch already does best) uses
+    `torch`.
     """
     _known(name)
     token = _override.set(name)
@@ -38,17 +40,22 @@ def use_backend(name: Backend | None) -> Iterator[None]:
         _override.reset(token)
 
 
-def choose_backend(op: str, like: Tensor, asked: Backend | None = None, special: Mapping[str, str | None] | None = None) -> str:
+def choose_backend(
+    op: str, like: Tensor, asked: Backend | None = None, special: Mapping[str, str | None] | None = None
+) -> str:
     """Return the backend that runs `op` on tensors like `like`, and log each new choice once.
 
-    `naive` is the plain statement (slow, for tests); `torch` is chunked PyTorch and runs everywhere; `cpp` is compiled
-    on first use for the CPU; `triton` is for GPUs of compute capability 8.0 and later, or Triton's interpreter.
+    `naive` is the plain statement (slow, for tests); `torch` is chunked PyTorch and runs everywhere; `cpp` is
+    compiled on first use for the CPU; `triton` is for GPUs of compute capability 8.0 and later, or Triton's
+    interpreter.
 
     Args:
         op: name of the op, for messages.
         like: a tensor of the call: its device and dtype decide.
-        asked: the backend the caller wants; else `use_backend`, the variable OPENSALA_BACKEND, or the fastest one.
-        special: of `cpp` and `triton`, those this op has, each with the reason why this call is beyond it, or None.
+        asked: the backend the caller wants; else `use_backend`, the variable OPENSALA_BACKEND, or the fastest
+            one.
+        special: of `cpp` and `triton`, those this op has, each with the reason why this call is beyond it, or
+            None.
 
     Raises:
         ValueError: an unknown name, or a backend asked for that cannot run here.
@@ -67,7 +74,9 @@ def planned_backend(like: Tensor) -> str:
     return _decide("this op", like, None, {"cpp": None, "triton": None})[0]
 
 
-def _decide(op: str, like: Tensor, asked: Backend | None, special: Mapping[str, str | None]) -> tuple[str, str]:
+def _decide(
+    op: str, like: Tensor, asked: Backend | None, special: Mapping[str, str | None]
+) -> tuple[str, str]:
     """The backend, and why it is not the fastest kind ('' if it is, or if it was asked for)."""
     if asked is None:
         default = _override.get() or os.environ.get(VARIABLE) or None
@@ -114,14 +123,19 @@ def _why_not_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install 'opensala[gpu]'"
     if device.type == "cpu":
-        return None if triton_interpreted() else "the tensors are on the cpu (TRITON_INTERPRET=1 runs the interpreter)"
+        return (
+            None
+            if triton_interpreted()
+            else "the tensors are on the cpu (TRITON_INTERPRET=1 runs the interpreter)"
+        )
     if device.type != "cuda":
         return f"there are no kernels for {device.type}"
     capability = torch.cuda.get_device_capability(device)
-    return None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return (
+        None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    )
 
 
 def _known(name: str | None) -> None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
-

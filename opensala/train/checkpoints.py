@@ -1,8 +1,11 @@
-"""The checkpoints of a run: where they are, which is the last, how many are kept, what a full disk means for them.
+"""The checkpoints of a run: where they are, which is the last, how many are kept, what a full disk means for
+them.
 
-    checkpoints/03-short_decay-0000250/    place of the stage in the recipe, its name, optimizer steps taken in it
+    checkpoints/03-short_decay-0000250/    place of the stage in the recipe, its name, optimizer steps taken
+    in it
 
-Each is written beside its place and renamed (opensala.train.parallel), so that whatever has the name is whole.
+Each is written beside its place and renamed (opensala.train.parallel), so that whatever has the name is
+whole.
 """
 
 import re
@@ -54,8 +57,16 @@ class Checkpoints:
         own = [c for c in self.all() if c.stage == stage]
         return own[-1] if own else None
 
-    def save(self, index: int, stage: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: ParallelMesh,
-             extra: dict[str, Any]) -> Path:
+    def save(
+        self,
+        index: int,
+        stage: str,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mesh: ParallelMesh,
+        extra: dict[str, Any],
+    ) -> Path:
         """Write one on all ranks, then drop the oldest beyond `keep`.
 
         Raises:
@@ -77,10 +88,15 @@ class Checkpoints:
         known = self.all()
         last = f"the last good one, {known[-1].path}, is kept" if known else "there is none before it"
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-        return (f"checkpoint {path} could not be written: {error.strerror or error}; {free:,} bytes are free there; {last}. Free some space "
-                f"(a checkpoint takes 12 bytes a parameter) and go on with --resume")
+        return (
+            f"checkpoint {path} could not be written: {error.strerror or error}; {free:,} bytes are free "
+            f"there; {last}. Free some space "
+            f"(a checkpoint takes 12 bytes a parameter) and go on with --resume"
+        )
 
     @staticmethod
-    def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    def load(
+        checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, Any]:
         """Weights and optimizer state in place; returns what else was kept."""
         return load_checkpoint(checkpoint.path, model, optimizer)

@@ -1,6 +1,7 @@
 """Floating-point operations of the model, counted from its configuration. A multiply-add is two.
 
-Counted: every matrix product, softmax attention (causal, so half of the rectangle), block selection, Lightning attention in
+Counted: every matrix product, softmax attention (causal, so half of the rectangle), block selection,
+    Lightning attention in
 chunks. Not counted: norms, rotations, gates, the optimizer.
 """
 
@@ -11,23 +12,41 @@ _CHUNK = 64  # of Lightning attention
 
 def matrix_parameters(config: MiniCPMSALAConfig) -> int:
     """Parameters that take part in a matrix product for every token: all but the embedding and the norms."""
-    return sum(_layer_matrices(config, i) for i in range(config.num_hidden_layers)) + config.vocab_size * config.hidden_size
+    return (
+        sum(_layer_matrices(config, i) for i in range(config.num_hidden_layers))
+        + config.vocab_size * config.hidden_size
+    )
 
 
 def all_parameters(config: MiniCPMSALAConfig) -> int:
     """Parameters of the model but for norms (a fraction of a percent)."""
-    return matrix_parameters(config) + (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    return matrix_parameters(config) + (
+        0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    )
 
 
 def _layer_matrices(config: MiniCPMSALAConfig, layer: int) -> int:
-    assert config.head_dim and config.num_key_value_heads and config.lightning_nh and config.lightning_nkv and config.lightning_head_dim
+    assert (
+        config.head_dim
+        and config.num_key_value_heads
+        and config.lightning_nh
+        and config.lightning_nkv
+        and config.lightning_head_dim
+    )
     hidden = config.hidden_size
     feed_forward = 3 * hidden * config.intermediate_size
     if config.is_sparse(layer):
-        inner, kv, gate = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim, config.attn_use_output_gate
+        inner, kv, gate = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+            config.attn_use_output_gate,
+        )
     else:
-        inner, kv, gate = (config.lightning_nh * config.lightning_head_dim, config.lightning_nkv * config.lightning_head_dim,
-                           config.use_output_gate)
+        inner, kv, gate = (
+            config.lightning_nh * config.lightning_head_dim,
+            config.lightning_nkv * config.lightning_head_dim,
+            config.use_output_gate,
+        )
     return feed_forward + hidden * (2 * inner + 2 * kv + (inner if gate else 0))
 
 
@@ -55,5 +74,6 @@ def forward_flops(config: MiniCPMSALAConfig, length: int, sparse: bool) -> float
 
 
 def training_flops(config: MiniCPMSALAConfig, length: int, sparse: bool) -> float:
-    """FLOPs a token of forward and backward pass (three forward passes; what is recomputed is not counted)."""
+    """FLOPs a token of forward and backward pass (three forward passes; what is recomputed is not
+    counted)."""
     return 3 * forward_flops(config, length, sparse)

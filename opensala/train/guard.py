@@ -30,7 +30,10 @@ class StepGuard:
             if not math.isfinite(value):
                 return f"{name} is {value}"
             if len(known) >= self.policy.least and value > self.policy.spike * median(known):
-                return f"{name} {value:.4g} is more than {self.policy.spike:g} times the median {median(known):.4g}"
+                return (
+                    f"{name} {value:.4g} is more than {self.policy.spike:g} times the median "
+                    f"{median(known):.4g}"
+                )
         return ""
 
     @property

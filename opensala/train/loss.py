@@ -1,4 +1,5 @@
-"""Losses: next-token loss weighted or in chunks, and one that teaches compressed keys to find what attention finds."""
+"""Losses: next-token loss weighted or in chunks, and one that teaches compressed keys to find what attention
+finds."""
 
 from typing import Any
 
@@ -20,7 +21,9 @@ def weighted_next_token_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Te
         logits: `[B, T, V]`; ids: `[B, T]`; weights: `[B, T]`, the weight of each token as a target.
     """
     targets, w = ids[:, 1:].flatten(), weights[:, 1:].flatten()
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets, reduction="none"
+    )
     return (losses * w).sum() / w.sum()
 
 
@@ -56,7 +59,9 @@ def selection_alignment_loss(mixer: SparseMixer, x: Tensor, queries: Tensor, doc
         dense = torch.einsum("nhgd,nthd->nhgt", q, k[row])
         causal = torch.arange(length, device=x.device)[None] <= place[:, None]
         attention = dense.masked_fill(~causal[:, None, None], -torch.inf).softmax(-1)
-        pooled = attention.unfold(-1, spec.kernel_size, spec.kernel_stride).sum(-1) * inside[row][:, None, None]
+        pooled = (
+            attention.unfold(-1, spec.kernel_size, spec.kernel_stride).sum(-1) * inside[row][:, None, None]
+        )
         mass = pooled.sum(-1)
         target = pooled / mass.clamp(min=1e-6)[..., None]  # [N, Hkv, G, n]
 
@@ -68,7 +73,8 @@ def selection_alignment_loss(mixer: SparseMixer, x: Tensor, queries: Tensor, doc
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies over rows; gradients are made chunk by chunk in the forward pass, so logits exist once."""
+    """Sum of cross-entropies over rows; gradients are made chunk by chunk in the forward pass, so logits
+    exist once."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
@@ -116,9 +122,12 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows:
         rows: tokens whose logits exist at a time.
 
     Returns:
-        The sum as a float32 scalar (float64 for float64); gradients flow to hidden and weight. Divide by the number of
-        targets of the whole optimizer step, over all its passes and ranks, for the mean.
+        The sum as a float32 scalar (float64 for float64); gradients flow to hidden and weight. Divide by the
+        number of targets of the whole optimizer step, over all its passes and ranks, for the mean.
     """
     if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"hidden must be [N, D], weight [V, D], targets [N], got {list(hidden.shape)}, {list(weight.shape)}, {list(targets.shape)}")
+        raise ValueError(
+            f"hidden must be [N, D], weight [V, D], targets [N], got {list(hidden.shape)}, "
+            f"{list(weight.shape)}, {list(targets.shape)}"
+        )
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)

@@ -1,6 +1,7 @@
 """Memory of training, from the shapes: said before the first step, in bytes a device.
 
-An estimate for choosing sizes: weights and states are exact, activations follow the tensors that each part keeps.
+An estimate for choosing sizes: weights and states are exact, activations follow the tensors that each part
+    keeps.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ _STATES = 16  # bytes a parameter: float32 master, gradient, two moments
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes a device: `states` (weights, gradients, moments), `activations` of one pass, and `loss` (logits, head gradient)."""
+    """Bytes a device: `states` (weights, gradients, moments), `activations` of one pass, and `loss` (logits,
+    head gradient)."""
 
     states: int
     activations: int
@@ -32,8 +34,8 @@ class Need:
 def training_memory(config: MiniCPMSALAConfig, recipe: Recipe, stage: Stage, ranks: int = 1) -> Need:
     """What one device of `ranks` needs for a stage.
 
-    With several ranks masters, gradients and moments are sharded over all of them; the compute copy of the largest gathered
-    part (embedding and head, or two layers) stays whole.
+    With several ranks masters, gradients and moments are sharded over all of them; the compute copy of the
+    largest gathered part (embedding and head, or two layers) stays whole.
     """
     wide = 2 if recipe.dtype == "bfloat16" else 4
     parameters, hidden, vocab = all_parameters(config), config.hidden_size, config.vocab_size
@@ -58,7 +60,8 @@ def training_memory(config: MiniCPMSALAConfig, recipe: Recipe, stage: Stage, ran
 
 
 def pass_tokens(recipe: Recipe, stage: Stage) -> int:
-    """Tokens of one forward and backward pass over all ranks that share it: whole sequences, at most a step's."""
+    """Tokens of one forward and backward pass over all ranks that share it: whole sequences, at most a
+    step's."""
     return stage.sequence * min(stage.sequences, max(1, recipe.micro_tokens * stage.cp // stage.sequence))
 
 
@@ -90,12 +93,19 @@ def available_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def check_fits(config: MiniCPMSALAConfig, recipe: Recipe, stage: Stage, device: torch.device, ranks: int = 1) -> Need:
-    """Raise ValueError with needed and available bytes if the stage does not fit the device; returns what it needs."""
+def check_fits(
+    config: MiniCPMSALAConfig, recipe: Recipe, stage: Stage, device: torch.device, ranks: int = 1
+) -> Need:
+    """Raise ValueError with needed and available bytes if the stage does not fit the device; returns what it
+    needs."""
     need, have = training_memory(config, recipe, stage, ranks), available_bytes(device)
     if need.total > have:
         raise ValueError(
-            f"{stage.name}: sequences of {stage.sequence:,} tokens need about {need.total:,} bytes on {device} ({need.states:,} for weights and "
-            f"optimizer, {need.activations + need.loss:,} for a pass of {pass_tokens(recipe, stage):,} tokens over {stage.cp} rank(s)), "
-            f"and {have:,} bytes are available: set {stage.name}.sequence or micro_tokens lower, recompute=true, or use more ranks")
+            f"{stage.name}: sequences of {stage.sequence:,} tokens need about {need.total:,} bytes on "
+            f"{device} ({need.states:,} for weights and "
+            f"optimizer, {need.activations + need.loss:,} for a pass of {pass_tokens(recipe, stage):,} "
+            f"tokens over {stage.cp} rank(s)), "
+            f"and {have:,} bytes are available: set {stage.name}.sequence or micro_tokens lower, "
+            "recompute=true, or use more ranks"
+        )
     return need

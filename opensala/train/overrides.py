@@ -1,6 +1,7 @@
 """Changes to a recipe from text: `stable.peak=1e-3`, `micro_tokens=8192`, and paths for its sources.
 
-Every name and value is checked against the recipe, so that a typing error is refused before anything is read or written.
+Every name and value is checked against the recipe, so that a typing error is refused before anything is read
+or written.
 """
 
 import difflib
@@ -28,7 +29,13 @@ def _parsed(name: str, text: str, old: Any) -> Any:
                 raise ValueError
             return number
     except (KeyError, ValueError, OverflowError):
-        kind = "true or false" if isinstance(old, bool) else "a whole number" if isinstance(old, int) else "a number"
+        kind = (
+            "true or false"
+            if isinstance(old, bool)
+            else "a whole number"
+            if isinstance(old, int)
+            else "a number"
+        )
         raise ValueError(f"{name} must be {kind}, got {text!r}") from None
     return text
 
@@ -39,19 +46,26 @@ def _changed(item: Any, path: list[str], text: str, name: str) -> Any:
     head, *rest = path
     if head not in names and isinstance(item, Stage) and head in Schedule.__dataclass_fields__:
         return replace(item, schedule=_changed(item.schedule, path, text, name))
-    if head not in names or (not rest and not isinstance(getattr(item, head), (bool, int, float, str, type(None)))):
+    if head not in names or (
+        not rest and not isinstance(getattr(item, head), (bool, int, float, str, type(None)))
+    ):
         allowed = [*names, *(Schedule.__dataclass_fields__ if isinstance(item, Stage) else ())]
         near = difflib.get_close_matches(head, allowed, n=1)
-        raise ValueError(f"{name}: there is no field {head!r} to set{f', did you mean {near[0]!r}?' if near else ''} Fields: {', '.join(allowed)}")
+        raise ValueError(
+            f"{name}: there is no field {head!r} to set{f', did you mean {near[0]!r}?' if near else ''} "
+            f"Fields: {', '.join(allowed)}"
+        )
     old = getattr(item, head)
     return replace(item, **{head: _changed(old, rest, text, name) if rest else _parsed(name, text, old)})
 
 
 def override(recipe: Recipe, setting: str) -> Recipe:
-    """Apply `field=value` (of the recipe) or `stage.field=value`, as `stable.peak=1e-3` or `halo.config.length=256`.
+    """Apply `field=value` (of the recipe) or `stage.field=value`, as `stable.peak=1e-3` or
+    `halo.config.length=256`.
 
     Raises:
-        ValueError: a stage or field that does not exist (with the nearest name), or a value of the wrong kind.
+        ValueError: a stage or field that does not exist (with the nearest name), or a value of the wrong
+            kind.
     """
     name, equals, text = setting.partition("=")
     if not equals:
@@ -69,6 +83,12 @@ def bind(recipe: Recipe, paths: dict[str, str]) -> Recipe:
     known = sorted({s.name for stage in recipe.stages if isinstance(stage, Stage) for s in stage.mixture})
     for name in paths:
         check_choice("a source of --data", name, tuple(known))
-    return replace(recipe, stages=tuple(
-        replace(stage, mixture=tuple(replace(s, path=paths.get(s.name, s.path)) for s in stage.mixture))
-        if isinstance(stage, Stage) else stage for stage in recipe.stages))
+    return replace(
+        recipe,
+        stages=tuple(
+            replace(stage, mixture=tuple(replace(s, path=paths.get(s.name, s.path)) for s in stage.mixture))
+            if isinstance(stage, Stage)
+            else stage
+            for stage in recipe.stages
+        ),
+    )

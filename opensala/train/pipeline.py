@@ -1,12 +1,13 @@
-"""A whole recipe in one folder: the softmax Transformer (if the recipe trains one), HALO, every stage, the finished model.
+"""A whole recipe in one folder: the softmax Transformer (if the recipe trains one), HALO, every stage, the
+finished model.
 
-    config.json       recipe, teacher, sources: a resumed run must have the same
-    metrics.jsonl     a line for each step of each stage
-    dense/            the Transformer to convert; halo/ the conversion's own run folder
-    stages.json       loss on the same sequences before and after each stage
-    checkpoints/      the newest states
-    models/STAGE/     the model at the end of each stage; model/ that of the last one
-    plots/training.png
+config.json       recipe, teacher, sources: a resumed run must have the same
+metrics.jsonl     a line for each step of each stage
+dense/            the Transformer to convert; halo/ the conversion's own run folder
+stages.json       loss on the same sequences before and after each stage
+checkpoints/      the newest states
+models/STAGE/     the model at the end of each stage; model/ that of the last one
+plots/training.png
 """
 
 import logging
@@ -39,16 +40,39 @@ from .trainer import Signals, StageRun
 from .watch import Board, matrix_rate, plot_training
 
 logger = logging.getLogger("opensala")
-SHIPPED = Path(__file__).parents[1] / "assets" / "small"  # the tokenizer of recipes that train their own Transformer
-_FREE = ("probe_tokens", "micro_tokens", "recompute", "save_every", "keep", "guard", "scratch_tokens")  # may change between runs
-_MINICPM = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "scale_emb", "scale_depth", "dim_model_base", "initializer_range", "eos_token_id", "max_position_embeddings")
+SHIPPED = (
+    Path(__file__).parents[1] / "assets" / "small"
+)  # the tokenizer of recipes that train their own Transformer
+_FREE = (
+    "probe_tokens",
+    "micro_tokens",
+    "recompute",
+    "save_every",
+    "keep",
+    "guard",
+    "scratch_tokens",
+)  # may change between runs
+_MINICPM = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "scale_emb",
+    "scale_depth",
+    "dim_model_base",
+    "initializer_range",
+    "eos_token_id",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins. At most one of `teacher` (a Transformer to convert) and `init` (a hybrid: no HALO); neither trains
-    the recipe's own Transformer first."""
+    """Where a run begins. At most one of `teacher` (a Transformer to convert) and `init` (a hybrid: no HALO);
+    neither trains the recipe's own Transformer first."""
 
     teacher: str = ""
     init: str = ""
@@ -68,7 +92,12 @@ class RunConfig:
         for stage in record["stages"]:
             stage.pop("cp", None)
         record["stages"] = {stage["name"]: stage for stage in record["stages"]}
-        return {"order": " ".join(record["stages"]), **record, "teacher": self.start.teacher, "init": self.start.init}
+        return {
+            "order": " ".join(record["stages"]),
+            **record,
+            "teacher": self.start.teacher,
+            "init": self.start.init,
+        }
 
 
 def reduced(recipe: Recipe, start: Start) -> Recipe:
@@ -77,10 +106,15 @@ def reduced(recipe: Recipe, start: Start) -> Recipe:
     Raises ValueError for both a teacher and an init, or for a recipe that needs one of them.
     """
     if start.teacher and start.init:
-        raise ValueError("give --teacher (a Transformer to convert) or --init (a hybrid to go on with), not both")
+        raise ValueError(
+            "give --teacher (a Transformer to convert) or --init (a hybrid to go on with), not both"
+        )
     own = any(isinstance(s, Stage) and s.dense_start for s in recipe.stages)
     if not own and not start.teacher and not start.init:
-        raise ValueError(f"{recipe.name} starts from a trained Transformer: give its checkpoint with --teacher, or a converted hybrid with --init")
+        raise ValueError(
+            f"{recipe.name} starts from a trained Transformer: give its checkpoint with --teacher, or a "
+            "converted hybrid with --init"
+        )
     stages: Sequence[Stage | Halo] = recipe.stages
     if start.teacher or start.init:
         stages = [s for s in stages if isinstance(s, Halo) or not s.dense_start]
@@ -89,8 +123,18 @@ def reduced(recipe: Recipe, start: Start) -> Recipe:
     return replace(recipe, stages=tuple(stages))
 
 
-def train(recipe: Recipe, output: str | Path, *, start: Start | None = None, only: Sequence[str] = (), resume: bool = False,
-          device: str | None = None, skip_bad: bool = False, chat_template: str = "", quiet: bool = False) -> Path:
+def train(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    start: Start | None = None,
+    only: Sequence[str] = (),
+    resume: bool = False,
+    device: str | None = None,
+    skip_bad: bool = False,
+    chat_template: str = "",
+    quiet: bool = False,
+) -> Path:
     """Run a recipe; returns the folder of the last finished model.
 
     Args:
@@ -127,8 +171,17 @@ def train(recipe: Recipe, output: str | Path, *, start: Start | None = None, onl
 class Pipeline:
     """A run in progress. See `train`."""
 
-    def __init__(self, recipe: Recipe, path: Path, start: Start, resume: bool, device: str | None, skip_bad: bool, chat_template: str,
-                 quiet: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        path: Path,
+        start: Start,
+        resume: bool,
+        device: str | None,
+        skip_bad: bool,
+        chat_template: str,
+        quiet: bool,
+    ) -> None:
         self.recipe, self.path, self.start, self.device, self.skip_bad = recipe, path, start, device, skip_bad
         self.chat_template, self.quiet = chat_template, quiet
         for stage in recipe.stages:
@@ -164,7 +217,12 @@ class Pipeline:
         records = [] if self.folder is None else self.folder.metrics()
         if records:
             probes = read_json(self.path / "stages.json") or {}
-            plot_training(records, [s for s in self.recipe.stages if isinstance(s, Stage)], probes, self.path / "plots" / "training.png")
+            plot_training(
+                records,
+                [s for s in self.recipe.stages if isinstance(s, Stage)],
+                probes,
+                self.path / "plots" / "training.png",
+            )
 
     def _run(self, names: Sequence[str], only: Sequence[str]) -> Path:
         result = self.path
@@ -173,8 +231,11 @@ class Pipeline:
                 if only and stage.name not in only:
                     wanted = [n for n in names[index:] if n in only]
                     if wanted:
-                        raise ValueError(f"stage {wanted[0]} begins where {stage.name} ends, and {self.path} holds no finished {stage.name}: run that "
-                                         f"first (--stage {stage.name}), or begin from a model with --init")
+                        raise ValueError(
+                            f"stage {wanted[0]} begins where {stage.name} ends, and {self.path} holds no "
+                            f"finished {stage.name}: run that "
+                            f"first (--stage {stage.name}), or begin from a model with --init"
+                        )
                     break
                 self.run_stage(index, stage)
             result = self.model_of(stage)
@@ -197,10 +258,24 @@ class Pipeline:
         tokenizer = self.tokenizer(stage)
         model = self._model(index, stage)
         if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {model.config.vocab_size}: they are not of one model")
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary "
+                f"{model.config.vocab_size}: they are not of one model"
+            )
         check_fits(model.config, self.recipe, stage, mesh.device, mesh.world)
         data = StageData(stage, tokenizer, self.recipe.seed, self.skip_bad)
-        run = StageRun(self.recipe, stage, index, model, data, mesh, self.folder, self.checkpoints, self._matrix_rate(mesh), self.quiet)
+        run = StageRun(
+            self.recipe,
+            stage,
+            index,
+            model,
+            data,
+            mesh,
+            self.folder,
+            self.checkpoints,
+            self._matrix_rate(mesh),
+            self.quiet,
+        )
         run.begin(self._before(index))
         probe = self._probe(stage, tokenizer)
         self._measure("before", run, probe)
@@ -254,7 +329,9 @@ class Pipeline:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{source} has no tokenizer that can be read ({error}); save one beside the model") from error
+            raise ValueError(
+                f"{source} has no tokenizer that can be read ({error}); save one beside the model"
+            ) from error
         if isinstance(stage, Stage) and stage.chat and (self.chat_template or not tokenizer.chat_template):
             tokenizer.chat_template = self.chat_template or self.recipe.chat_template or None
         return tokenizer
@@ -262,8 +339,11 @@ class Pipeline:
     def _convert(self, stage: Halo) -> None:
         if self.mesh.world > 1:
             raise ValueError("HALO runs in one process: run it first, without torchrun, with --stage halo")
-        config = replace(stage.config, teacher=self.start.teacher or str(self.path / "models" / self.recipe.stages[0].name),
-                         seed=self.recipe.seed)
+        config = replace(
+            stage.config,
+            teacher=self.start.teacher or str(self.path / "models" / self.recipe.stages[0].name),
+            seed=self.recipe.seed,
+        )
         if self.device is not None:
             config = replace(config, device=self.device)
         if not config.sparse_config:
@@ -295,7 +375,11 @@ class Pipeline:
             mode = model.config.attention_mode
             model.config.attention_mode = mode if stage.dense_start else "auto"
             model.config.dtype = dtype
-            weights = {name: x.to(dtype).contiguous() for name, x in weights.items() if not (name == "lm_head.weight" and model.config.tie_word_embeddings)}
+            weights = {
+                name: x.to(dtype).contiguous()
+                for name, x in weights.items()
+                if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
+            }
             _save(partial, model, weights)
             model.config.attention_mode = mode
             if stage.dense_start:
@@ -325,9 +409,18 @@ def _save(folder: Path, model: MiniCPMSALAForCausalLM, weights: dict[str, torch.
 def _minicpm(recipe: Recipe) -> dict[str, Any]:
     """The recipe's own Transformer as the `config.json` of a MiniCPM model."""
     shape = MiniCPMSALAConfig(**recipe.model)
-    return {"model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "bos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": False,
-            "attention_bias": False, "rms_norm_eps": shape.rms_norm_eps, "rope_theta": shape.rope_theta, "hidden_act": "silu",
-            **{name: getattr(shape, name) for name in _MINICPM}}
+    return {
+        "model_type": "minicpm",
+        "architectures": ["MiniCPMForCausalLM"],
+        "bos_token_id": 1,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "hidden_act": "silu",
+        **{name: getattr(shape, name) for name in _MINICPM},
+    }
 
 
 def _open_folder(path: Path, config: RunConfig, resume: bool, mesh: ParallelMesh) -> RunFolder | None:
@@ -341,4 +434,8 @@ def _open_folder(path: Path, config: RunConfig, resume: bool, mesh: ParallelMesh
 def summary(path: Path) -> str:
     """A line for each stage: the loss on its probe before and after."""
     record = read_json(path / "stages.json") or {}
-    return "\n".join(f"{name}: loss {own['before']:.3f} -> {own['after']:.3f}" for name, own in record.items() if "after" in own)
+    return "\n".join(
+        f"{name}: loss {own['before']:.3f} -> {own['after']:.3f}"
+        for name, own in record.items()
+        if "after" in own
+    )

@@ -1,7 +1,8 @@
 """Recipes: every stage of a training as one frozen object, made by a function.
 
-`minicpm_sala_9b` states the published training (arXiv 2602.11761, Table 1 and section 3), `tiny` the same stages for a model
-that two CPU cores train in minutes. What the paper leaves open is chosen here and named in docs/training.md.
+`minicpm_sala_9b` states the published training (arXiv 2602.11761, Table 1 and section 3), `tiny` the same
+stages for a model that two CPU cores train in minutes. What the paper leaves open is chosen here and named in
+docs/training.md.
 """
 
 import json
@@ -23,10 +24,11 @@ class Source:
     Attributes:
         name: what `--data NAME=PATH` gives a path to.
         weight: share of the stage's tokens, relative to the other sources.
-        path: file, folder or pattern (JSONL, Parquet, text); `python:code|prose|headers` (texts of the installation);
-            `synthetic:facts|tracing|cross` (made as needed, at any length). Empty: must be given.
-        long_from, long_factor: documents of fewer than `long_from` tokens are left out but for one in `long_factor`, so that
-            longer ones make up that much more of the source.
+        path: file, folder or pattern (JSONL, Parquet, text); `python:code|prose|headers` (texts of the
+            installation); `synthetic:facts|tracing|cross` (made as needed, at any length). Empty: must be
+            given.
+        long_from, long_factor: documents of fewer than `long_from` tokens are left out but for one in
+            `long_factor`, so that longer ones make up that much more of the source.
     """
 
     name: str
@@ -43,7 +45,8 @@ class Stage:
     Attributes:
         sequence: tokens of a packed sequence.
         tokens, batch_tokens: in all, and of an optimizer step (rounded to whole sequences).
-        sparse: block selection as at inference (documents from the model's dense_len on); off: dense whatever the length.
+        sparse: block selection as at inference (documents from the model's dense_len on); off: dense whatever
+            the length.
         chat: documents are conversations in the tokenizer's chat template, with loss on the answers only.
         dense_start: trains the softmax Transformer that HALO converts, instead of the hybrid.
         fresh_optimizer: forget the moments of the stage before.
@@ -79,14 +82,17 @@ class Stage:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{self.name}.{name} must be a whole number of at least 1, got {value!r}")
         if self.sequence % self.cp:
-            raise ValueError(f"{self.name}.sequence = {self.sequence} must be a multiple of {self.name}.cp = {self.cp}")
+            raise ValueError(
+                f"{self.name}.sequence = {self.sequence} must be a multiple of {self.name}.cp = {self.cp}"
+            )
         if not self.mixture or any(not s.weight > 0 for s in self.mixture):
             raise ValueError(f"{self.name}.mixture must have sources, each with a weight above 0")
 
 
 @dataclass(frozen=True)
 class Halo:
-    """The first stage: a softmax Transformer becomes the hybrid (opensala.convert). Its teacher is filled in by the run."""
+    """The first stage: a softmax Transformer becomes the hybrid (opensala.convert). Its teacher is filled in
+    by the run."""
 
     config: ConvertConfig
     name: str = "halo"
@@ -97,7 +103,8 @@ class Halo:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW. Matrices inside the layers learn at rate / (hidden_size / dim_model_base), all else at the rate (muP)."""
+    """AdamW. Matrices inside the layers learn at rate / (hidden_size / dim_model_base), all else at the rate
+    (muP)."""
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -110,8 +117,9 @@ class Optimizer:
 class Guard:
     """What is done about a bad step: it is not taken, and logged; the data goes on.
 
-    Bad is a loss or gradient norm that is not finite, or more than `spike` times the median of the last `window` good ones
-    (from the `least`-th on). After `patience` bad steps in a row the run stops; the last checkpoint is from before them.
+    Bad is a loss or gradient norm that is not finite, or more than `spike` times the median of the last
+    `window` good ones (from the `least`-th on). After `patience` bad steps in a row the run stops; the last
+    checkpoint is from before them.
     """
 
     spike: float = 10.0
@@ -126,11 +134,13 @@ class Recipe:
 
     Attributes:
         model: fields of the hybrid's `MiniCPMSALAConfig`.
-        micro_tokens: tokens of one forward and backward pass on a device; at least one sequence (or its part under cp).
-        recompute: keep layer inputs only and compute the rest again in the backward pass, with the same blocks selected.
+        micro_tokens: tokens of one forward and backward pass on a device; at least one sequence (or its part
+            under cp).
+        recompute: keep layer inputs only and compute the rest again in the backward pass, with the same
+            blocks selected.
         dtype: of weights and activations in a pass; master weights and moments are float32.
-        probe_tokens: of each stage's own mixture (held out where the source has such a part) that loss is measured on before and
-            after the stage; 0 for none.
+        probe_tokens: of each stage's own mixture (held out where the source has such a part) that loss is
+            measured on before and after the stage; 0 for none.
         save_every, keep: steps between checkpoints, and how many of them are kept.
         chat_template: given to a tokenizer that has none before the first chat stage.
         scratch_tokens: what the same model would see in training from scratch (0: not to be compared).
@@ -174,7 +184,13 @@ def _pretraining() -> tuple[Source, ...]:
 
 
 def _decay() -> tuple[Source, ...]:
-    return (Source("web", 0.3), Source("code", 0.15), Source("selected", 0.3), Source("pdf", 0.15), Source("synthetic", 0.1))
+    return (
+        Source("web", 0.3),
+        Source("code", 0.15),
+        Source("selected", 0.3),
+        Source("pdf", 0.15),
+        Source("synthetic", 0.1),
+    )
 
 
 def _long(length: int) -> tuple[Source, ...]:
@@ -183,34 +199,81 @@ def _long(length: int) -> tuple[Source, ...]:
 
 def _instructions(length: int) -> tuple[Source, ...]:
     made = tuple(Source(f"{kind}-long", 0.05, f"synthetic:{kind}") for kind in ("facts", "tracing", "cross"))
-    return (*(Source(name, 0.17) for name in ("code-sft", "mathematics", "knowledge-sft", "function-calls", "dialogue")), *made)
+    return (
+        *(
+            Source(name, 0.17)
+            for name in ("code-sft", "mathematics", "knowledge-sft", "function-calls", "dialogue")
+        ),
+        *made,
+    )
 
 
 def minicpm_sala_9b() -> Recipe:
-    """MiniCPM-SALA as published: 1,956B tokens from an intermediate MiniCPM-4.0 checkpoint (the teacher to give)."""
+    """MiniCPM-SALA as published: 1,956B tokens from an intermediate MiniCPM-4.0 checkpoint (the teacher to
+    give)."""
     b, m = 1_000_000_000, 1_000_000
 
     def long(name: str, length: int, tokens: float, batch: float, peak: float, last: float, cp: int) -> Stage:
-        return Stage(name, length, int(tokens * b), int(batch * m), Schedule("exponential", peak, last), _long(length), sparse=True, cp=cp)
+        return Stage(
+            name,
+            length,
+            int(tokens * b),
+            int(batch * m),
+            Schedule("exponential", peak, last),
+            _long(length),
+            sparse=True,
+            cp=cp,
+        )
 
     def sft(name: str, length: int, tokens: float, batch: float, fresh: bool, cp: int) -> Stage:
-        return Stage(name, length, int(tokens * b), int(batch * m), Schedule("cosine", 1e-3, 1e-4, warmup=1000),
-                     _instructions(length), sparse=True, chat=True, fresh_optimizer=fresh, cp=cp)
+        return Stage(
+            name,
+            length,
+            int(tokens * b),
+            int(batch * m),
+            Schedule("cosine", 1e-3, 1e-4, warmup=1000),
+            _instructions(length),
+            sparse=True,
+            chat=True,
+            fresh_optimizer=fresh,
+            cp=cp,
+        )
 
-    return Recipe("minicpm_sala_9b", {}, (
-        Halo(ConvertConfig("", keep=8, dtype="bfloat16", device="cuda")),
-        Stage("stable", 4 * K, int(314.6 * b), int(7.8 * m), Schedule("constant", 7.5e-3, warmup=2000), _pretraining(), fresh_optimizer=True),
-        Stage("short_decay", 4 * K, int(1006.6 * b), int(7.8 * m), Schedule("exponential", 7.5e-3, 3.75e-4), _decay()),
-        long("long_decay_32k", 32 * K, 102.2, 7.8, 3e-4, 2e-4, 1),
-        long("long_decay_160k", 160 * K, 62.9, 9.8, 2e-4, 1e-4, 4),
-        long("long_decay_520k", 520 * K, 50.6, 10.1, 1e-4, 3.75e-5, 16),
-        sft("sft_64k", 64 * K, 204.5, 15.7, True, 2),
-        sft("sft_140k", 140 * K, 213.3, 17.8, False, 4),
-    ), micro_tokens=32 * K)
+    return Recipe(
+        "minicpm_sala_9b",
+        {},
+        (
+            Halo(ConvertConfig("", keep=8, dtype="bfloat16", device="cuda")),
+            Stage(
+                "stable",
+                4 * K,
+                int(314.6 * b),
+                int(7.8 * m),
+                Schedule("constant", 7.5e-3, warmup=2000),
+                _pretraining(),
+                fresh_optimizer=True,
+            ),
+            Stage(
+                "short_decay",
+                4 * K,
+                int(1006.6 * b),
+                int(7.8 * m),
+                Schedule("exponential", 7.5e-3, 3.75e-4),
+                _decay(),
+            ),
+            long("long_decay_32k", 32 * K, 102.2, 7.8, 3e-4, 2e-4, 1),
+            long("long_decay_160k", 160 * K, 62.9, 9.8, 2e-4, 1e-4, 4),
+            long("long_decay_520k", 520 * K, 50.6, 10.1, 1e-4, 3.75e-5, 16),
+            sft("sft_64k", 64 * K, 204.5, 15.7, True, 2),
+            sft("sft_140k", 140 * K, 213.3, 17.8, False, 4),
+        ),
+        micro_tokens=32 * K,
+    )
 
 
 TINY_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ "
+    "eos_token }}"
     "{% else %}{{ m['content'] }}\nAnswer:{% endif %}{% endfor %}"
 )
 
@@ -218,10 +281,22 @@ TINY_TEMPLATE = (
 def _tiny_model() -> dict[str, Any]:
     kept = (0, 5, 11)
     return {
-        "vocab_size": 2048, "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3,
-        "num_key_value_heads": 1, "head_dim": 32, "lightning_nh": 3, "lightning_nkv": 3, "lightning_head_dim": 32,
+        "vocab_size": 2048,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "lightning_nh": 3,
+        "lightning_nkv": 3,
+        "lightning_head_dim": 32,
         "mixer_types": [SPARSE if i in kept else LIGHTNING for i in range(12)],
-        "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 48, "initializer_range": 0.08, "eos_token_id": 2,
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 48,
+        "initializer_range": 0.08,
+        "eos_token_id": 2,
         "max_position_embeddings": 65536,
         "sparse_config": {"block_size": 64, "window_size": 128, "topk": 6, "dense_len": 768},
     }
@@ -232,7 +307,9 @@ def tiny() -> Recipe:
     text = (Source("code", 0.4, "python:code"), Source("prose", 0.6, "python:prose"))
     facts = Source("facts", 0.3, "synthetic:facts")
 
-    def train(name: str, length: int, tokens: int, schedule: Schedule, mixture: tuple[Source, ...], **more: Any) -> Stage:
+    def train(
+        name: str, length: int, tokens: int, schedule: Schedule, mixture: tuple[Source, ...], **more: Any
+    ) -> Stage:
         return Stage(name, length, tokens, 4 * K, schedule, mixture, **more)
 
     def long(name: str, length: int, tokens: int, peak: float, last: float) -> Stage:
@@ -240,22 +317,67 @@ def tiny() -> Recipe:
         return train(name, length, tokens, Schedule("exponential", peak, last), mixture, sparse=True)
 
     def sft(name: str, length: int, tokens: int, fresh: bool) -> Stage:
-        made = tuple(Source(kind, share, f"synthetic:{kind}") for kind, share in (("facts", 0.6), ("tracing", 0.2), ("cross", 0.2)))
-        return train(name, length, tokens, Schedule("cosine", 2e-3, 2e-4, warmup=5), made, sparse=True, chat=True, fresh_optimizer=fresh)
+        made = tuple(
+            Source(kind, share, f"synthetic:{kind}")
+            for kind, share in (("facts", 0.6), ("tracing", 0.2), ("cross", 0.2))
+        )
+        return train(
+            name,
+            length,
+            tokens,
+            Schedule("cosine", 2e-3, 2e-4, warmup=5),
+            made,
+            sparse=True,
+            chat=True,
+            fresh_optimizer=fresh,
+        )
 
-    halo = ConvertConfig("", length=256, align=Phase(60, 4, 3e-3, 3e-4, warmup=10), distill=Phase(60, 4, 2e-3, 2e-4, warmup=10),
-                         probes=Probes(256, 8, 8), save_every=20)
-    return Recipe("tiny", _tiny_model(), (
-        train("dense", 256, 320_000, Schedule("linear", 5e-3, 3e-3, warmup=10), (*text, facts), dense_start=True, fresh_optimizer=True),
-        Halo(halo),
-        train("stable", 256, 240_000, Schedule("constant", 3e-3, warmup=10), (*text, facts), fresh_optimizer=True),
-        train("short_decay", 256, 240_000, Schedule("exponential", 3e-3, 1e-3), (*text, facts)),
-        long("long_decay_1k", 1 * K, 120_000, 1e-3, 8e-4),
-        long("long_decay_2k", 2 * K, 120_000, 8e-4, 6e-4),
-        long("long_decay_4k", 4 * K, 120_000, 6e-4, 4e-4),
-        sft("sft_1k", 1 * K, 140_000, True),
-        sft("sft_2k", 2 * K, 140_000, False),
-    ), micro_tokens=4 * K, recompute=False, dtype="float32", probe_tokens=24 * K, save_every=20, keep=2, chat_template=TINY_TEMPLATE, scratch_tokens=0)
+    halo = ConvertConfig(
+        "",
+        length=256,
+        align=Phase(60, 4, 3e-3, 3e-4, warmup=10),
+        distill=Phase(60, 4, 2e-3, 2e-4, warmup=10),
+        probes=Probes(256, 8, 8),
+        save_every=20,
+    )
+    return Recipe(
+        "tiny",
+        _tiny_model(),
+        (
+            train(
+                "dense",
+                256,
+                320_000,
+                Schedule("linear", 5e-3, 3e-3, warmup=10),
+                (*text, facts),
+                dense_start=True,
+                fresh_optimizer=True,
+            ),
+            Halo(halo),
+            train(
+                "stable",
+                256,
+                240_000,
+                Schedule("constant", 3e-3, warmup=10),
+                (*text, facts),
+                fresh_optimizer=True,
+            ),
+            train("short_decay", 256, 240_000, Schedule("exponential", 3e-3, 1e-3), (*text, facts)),
+            long("long_decay_1k", 1 * K, 120_000, 1e-3, 8e-4),
+            long("long_decay_2k", 2 * K, 120_000, 8e-4, 6e-4),
+            long("long_decay_4k", 4 * K, 120_000, 6e-4, 4e-4),
+            sft("sft_1k", 1 * K, 140_000, True),
+            sft("sft_2k", 2 * K, 140_000, False),
+        ),
+        micro_tokens=4 * K,
+        recompute=False,
+        dtype="float32",
+        probe_tokens=24 * K,
+        save_every=20,
+        keep=2,
+        chat_template=TINY_TEMPLATE,
+        scratch_tokens=0,
+    )
 
 
 RECIPES = {"minicpm_sala_9b": minicpm_sala_9b, "tiny": tiny}

@@ -1,7 +1,7 @@
 """One optimizer step: sequences drawn, packed into passes, and the gradient of their mean loss.
 
-Every rank draws all sequences of a step and takes its own, so the data does not depend on the number of ranks, and the number
-of targets, which the sum of losses is divided by, is known without asking.
+Every rank draws all sequences of a step and takes its own, so the data does not depend on the number of
+ranks, and the number of targets, which the sum of losses is divided by, is known without asking.
 """
 
 from collections.abc import Callable
@@ -62,14 +62,16 @@ class Feeder:
 
 
 def recompute_layers(model: MiniCPMSALAForCausalLM) -> None:
-    """Keep the inputs of layers only and run them again in the backward pass, with the blocks the first run selected."""
+    """Keep the inputs of layers only and run them again in the backward pass, with the blocks the first run
+    selected."""
     for layer in model.model.layers:
         again = partial(checkpoint, use_reentrant=False, context_fn=record_and_replay)
         layer.__dict__ |= {"gradient_checkpointing": True, "_gradient_checkpointing_func": again}
 
 
 def row_loss(model: MiniCPMSALAForCausalLM) -> LossOfRow:
-    """A function of `input_ids`, `targets`, `position_ids` and `cu_seqlens` of a packed row to its sum of losses."""
+    """A function of `input_ids`, `targets`, `position_ids` and `cu_seqlens` of a packed row to its sum of
+    losses."""
     return on_whole_weights(model, _row_loss, "loss_of_row")
 
 
@@ -84,12 +86,16 @@ def packed_row(sequences: list[PackedSequence], learn: bool = True) -> dict[str,
     for n, sequence in enumerate(sequences):
         bounds += [n * length + b for b in sequence.bounds[1:]]
     labels = torch.cat([s.labels for s in sequences])[None]
-    return {"input_ids": torch.cat([s.ids for s in sequences])[None], "targets": labels if learn else torch.full_like(labels, IGNORED),
-            "cu_seqlens": torch.tensor(bounds)}
+    return {
+        "input_ids": torch.cat([s.ids for s in sequences])[None],
+        "targets": labels if learn else torch.full_like(labels, IGNORED),
+        "cu_seqlens": torch.tensor(bounds),
+    }
 
 
 def passes(sequences: list[PackedSequence], together: int, mesh: ParallelMesh) -> list[dict[str, Tensor]]:
-    """This rank's rows; as many on every rank. Ranks that have none left get one without targets, for the others wait."""
+    """This rank's rows; as many on every rank. Ranks that have none left get one without targets, for the
+    others wait."""
     most = -(-len(sequences) // mesh.dp)
     mine = sequences[mesh.dp_rank :: mesh.dp]
     rows = []
@@ -100,7 +106,8 @@ def passes(sequences: list[PackedSequence], together: int, mesh: ParallelMesh) -
 
 
 def accumulate(loss_of_row: LossOfRow, batch: StepBatch, together: int, mesh: ParallelMesh) -> float:
-    """Add the gradient of the step's mean loss to the parameters; returns that mean over the targets of all ranks."""
+    """Add the gradient of the step's mean loss to the parameters; returns that mean over the targets of all
+    ranks."""
     targets, total = batch.targets, torch.zeros((), dtype=torch.float64)
     for whole in passes(batch.sequences, together, mesh):
         row = shard_sequence(whole, mesh)
@@ -135,4 +142,8 @@ class FlopCounter:
         return self._known[length]
 
     def of(self, batch: StepBatch) -> float:
-        return sum(self._document(b - a) for s in batch.sequences for a, b in zip(s.bounds, s.bounds[1:], strict=False))
+        return sum(
+            self._document(b - a)
+            for s in batch.sequences
+            for a, b in zip(s.bounds, s.bounds[1:], strict=False)
+        )

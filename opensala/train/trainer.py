@@ -1,8 +1,10 @@
 """One stage of training, from wherever it stands to its end.
 
-A step draws a batch, adds up gradients over passes, clips, is judged, and is taken or left. After every `save_every` steps
-the whole state is written: weights, moments, position in the data, the guard's memory. Nothing random happens outside the
-data, so a run that goes on from a checkpoint repeats on a CPU what it would have done, bit for bit.
+A step draws a batch, adds up gradients over passes, clips, is judged, and is taken or left. After every
+`save_every` steps
+the whole state is written: weights, moments, position in the data, the guard's memory. Nothing random happens
+outside the data, so a run that goes on from a checkpoint repeats on a CPU what it would have done, bit for
+bit.
 """
 
 import signal
@@ -72,10 +74,26 @@ class StageRun:
         rate: the device's matrix rate, FLOP/s.
     """
 
-    def __init__(self, recipe: Recipe, stage: Stage, index: int, model: MiniCPMSALAForCausalLM, data: StageData, mesh: ParallelMesh,
-                 folder: RunFolder | None, checkpoints: Checkpoints, rate: float, quiet: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: Stage,
+        index: int,
+        model: MiniCPMSALAForCausalLM,
+        data: StageData,
+        mesh: ParallelMesh,
+        folder: RunFolder | None,
+        checkpoints: Checkpoints,
+        rate: float,
+        quiet: bool,
+    ) -> None:
         self.recipe, self.stage, self.index, self.mesh, self.data = recipe, stage, index, mesh, data
-        self.folder, self.checkpoints, self.rate, self.quiet = folder, checkpoints, rate, quiet or mesh.rank > 0
+        self.folder, self.checkpoints, self.rate, self.quiet = (
+            folder,
+            checkpoints,
+            rate,
+            quiet or mesh.rank > 0,
+        )
         self.model = prepared(model, recipe, stage, mesh)
         self.optimizer = new_adamw(self.model, model.config, recipe.optimizer)
         self.loss_of_row = row_loss(self.model)
@@ -90,11 +108,14 @@ class StageRun:
         return mean_loss(self.loss_of_row, batch, self.together, self.mesh)
 
     def begin(self, before: Checkpoint | None) -> None:
-        """Stand where the stage's last checkpoint was made, or at its start, with the weights (and moments) of `before`."""
+        """Stand where the stage's last checkpoint was made, or at its start, with the weights (and moments)
+        of `before`."""
         own = self.checkpoints.last(self.stage.name)
         if own is None:
             if before is not None:
-                self.checkpoints.load(before, self.model, None if self.stage.fresh_optimizer else self.optimizer)
+                self.checkpoints.load(
+                    before, self.model, None if self.stage.fresh_optimizer else self.optimizer
+                )
             self._forget(0)
             return
         extra = self.checkpoints.load(own, self.model, self.optimizer)
@@ -146,18 +167,32 @@ class StageRun:
         seconds = time.perf_counter() - start
         tokens = self.stage.sequences * self.stage.sequence
         self.step, self.tokens, self.position = self.step + 1, self.tokens + tokens, batch.position
-        return {"phase": self.stage.name, "step": self.step - 1, "loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped,
-                "tokens": self.tokens, "targets": batch.targets, "tokens_per_second": tokens / seconds,
-                "mfu": self.flops.of(batch) / seconds / (self.rate * self.mesh.world), "peak_memory": peak_memory(self.mesh.device),
-                "bad_documents": batch.skipped}
+        return {
+            "phase": self.stage.name,
+            "step": self.step - 1,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "skipped": skipped,
+            "tokens": self.tokens,
+            "targets": batch.targets,
+            "tokens_per_second": tokens / seconds,
+            "mfu": self.flops.of(batch) / seconds / (self.rate * self.mesh.world),
+            "peak_memory": peak_memory(self.mesh.device),
+            "bad_documents": batch.skipped,
+        }
 
     def _check_patience(self, record: dict[str, Any]) -> None:
         if not self.guard.exhausted:
             return
         last = self.checkpoints.all()
         kept = f"the last checkpoint is {last[-1].path}" if last else "nothing was saved yet"
-        raise ValueError(f"{self.stage.name} step {record['step']}: {self.guard.in_a_row} steps in a row could not be taken, the last because "
-                         f"{record['skipped']}; {kept}. Try a lower {self.stage.name}.peak, or look for the cause in the data")
+        raise ValueError(
+            f"{self.stage.name} step {record['step']}: {self.guard.in_a_row} steps in a row could not be "
+            "taken, the last because "
+            f"{record['skipped']}; {kept}. Try a lower {self.stage.name}.peak, or look for the cause in "
+            "the data"
+        )
 
     def _save_or_stop(self, signals: Signals) -> None:
         came = signals.came
@@ -167,17 +202,29 @@ class StageRun:
             path = self.save()
             if came:
                 name = signal.Signals(signals.came or signal.SIGTERM).name
-                raise Stopped(signals.came or signal.SIGTERM, f"stopped by {name} after step {self.step} of {self.stage.name}; saved {path}: "
-                                                              "go on with --resume")
+                raise Stopped(
+                    signals.came or signal.SIGTERM,
+                    f"stopped by {name} after step {self.step} of {self.stage.name}; saved {path}: "
+                    "go on with --resume",
+                )
 
     def save(self) -> Any:
         """Write a checkpoint of this step."""
-        extra = {"stage": self.stage.name, "step": self.step, "tokens": self.tokens, "guard": self.guard.state_dict(), "data": self.position}
-        return self.checkpoints.save(self.index, self.stage.name, self.step, self.model, self.optimizer, self.mesh, extra)
+        extra = {
+            "stage": self.stage.name,
+            "step": self.step,
+            "tokens": self.tokens,
+            "guard": self.guard.state_dict(),
+            "data": self.position,
+        }
+        return self.checkpoints.save(
+            self.index, self.stage.name, self.step, self.model, self.optimizer, self.mesh, extra
+        )
 
 
 def prepared(model: MiniCPMSALAForCausalLM, recipe: Recipe, stage: Stage, mesh: ParallelMesh) -> Any:
-    """The model ready for a stage: attention mode, recomputing, sequences and weights over ranks, compute dtype."""
+    """The model ready for a stage: attention mode, recomputing, sequences and weights over ranks, compute
+    dtype."""
     model.train().requires_grad_(True)
     if not stage.dense_start:
         model.set_attention_mode("auto" if stage.sparse else "dense")
@@ -186,5 +233,7 @@ def prepared(model: MiniCPMSALAForCausalLM, recipe: Recipe, stage: Stage, mesh: 
     if mesh.cp > 1:
         context_parallel(model, mesh)
     if mesh.world > 1 or recipe.dtype != "float32":
-        return shard_model(model, mesh, compute_dtype=None if recipe.dtype == "float32" else getattr(torch, recipe.dtype))
+        return shard_model(
+            model, mesh, compute_dtype=None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
+        )
     return model.to(mesh.device)

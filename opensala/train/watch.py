@@ -1,4 +1,5 @@
-"""What a training shows: the machine's matrix rate, progress, TensorBoard, plots. Nothing here decides anything."""
+"""What a training shows: the machine's matrix rate, progress, TensorBoard, plots. Nothing here decides
+anything."""
 
 import importlib.util
 import resource
@@ -63,17 +64,25 @@ class Board:
 
 def smoothed(values: Sequence[float], width: int) -> list[float]:
     """Mean of each value with the `width - 1` before it."""
-    return [sum(values[max(0, n + 1 - width) : n + 1]) / len(values[max(0, n + 1 - width) : n + 1]) for n in range(len(values))]
+    return [
+        sum(values[max(0, n + 1 - width) : n + 1]) / len(values[max(0, n + 1 - width) : n + 1])
+        for n in range(len(values))
+    ]
 
 
-def plot_training(records: list[dict[str, Any]], stages: Sequence[Stage], probes: dict[str, dict[str, float]], path: Path) -> None:
-    """Loss and learning rate over all tokens, stage by stage, to a PNG; dots are the `probes` before and after each stage."""
+def plot_training(
+    records: list[dict[str, Any]], stages: Sequence[Stage], probes: dict[str, dict[str, float]], path: Path
+) -> None:
+    """Loss and learning rate over all tokens, stage by stage, to a PNG; dots are the `probes` before and
+    after each stage."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (loss, rate) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained", height_ratios=(3, 1))
+    figure, (loss, rate) = plt.subplots(
+        2, 1, figsize=(9, 6), sharex=True, layout="constrained", height_ratios=(3, 1)
+    )
     start = 0.0
     colors = plt.get_cmap("tab10")
     for n, stage in enumerate(stages):
@@ -83,12 +92,26 @@ def plot_training(records: list[dict[str, Any]], stages: Sequence[Stage], probes
         tokens = [(start + r["tokens"]) / 1e6 for r in own]
         values = [r["loss"] for r in own]
         loss.plot(tokens, values, color=colors(n % 10), alpha=0.25, linewidth=0.8)
-        loss.plot(tokens, smoothed(values, max(1, len(values) // 8)), color=colors(n % 10), linewidth=1.8, alpha=0.8,
-                  label=f"{stage.name}: {stage.sequence:,} tokens, {'sparse' if stage.sparse else 'dense'}")
+        loss.plot(
+            tokens,
+            smoothed(values, max(1, len(values) // 8)),
+            color=colors(n % 10),
+            linewidth=1.8,
+            alpha=0.8,
+            label=f"{stage.name}: {stage.sequence:,} tokens, {'sparse' if stage.sparse else 'dense'}",
+        )
         rate.plot(tokens, [r["lr"] for r in own], color=colors(n % 10))
         probe = probes.get(stage.name, {})
         if "after" in probe:
-            loss.plot([start / 1e6, tokens[-1]], [probe["before"], probe["after"]], "o-", color="black", linewidth=0.8, markersize=4, zorder=3)
+            loss.plot(
+                [start / 1e6, tokens[-1]],
+                [probe["before"], probe["after"]],
+                "o-",
+                color="black",
+                linewidth=0.8,
+                markersize=4,
+                zorder=3,
+            )
         start += own[-1]["tokens"]
     loss.set_ylabel("loss (nats a target token)")
     rate.set_ylabel("learning rate")

@@ -29,7 +29,9 @@ def test_quantiles():
 
 def test_works_take_turns_and_the_first_call_of_each_is_not_counted():
     calls = []
-    timings = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, CPU, budget=60, most=3)
+    timings = take_turns(
+        {name: lambda name=name: calls.append(name) for name in "ab"}, CPU, budget=60, most=3
+    )
     assert calls == ["a", "b"] + ["a", "b"] * 3
     assert timings["a"].runs == timings["b"].runs == 3
 
@@ -38,12 +40,20 @@ def test_rows_are_appended_below_one_header_and_other_columns_are_refused(tmp_pa
     path = tmp_path / "deep" / "rows.csv"
     for n in range(2):
         report = Report(CPU)
-        report.add("op", "cpp", Timing(0.001, 0.002, 0.003, 5), shape=f"T={n}", flops=4e6, moved=8e6, peak=2**21)
+        report.add(
+            "op", "cpp", Timing(0.001, 0.002, 0.003, 5), shape=f"T={n}", flops=4e6, moved=8e6, peak=2**21
+        )
         report.append_to(path)
     with path.open() as file:
         rows = list(csv.DictReader(file))
     assert [r["shape"] for r in rows] == ["T=0", "T=1"]
-    assert (rows[0]["p20_ms"], rows[0]["p50_ms"], rows[0]["gflops"], rows[0]["gbs"], rows[0]["peak_mib"]) == ("1.0", "2.0", "2.0", "4.0", "2")
+    assert (rows[0]["p20_ms"], rows[0]["p50_ms"], rows[0]["gflops"], rows[0]["gbs"], rows[0]["peak_mib"]) == (
+        "1.0",
+        "2.0",
+        "2.0",
+        "4.0",
+        "2",
+    )
     assert rows[0]["torch"] == torch.__version__ and rows[0]["machine"] and rows[0]["threads"]
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has the columns a, b"):
@@ -65,8 +75,11 @@ def test_targets_and_the_page():
 @pytest.mark.parametrize("tokens", [5, 130, 700])
 def test_counts_equal_counting_one_by_one(tokens):
     spec, heads, dim = BlockSpec(window_size=128, topk=3), 3, 8
-    windows = sum(sum(start + size <= t + 1 for start in range(0, tokens, stride))
-                  for t in range(tokens) for size, stride in ((32, 16), (128, 64)))
+    windows = sum(
+        sum(start + size <= t + 1 for start in range(0, tokens, stride))
+        for t in range(tokens)
+        for size, stride in ((32, 16), (128, 64))
+    )
     assert counts.selection_flops(tokens, heads, dim, spec) == 2 * heads * dim * windows
     keys = sum(min(t + 1, (spec.num_blocks - 1) * 64 + t % 64 + 1) for t in range(tokens))
     assert counts.sparse_flops(tokens, heads, dim, spec) == pytest.approx(4 * heads * dim * keys, rel=0.02)
@@ -74,14 +87,27 @@ def test_counts_equal_counting_one_by_one(tokens):
 
 
 def test_prefill_counts_every_weight_of_the_layers():
-    config = MiniCPMSALAConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                               num_key_value_heads=1, head_dim=16, lightning_nh=4, lightning_nkv=2, lightning_head_dim=8,
-                               mixer_types=["minicpm4", "lightning-attn"])
+    config = MiniCPMSALAConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        lightning_nh=4,
+        lightning_nkv=2,
+        lightning_head_dim=8,
+        mixer_types=["minicpm4", "lightning-attn"],
+    )
     model = MiniCPMSALAForCausalLM(config)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)
     tokens = 300
-    rest = (counts.lightning_flops(tokens, 4, 8, 8) + counts.selection_flops(tokens, 2, 16, config.block_spec)
-            + counts.sparse_flops(tokens, 2, 16, config.block_spec))
+    rest = (
+        counts.lightning_flops(tokens, 4, 8, 8)
+        + counts.selection_flops(tokens, 2, 16, config.block_spec)
+        + counts.sparse_flops(tokens, 2, 16, config.block_spec)
+    )
     assert counts.prefill_flops(config, tokens) == 2 * tokens * matrices + 2 * 64 * 32 + rest
 
 
@@ -90,19 +116,29 @@ def test_random_lists_are_lists_that_selection_could_make():
     assert lists.shape == (9000, SPEC.num_blocks)
     for t in (0, 63, 64, 700, 4000, 8999):
         row = lists[t][lists[t] >= 0].tolist()
-        assert row == sorted(set(row)) and row[-1] == t // 64 and (lists[t][len(row):] == -1).all()
+        assert row == sorted(set(row)) and row[-1] == t // 64 and (lists[t][len(row) :] == -1).all()
         assert set(range(max(0, t // 64 - SPEC.window_blocks), t // 64 + 1)) <= set(row)
 
 
 def test_right_ops_are_told_by_name_and_error():
     lines = verify.verify_ops(CPU, torch.float32, ("torch",))
-    assert len(lines) == 5 and lines[0].startswith("lightning_attention, torch: outputs and gradients within ")
+    assert len(lines) == 5 and lines[0].startswith(
+        "lightning_attention, torch: outputs and gradients within "
+    )
 
 
-@pytest.mark.parametrize("op", ["lightning_attention", "sparse_attention", "select_blocks", "norm_rope", "norm_gate"])
+@pytest.mark.parametrize(
+    "op", ["lightning_attention", "sparse_attention", "select_blocks", "norm_rope", "norm_gate"]
+)
 def test_a_wrong_op_is_not_timed(op, monkeypatch):
     right = getattr(verify, op)
-    monkeypatch.setattr(verify, op, lambda *args, backend, **options: _spoiled(op, right(*args, backend=backend, **options), args[0].dtype))
+    monkeypatch.setattr(
+        verify,
+        op,
+        lambda *args, backend, **options: _spoiled(
+            op, right(*args, backend=backend, **options), args[0].dtype
+        ),
+    )
     with pytest.raises(ValueError, match=f"{op} is not timed"):
         verify.verify_ops(CPU, torch.float32, ("torch",))
 
@@ -122,8 +158,14 @@ def test_make_gpu_says_what_is_missing():
     assert done.returncode == 2 and "no CUDA GPU" in done.stderr
 
 
-@pytest.mark.parametrize(("options", "message"), [(["--device", "tpu"], "--device must be"), (["--device", "cuda"], "no CUDA GPU"),
-                                                  (["--fast"], "No such option")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "tpu"], "--device must be"),
+        (["--device", "cuda"], "no CUDA GPU"),
+        (["--fast"], "No such option"),
+    ],
+)
 def test_bad_options_end_with_one_line(options, message, monkeypatch, capsys, tmp_path):
     if torch.cuda.is_available() and "cuda" in options:
         pytest.skip("there is a GPU")

@@ -8,7 +8,10 @@ from opensala.engine import shipped_model
 
 from .test_transfer import make_teacher
 
-TEXT = "\n".join(f"Line {n}: the {n % 7}th wagon of the {n % 11}th train carries {n * 37 % 1000} barrels." for n in range(900))
+TEXT = "\n".join(
+    f"Line {n}: the {n % 7}th wagon of the {n % 11}th train carries {n * 37 % 1000} barrels."
+    for n in range(900)
+)
 
 
 @pytest.fixture(scope="session")
@@ -31,5 +34,12 @@ def text_file(tmp_path_factory):
 @pytest.fixture
 def config(teacher_folder, text_file):
     """8 steps of each phase, a state saved after every third."""
-    return ConvertConfig(str(teacher_folder), length=128, align=Phase(8, 2, 3e-3, 1e-4, warmup=2),
-                         distill=Phase(8, 2, 1e-3, 1e-4, warmup=2), probes=Probes(128, 4, 2), data=(str(text_file),), save_every=3)
+    return ConvertConfig(
+        str(teacher_folder),
+        length=128,
+        align=Phase(8, 2, 3e-3, 1e-4, warmup=2),
+        distill=Phase(8, 2, 1e-3, 1e-4, warmup=2),
+        probes=Probes(128, 4, 2),
+        data=(str(text_file),),
+        save_every=3,
+    )

@@ -1,4 +1,5 @@
-"""The divergence in pieces of the vocabulary equals the plain one; alignment and distillation train what they should."""
+"""The divergence in pieces of the vocabulary equals the plain one; alignment and distillation train what they
+should."""
 
 import pytest
 import torch
@@ -6,7 +7,14 @@ from torch import nn
 
 from opensala.convert.align import Alignment
 from opensala.convert.config import Phase
-from opensala.convert.distill import Distillation, cache_step, cached_targets, chunked_kl, final_states, live_targets
+from opensala.convert.distill import (
+    Distillation,
+    cache_step,
+    cached_targets,
+    chunked_kl,
+    final_states,
+    live_targets,
+)
 from opensala.convert.probes import replaced
 from opensala.convert.teacher import load_teacher
 from opensala.convert.transfer import assemble, lightning_mixers, student_config
@@ -32,10 +40,16 @@ def test_kl_in_pieces_is_the_plain_one(chunk):
     s, t = torch.randn(23, 12, requires_grad=True), 3 * torch.randn(23, 16)
     ws, wt = torch.randn(101, 12, requires_grad=True), torch.randn(101, 16)
     got = chunked_kl(s, ws, t, wt, chunk)
-    plain = nn.functional.kl_div((s @ ws.T).double().log_softmax(-1), (t @ wt.T).double().log_softmax(-1), log_target=True,
-                                 reduction="batchmean")
+    plain = nn.functional.kl_div(
+        (s @ ws.T).double().log_softmax(-1),
+        (t @ wt.T).double().log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
+    )
     torch.testing.assert_close(got.double(), plain, atol=1e-5, rtol=1e-5)
-    for a, b in zip(torch.autograd.grad(3 * got, (s, ws)), torch.autograd.grad(3 * plain, (s, ws)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(3 * got, (s, ws)), torch.autograd.grad(3 * plain, (s, ws)), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-4)
     assert chunked_kl(s, ws, s, ws, chunk).item() == pytest.approx(0, abs=1e-5)
     with pytest.raises(ValueError, match="share a vocabulary, got 101 and 97"):
@@ -44,16 +58,22 @@ def test_kl_in_pieces_is_the_plain_one(chunk):
 
 def test_kl_survives_large_logits():
     s, w = torch.full((2, 4), 300.0, requires_grad=True), torch.randn(9, 4)
-    assert torch.isfinite(chunked_kl(s, w, -s, w, 2)) and torch.isfinite(torch.autograd.grad(chunked_kl(s, w, -s, w, 2), s)[0]).all()
+    assert (
+        torch.isfinite(chunked_kl(s, w, -s, w, 2))
+        and torch.isfinite(torch.autograd.grad(chunked_kl(s, w, -s, w, 2), s)[0]).all()
+    )
 
 
 def test_alignment_error_is_that_of_each_layer_on_its_own(teacher):
-    """By hand: the teacher's hidden state of a layer through that layer's mixer, against its attention output."""
+    """By hand: the teacher's hidden state of a layer through that layer's mixer, against its attention
+    output."""
     alignment = Alignment(teacher, lightning_mixers(teacher), PHASE)
     errors = alignment.gradients(ids())
     seen = {}
-    hooks = [layer.self_attn.register_forward_hook(lambda m, args, out, n=n: seen.__setitem__(n, (*args, out)))
-             for n, layer in enumerate(teacher.model.layers)]
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda m, args, out, n=n: seen.__setitem__(n, (*args, out)))
+        for n, layer in enumerate(teacher.model.layers)
+    ]
     teacher(ids())
     for hook in hooks:
         hook.remove()
@@ -97,8 +117,13 @@ def test_distillation_trains_the_chosen_set(teacher, trainable):
     assert all(torch.equal(original[n], p) for n, p in teacher.named_parameters())  # nothing is shared
     if trainable == "linear":
         with pytest.raises(ValueError, match="leaves nothing to train"):
-            Distillation(assemble(teacher, student_config(teacher.config, range(4))), "linear", live_targets(teacher),
-                         teacher.lm_head.weight, PHASE)
+            Distillation(
+                assemble(teacher, student_config(teacher.config, range(4))),
+                "linear",
+                live_targets(teacher),
+                teacher.lm_head.weight,
+                PHASE,
+            )
 
 
 def test_cached_targets_are_the_live_ones(teacher, tmp_path):

@@ -1,4 +1,5 @@
-"""Whole runs of a few steps: what they leave, what loads it, and that stopping anywhere loses and changes nothing."""
+"""Whole runs of a few steps: what they leave, what loads it, and that stopping anywhere loses and changes
+nothing."""
 
 import json
 import math
@@ -31,8 +32,15 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, teacher_folder, text_file):
-    config = replace(sala(str(teacher_folder)), length=128, align=Phase(8, 2, 3e-3, 1e-4, warmup=2), save_every=3,
-                     distill=Phase(8, 2, 1e-3, 1e-4, warmup=2), probes=Probes(128, 4, 2), data=(str(text_file),))
+    config = replace(
+        sala(str(teacher_folder)),
+        length=128,
+        align=Phase(8, 2, 3e-3, 1e-4, warmup=2),
+        save_every=3,
+        distill=Phase(8, 2, 1e-3, 1e-4, warmup=2),
+        probes=Probes(128, 4, 2),
+        data=(str(text_file),),
+    )
     folder = tmp_path_factory.mktemp("runs") / "whole"
     torch.set_num_threads(1)
     return convert(config, folder, quiet=True).parent
@@ -43,7 +51,12 @@ def test_a_run_leaves_everything_behind(finished):
     assert set(seen) == {(phase, step) for phase in ("align", "distill") for step in range(8)}
     assert len(seen["align", 0]) == 8 and seen["distill", 7] < seen["distill", 0]
     scores = json.loads((finished / "scores.json").read_text())
-    assert len(scores["recall"]) == len(scores["general"]) == 8 and set(scores["teacher"]) == {"recall", "general", "nll", "accuracy"}
+    assert len(scores["recall"]) == len(scores["general"]) == 8 and set(scores["teacher"]) == {
+        "recall",
+        "general",
+        "nll",
+        "accuracy",
+    }
     selection = json.loads((finished / "selection.json").read_text())
     assert selection["kept"] == [0, 7] and selection["rule"] == "halo"
     assert set(json.loads((finished / "result.json").read_text())) == {"teacher", "aligned", "distilled"}
@@ -58,16 +71,41 @@ def test_the_checkpoint_loads_in_a_fresh_process_with_the_same_logits(finished, 
     ids = torch.arange(60)[None] * 31 % 2000
     with torch.no_grad():
         torch.save(model(ids).logits, tmp_path / "logits.pt")
-    code = ("import sys, torch, opensala; from transformers import AutoModelForCausalLM; torch.set_num_threads(1)\n"
-            "logits = AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.arange(60)[None] * 31 % 2000).logits\n"
-            "sys.exit(not torch.equal(logits, torch.load(sys.argv[2])))")
-    subprocess.run([sys.executable, "-c", code, str(finished / "model"), str(tmp_path / "logits.pt")], check=True, timeout=120)
+    code = (
+        "import sys, torch, opensala; from transformers import AutoModelForCausalLM; "
+        "torch.set_num_threads(1)\n"
+        "logits = AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.arange(60)[None] * 31 % "
+        "2000).logits\n"
+        "sys.exit(not torch.equal(logits, torch.load(sys.argv[2])))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(finished / "model"), str(tmp_path / "logits.pt")],
+        check=True,
+        timeout=120,
+    )
 
 
 def test_ask_takes_the_checkpoint(finished, tmp_path):
     (tmp_path / "note.txt").write_text("Nothing of note happened.\n" * 20)
-    done = subprocess.run([sys.executable, "-m", "opensala", "ask", str(tmp_path / "note.txt"), "-q", "What?", "--model",
-                           str(finished / "model"), "--max-new-tokens", "3", "--json"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "opensala",
+            "ask",
+            str(tmp_path / "note.txt"),
+            "-q",
+            "What?",
+            "--model",
+            str(finished / "model"),
+            "--max-new-tokens",
+            "3",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["new_tokens"] <= 3
 
 
@@ -91,18 +129,30 @@ def test_a_run_that_breaks_off_resumes_bit_for_bit(config, finished, tmp_path, m
 
 
 def same_weights(one, other):
-    assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()
+    assert (one / "model" / "model.safetensors").read_bytes() == (
+        other / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_kill_9_in_mid_run_and_resume(config, finished, tmp_path):
-    """A process is killed as soon as a step is saved, in either phase; what follows is as if nothing had happened."""
+    """A process is killed as soon as a step is saved, in either phase; what follows is as if nothing had
+    happened."""
     config = replace(config, save_every=1)
-    code = ("import sys, torch; from opensala.convert.config import *; from opensala.convert import convert; torch.set_num_threads(1)\n"
-            f"convert({config!r}, sys.argv[1], resume=True, quiet=True)")
+    code = (
+        "import sys, torch; from opensala.convert.config import *; from opensala.convert import convert; "
+        "torch.set_num_threads(1)\n"
+        f"convert({config!r}, sys.argv[1], resume=True, quiet=True)"
+    )
     for wanted in ("align.pt", "distill.pt"):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True
+        )
         deadline = time.monotonic() + 100
-        while not (tmp_path / "run" / wanted).exists() and time.monotonic() < deadline and process.poll() is None:
+        while (
+            not (tmp_path / "run" / wanted).exists()
+            and time.monotonic() < deadline
+            and process.poll() is None
+        ):
             time.sleep(0.003)
         assert process.poll() is None, process.stderr.read()
         process.send_signal(signal.SIGKILL)
@@ -135,7 +185,10 @@ def test_a_finished_run_is_left_alone_and_others_are_refused(config, finished, t
     assert (finished / "metrics.jsonl").read_bytes() == before
     with pytest.raises(ValueError, match="holds this run already: add --resume"):
         convert(config, finished, quiet=True)
-    with pytest.raises(ValueError, match="another configuration: hype is True there and False here; keep is None there and 3 here"):
+    with pytest.raises(
+        ValueError,
+        match="another configuration: hype is True there and False here; keep is None there and 3 here",
+    ):
         convert(replace(config, keep=3, hype=False), finished, resume=True, quiet=True)
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(ValueError, match="not empty and holds no conversion"):
@@ -149,8 +202,12 @@ def test_other_texts_than_the_run_began_with_are_refused(config, finished, text_
     mine = replace(config, data=(str(texts),))
     convert(replace(mine, distill=replace(mine.distill, steps=0)), tmp_path / "run", quiet=True)
     texts.write_text(text_file.read_text() + "One more line.")
-    with pytest.raises(ValueError, match="the texts are not those that .* began with .files were changed since."):
-        convert(replace(mine, distill=replace(mine.distill, steps=0)), tmp_path / "run", resume=True, quiet=True)
+    with pytest.raises(
+        ValueError, match="the texts are not those that .* began with .files were changed since."
+    ):
+        convert(
+            replace(mine, distill=replace(mine.distill, steps=0)), tmp_path / "run", resume=True, quiet=True
+        )
     with pytest.raises(ValueError, match="the texts are not those"):
         convert(replace(mine, reuse=str(tmp_path / "run")), tmp_path / "other", quiet=True)
 
@@ -165,15 +222,22 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(config, tmp_path, m
         return errors if len(calls) < 6 else {**errors, "loss": [*errors["loss"][:-1], math.nan]}
 
     monkeypatch.setattr(run_module.Alignment, "gradients", poisoned)
-    with pytest.raises(ValueError, match=r"align step 5: the loss of layer 7 is nan; .*align.pt \(step 3\), is kept"):
+    with pytest.raises(
+        ValueError, match=r"align step 5: the loss of layer 7 is nan; .*align.pt \(step 3\), is kept"
+    ):
         convert(config, tmp_path / "run", quiet=True)
     state = torch.load(tmp_path / "run" / "align.pt", weights_only=True)
     assert state["step"] == 3 and all(torch.isfinite(w).all() for w in state["weights"].values())
 
 
 def test_a_teacher_in_bfloat16_with_what_is_trained_in_float32(config, tmp_path):
-    short = replace(config, dtype="bfloat16", align=replace(config.align, steps=2), distill=replace(config.distill, steps=2),
-                    trainable="all")
+    short = replace(
+        config,
+        dtype="bfloat16",
+        align=replace(config.align, steps=2),
+        distill=replace(config.distill, steps=2),
+        trainable="all",
+    )
     folder = convert(short, tmp_path / "run", quiet=True)
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
     state = torch.load(tmp_path / "run" / "distill.pt", weights_only=True)
@@ -181,12 +245,22 @@ def test_a_teacher_in_bfloat16_with_what_is_trained_in_float32(config, tmp_path)
 
 
 def test_variants_take_over_what_they_share(config, finished, tmp_path):
-    variant = replace(config, rule="uniform", keep=3, hype=False, trainable="all", cache_teacher=True, reuse=str(finished),
-                      distill=replace(config.distill, steps=3))
+    variant = replace(
+        config,
+        rule="uniform",
+        keep=3,
+        hype=False,
+        trainable="all",
+        cache_teacher=True,
+        reuse=str(finished),
+        distill=replace(config.distill, steps=3),
+    )
     folder = convert(variant, tmp_path / "run", quiet=True).parent
     assert json.loads((folder / "selection.json").read_text())["kept"] == [0, 4, 7]
     mine, theirs = losses(folder), losses(finished)
-    assert {k: v for k, v in mine.items() if k[0] == "align"} == {k: v for k, v in theirs.items() if k[0] == "align"}
+    assert {k: v for k, v in mine.items() if k[0] == "align"} == {
+        k: v for k, v in theirs.items() if k[0] == "align"
+    }
     assert len(list((folder / "teacher_states").iterdir())) == 3
     assert json.loads((folder / "model" / "config.json").read_text())["attn_use_rope"]
     with pytest.raises(ValueError, match="aligned with another seed"):
@@ -230,9 +304,12 @@ def test_what_cannot_be_converted_is_refused_before_any_work(config, teacher_fol
         ({"data": (str(short),)}, "one sequence needs 128: give more text"),
         ({"data": (str(tmp_path / "absent"),)}, "absent holds no UTF-8 text"),
         ({"keep": 1}, "keep must be 2 to 8 .*both ends included, got 1"),
-        ({"keep": 9}, "got 9"), ({"layers": (0, 8)}, r"layers must be different numbers in 0..7, got \[0, 8\]"),
-        ({"rule": "halos"}, "Did you mean 'halo'"), ({"trainable": "some"}, "trainable must be one of 'linear', 'all'"),
-        ({"task_share": 2.0}, "task_share must be 0 to 1, got 2.0"), ({"length": 8}, "length must be at least 16, got 8"),
+        ({"keep": 9}, "got 9"),
+        ({"layers": (0, 8)}, r"layers must be different numbers in 0..7, got \[0, 8\]"),
+        ({"rule": "halos"}, "Did you mean 'halo'"),
+        ({"trainable": "some"}, "trainable must be one of 'linear', 'all'"),
+        ({"task_share": 2.0}, "task_share must be 0 to 1, got 2.0"),
+        ({"length": 8}, "length must be at least 16, got 8"),
         ({"align": Phase(3, 2, math.nan, 0.0)}, "align.lr must be a number above 0, got nan"),
         ({"device": "tpu0"}, "device must be cpu, cuda or cuda:N, got 'tpu0'"),
     ):
@@ -249,7 +326,13 @@ def test_tasks_of_lm_eval_need_lm_eval(config, tmp_path, monkeypatch):
 
 
 def test_the_figure_of_an_lm_eval_task():
-    assert task_metric("arc", {"alias": "arc", "sample_len": 9, "acc,none": 0.4, "acc_stderr,none": 0.1, "acc_norm,none": 0.5}) == 0.5
+    assert (
+        task_metric(
+            "arc",
+            {"alias": "arc", "sample_len": 9, "acc,none": 0.4, "acc_stderr,none": 0.1, "acc_norm,none": 0.5},
+        )
+        == 0.5
+    )
     assert task_metric("fda", {"alias": "fda", "contains,none": 0.3, "contains_stderr,none": "N/A"}) == 0.3
     with pytest.raises(ValueError, match="lm-eval task 'x' reports no number"):
         task_metric("x", {"alias": "x"})
@@ -259,7 +342,10 @@ def test_a_teacher_too_shallow_for_a_quarter(config, tmp_path):
     from .test_transfer import make_teacher
 
     make_teacher(tmp_path / "shallow")
-    with pytest.raises(ValueError, match="a teacher of 4 layers cannot keep 25% and both ends stay: name a number with --keep"):
+    with pytest.raises(
+        ValueError,
+        match="a teacher of 4 layers cannot keep 25% and both ends stay: name a number with --keep",
+    ):
         convert(replace(config, teacher=str(tmp_path / "shallow")), tmp_path / "run", quiet=True)
 
 
@@ -270,7 +356,11 @@ def test_recipes():
     for recipe in RECIPES.values():
         recipe("t").check()
     phase = Phase(100, 1, 1e-3, 1e-5, warmup=10)
-    assert phase.rate(0) == pytest.approx(1e-4) and phase.rate(10) == pytest.approx(1e-3) and phase.rate(100) == pytest.approx(1e-5)
+    assert (
+        phase.rate(0) == pytest.approx(1e-4)
+        and phase.rate(10) == pytest.approx(1e-3)
+        and phase.rate(100) == pytest.approx(1e-5)
+    )
 
 
 def test_an_answer_counts_if_all_of_its_value_is_right():

@@ -75,10 +75,15 @@ def test_ties_go_to_the_lower_layer():
     assert select_layers(None, 3, layers=8, rule="first-last-heavy") == [0, 1, 7]
 
 
-@pytest.mark.parametrize("keep,fix_ends,message", [
-    (1, True, "keep must be 2 to 8 .the layers there are., both ends included, got 1"),
-    (0, False, "keep must be 1 to 8"), (9, True, "got 9"), (-1, False, "got -1"),
-])
+@pytest.mark.parametrize(
+    "keep,fix_ends,message",
+    [
+        (1, True, "keep must be 2 to 8 .the layers there are., both ends included, got 1"),
+        (0, False, "keep must be 1 to 8"),
+        (9, True, "got 9"),
+        (-1, False, "got -1"),
+    ],
+)
 def test_impossible_numbers(keep, fix_ends, message):
     with pytest.raises(ValueError, match=message):
         select_layers(SCORES, keep, fix_ends=fix_ends)
@@ -92,15 +97,19 @@ def test_a_quarter_of_the_layers():
             default_keep(layers, fix_ends)
 
 
-@pytest.mark.parametrize("record,message", [
-    ([1, 2], "scores must be an object"), ({"recal": [1.0]}, "Did you mean 'recall'"),
-    ({"recall": 3, "general": [1.0]}, "recall must be a list"),
-    ({"recall": [1.0, math.nan], "general": [1.0, 1.0]}, r"recall\[1\] must be a finite number, got nan"),
-    ({"recall": [1.0, math.inf], "general": [1.0, 1.0]}, r"recall\[1\]"),
-    ({"recall": [1.0, "x"], "general": [1.0, 1.0]}, r"recall\[1\]"),
-    ({"recall": [1.0, True], "general": [1.0, 1.0]}, r"recall\[1\]"),
-    ({"recall": [1.0], "general": [1.0, 1.0]}, "got lengths {'recall': 1, 'general': 2}"),
-])
+@pytest.mark.parametrize(
+    "record,message",
+    [
+        ([1, 2], "scores must be an object"),
+        ({"recal": [1.0]}, "Did you mean 'recall'"),
+        ({"recall": 3, "general": [1.0]}, "recall must be a list"),
+        ({"recall": [1.0, math.nan], "general": [1.0, 1.0]}, r"recall\[1\] must be a finite number, got nan"),
+        ({"recall": [1.0, math.inf], "general": [1.0, 1.0]}, r"recall\[1\]"),
+        ({"recall": [1.0, "x"], "general": [1.0, 1.0]}, r"recall\[1\]"),
+        ({"recall": [1.0, True], "general": [1.0, 1.0]}, r"recall\[1\]"),
+        ({"recall": [1.0], "general": [1.0, 1.0]}, "got lengths {'recall': 1, 'general': 2}"),
+    ],
+)
 def test_bad_scores(record, message):
     with pytest.raises(ValueError, match=message):
         Scores.from_dict(record)

@@ -13,26 +13,60 @@ from opensala.convert import assemble, lightning_mixers, load_teacher, student_c
 from opensala.convert.teacher import teacher_config
 from opensala.convert.transfer import hybrid_state
 
-SIZES = {"vocab_size": 97, "hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 40,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 TEACHERS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "llama, bias": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
-    "llama, tied, one kv head": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "num_key_value_heads": 1}),
-    "llama, all kv heads, theta": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4, "rope_theta": 500.0}),
+    "llama, tied, one kv head": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"tie_word_embeddings": True, "num_key_value_heads": 1},
+    ),
+    "llama, all kv heads, theta": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"num_key_value_heads": 4, "rope_theta": 500.0},
+    ),
     "llama, llama3 rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": LLAMA3, "head_dim": 16}),
-    "llama, linear rope": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama, linear rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
-    "qwen3, tied, bias": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3, tied, bias": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {"head_dim": 16, "tie_word_embeddings": True, "attention_bias": True},
+    ),
 }
 
 
 def randomise(model):
     """Weights, biases and norms with something in all of them, and attention that prefers something."""
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, std=0.12) if parameter.dim() == 2 else nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
+        nn.init.normal_(parameter, std=0.12) if parameter.dim() == 2 else nn.init.normal_(
+            parameter, 1.0 if "norm" in name else 0.0, 0.2
+        )
     return model.eval()
 
 
@@ -63,7 +97,8 @@ def test_unconverted_hybrid_is_its_teacher(name, tmp_path):
 
 
 class PlainMiniCPM(nn.Module):
-    """MiniCPM as its paper describes it, written plainly: scaled embeddings, residuals and logits around a Llama block."""
+    """MiniCPM as its paper describes it, written plainly: scaled embeddings, residuals and logits around a
+    Llama block."""
 
     def __init__(self, weights, config):
         super().__init__()
@@ -77,7 +112,9 @@ class PlainMiniCPM(nn.Module):
             p = f"model.layers.{i}."
             x = x + depth * self.attend(self.norm(x, w[p + "input_layernorm.weight"]), p + "self_attn.")
             h = self.norm(x, w[p + "post_attention_layernorm.weight"])
-            inner = nn.functional.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (h @ w[p + "mlp.up_proj.weight"].T)
+            inner = nn.functional.silu(h @ w[p + "mlp.gate_proj.weight"].T) * (
+                h @ w[p + "mlp.up_proj.weight"].T
+            )
             x = x + depth * inner @ w[p + "mlp.down_proj.weight"].T
         x = self.norm(x, w["model.norm.weight"]) / (c["hidden_size"] / c["dim_model_base"])
         return x @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T
@@ -87,13 +124,17 @@ class PlainMiniCPM(nn.Module):
 
     def attend(self, x, p):
         heads, d = self.c["num_attention_heads"], self.c["hidden_size"] // self.c["num_attention_heads"]
-        q, k, v = (torch.unflatten(x @ self.w[f"{p}{n}_proj.weight"].T, -1, (-1, d)).transpose(1, 2) for n in "qkv")
+        q, k, v = (
+            torch.unflatten(x @ self.w[f"{p}{n}_proj.weight"].T, -1, (-1, d)).transpose(1, 2) for n in "qkv"
+        )
         length = x.shape[1]
         angles = torch.arange(length)[:, None] * 1e4 ** (-torch.arange(0, d, 2) / d)
         turn = torch.polar(torch.ones_like(angles), angles)
         q, k = (self.rotate(y, turn) for y in (q, k))
         k, v = (y.repeat_interleave(heads // y.shape[1], 1) for y in (k, v))
-        scores = (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        scores = (q @ k.transpose(2, 3) / math.sqrt(d)).masked_fill(
+            torch.ones(length, length).triu(1).bool(), -torch.inf
+        )
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ self.w[p + "o_proj.weight"].T
 
     @staticmethod
@@ -108,9 +149,19 @@ def test_minicpm_without_remote_code(tmp_path, tied):
     """A checkpoint with MiniCPM's published keys; transformers has no class for it."""
     make_teacher(tmp_path, "llama", tie_word_embeddings=tied)
     weights = load_file(tmp_path / "model.safetensors")
-    config = {**SIZES, "model_type": "minicpm", "architectures": ["MiniCPMForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
-              "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"},
-              "torch_dtype": "float32", "use_cache": True}
+    config = {
+        **SIZES,
+        "model_type": "minicpm",
+        "architectures": ["MiniCPMForCausalLM"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 16,
+        "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"},
+        "torch_dtype": "float32",
+        "use_cache": True,
+    }
     config |= {} if tied else {"tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
     ids = torch.randint(0, 97, (2, 90), generator=torch.Generator().manual_seed(1))
@@ -119,7 +170,11 @@ def test_minicpm_without_remote_code(tmp_path, tied):
         expected = PlainMiniCPM(weights, config)(ids)
         hybrid = assemble(teacher, student_config(teacher.config, range(4), hype=False))
         torch.testing.assert_close(hybrid(ids).logits, expected, atol=1e-5, rtol=1e-5)
-    assert (hybrid.config.scale_emb, hybrid.config.scale_depth, hybrid.config.tie_word_embeddings) == (12, 1.4, tied)
+    assert (hybrid.config.scale_emb, hybrid.config.scale_depth, hybrid.config.tie_word_embeddings) == (
+        12,
+        1.4,
+        tied,
+    )
 
 
 @pytest.mark.parametrize("name", ["llama, bias", "qwen3", "llama, tied, one kv head"])
@@ -132,7 +187,9 @@ def test_converted_layers_copy_every_projection(name, tmp_path):
     assert not config.attn_use_rope and config.lightning_use_rope and config.lightning_nkv == 4
     theirs, ours = original.model.layers[1].self_attn, hybrid.model.layers[1].self_attn
     groups, d = 4 // teacher.config.num_key_value_heads, config.head_dim
-    assert torch.equal(ours.q_proj.weight, theirs.q_proj.weight) and torch.equal(ours.o_proj.weight, 2 * theirs.o_proj.weight)
+    assert torch.equal(ours.q_proj.weight, theirs.q_proj.weight) and torch.equal(
+        ours.o_proj.weight, 2 * theirs.o_proj.weight
+    )
     for head in range(4):
         mine, shared = slice(head * d, (head + 1) * d), slice(head // groups * d, (head // groups + 1) * d)
         for p in ("k_proj", "v_proj"):
@@ -152,14 +209,19 @@ def test_converted_layers_copy_every_projection(name, tmp_path):
 def test_hype_and_asked_for_options(tmp_path):
     make_teacher(tmp_path, "llama")
     teacher = load_teacher(tmp_path)
-    config = student_config(teacher.config, [0, 3], attn_qk_norm=True, attn_scale_base=500, sparse_config={"dense_len": 64})
+    config = student_config(
+        teacher.config, [0, 3], attn_qk_norm=True, attn_scale_base=500, sparse_config={"dense_len": 64}
+    )
     hybrid = assemble(teacher, config)
-    assert torch.equal(hybrid.model.layers[0].self_attn.k_norm.weight, torch.ones(10)) and config.dense_len == 64
+    assert (
+        torch.equal(hybrid.model.layers[0].self_attn.k_norm.weight, torch.ones(10)) and config.dense_len == 64
+    )
     hybrid.save_pretrained(tmp_path / "hybrid")
     written = json.loads((tmp_path / "hybrid" / "config.json").read_text())
     assert written["attn_scale_base"] == 500 and written["attn_qk_norm"] and "attention_mode" not in written
     x = torch.randn(1, 6, 40)
     from opensala.model.layout import rows_layout
+
     layout = rows_layout((1, 6), None, [100], [False], x.device)
     scaled = hybrid.model.layers[0].self_attn.project(x, layout)[0]
     hybrid.config.attn_scale_base = None
@@ -173,7 +235,10 @@ def test_strict_both_ways(tmp_path):
     weights["model.layers.1.self_attn.sinks"] = torch.zeros(4)
     del weights["model.layers.2.self_attn.q_norm.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"missing model.layers.2.self_attn.q_norm.weight; unexpected model.layers.1.self_attn.sinks"):
+    with pytest.raises(
+        ValueError,
+        match=r"missing model.layers.2.self_attn.q_norm.weight; unexpected model.layers.1.self_attn.sinks",
+    ):
         load_teacher(tmp_path)
     make_teacher(tmp_path, "qwen3")
     teacher = load_teacher(tmp_path)
@@ -193,9 +258,11 @@ def test_what_cannot_be_converted_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no config.json"):
         load_teacher(tmp_path.parent)
     llama = LlamaConfig(**SIZES).to_dict()
-    for changes, message in (({"mlp_bias": True}, "mlp_bias must be False, got True"),
-                             ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "got 'yarn'"),
-                             ({"num_hidden_layers": None}, "lacks num_hidden_layers")):
+    for changes, message in (
+        ({"mlp_bias": True}, "mlp_bias must be False, got True"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "got 'yarn'"),
+        ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+    ):
         with pytest.raises(ValueError, match=message):
             teacher_config({**llama, **changes})
     with pytest.raises(ValueError, match="use_sliding_window"):

@@ -1,4 +1,5 @@
-"""The generators: facts that agree with their questions, sequences of the asked length, documents with known depths."""
+"""The generators: facts that agree with their questions, sequences of the asked length, documents with known
+depths."""
 
 import random
 import re
@@ -30,7 +31,18 @@ def test_questions_repeat_the_words_of_their_fact():
     for fact in (random_fact(rng) for _ in range(500)):
         assert fact.answer in fact.statement and fact.answer not in fact.question
         subject = fact.statement.split(fact.answer)[0]
-        words = set(re.findall(r"\w+", fact.question)) - {"What", "Who", "is", "the", "of", "value", "mentioned", "in", "provided", "text"}
+        words = set(re.findall(r"\w+", fact.question)) - {
+            "What",
+            "Who",
+            "is",
+            "the",
+            "of",
+            "value",
+            "mentioned",
+            "in",
+            "provided",
+            "text",
+        }
         assert words <= set(re.findall(r"\w+", subject)) | {"number"}, fact
 
 
@@ -42,7 +54,11 @@ def test_facts_of_one_call_have_different_questions():
 
 
 def test_facts_differ_by_seed_and_repeat_with_it():
-    assert random_facts(random.Random(3), 5) == random_facts(random.Random(3), 5) != random_facts(random.Random(4), 5)
+    assert (
+        random_facts(random.Random(3), 5)
+        == random_facts(random.Random(3), 5)
+        != random_facts(random.Random(4), 5)
+    )
 
 
 @pytest.mark.parametrize("length", [400, 777, 2048])
@@ -85,7 +101,9 @@ def test_needle_documents_hold_their_facts_at_the_stated_depths(tokenizer):
 
 def test_text_of_this_installation():
     assert all(next(iter(documents(kind))).strip() for kind in KINDS if kind != "headers")
-    assert len(long_document(50_000, seed=0)) == 50_000 and long_document(5000, seed=0) != long_document(5000, seed=1)
+    assert len(long_document(50_000, seed=0)) == 50_000 and long_document(5000, seed=0) != long_document(
+        5000, seed=1
+    )
     with pytest.raises(ValueError, match="kind must be one of"):
         next(iter(documents("novels")))
 
@@ -95,7 +113,11 @@ def test_held_out_texts_are_apart():
 
     everything, train, held = (list(documents("headers", part)) for part in ("all", "train", "held_out"))
     assert len(train) + len(held) == len(everything) and 0.04 < len(held) / len(everything) < 0.12
-    assert not set(map(id, train)) & set(map(id, held)) and everything[:11] == train[:11] and everything[11] == held[0]
+    assert (
+        not set(map(id, train)) & set(map(id, held))
+        and everything[:11] == train[:11]
+        and everything[11] == held[0]
+    )
     with pytest.raises(ValueError, match="part must be one of all, train, held_out, got 'test'"):
         next(documents("code", "test"))
 
@@ -105,11 +127,19 @@ def test_packed_text_is_cut_evenly_and_drawn_by_position(tokenizer):
 
     texts = [f"Document {n} has its own few words and the number {n * 7919}." for n in range(60)]
     packed = PackedText(tokenizer, texts, 40)
-    flat = [t for text in texts for t in (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)]
+    flat = [
+        t
+        for text in texts
+        for t in (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    ]
     assert packed.rows.flatten().tolist() == flat[: len(packed) * 40] and len(packed) == len(flat) // 40
     whole = packed.draw(3, 0, 2 * len(packed))
-    assert sorted(map(tuple, whole[: len(packed)])) == sorted(map(tuple, packed.rows))  # an epoch is every sequence once
-    assert (packed.draw(3, 5, 4) == whole[5:9]).all() and (packed.draw(4, 0, len(packed)) != whole[: len(packed)]).any()
+    assert sorted(map(tuple, whole[: len(packed)])) == sorted(
+        map(tuple, packed.rows)
+    )  # an epoch is every sequence once
+    assert (packed.draw(3, 5, 4) == whole[5:9]).all() and (
+        packed.draw(4, 0, len(packed)) != whole[: len(packed)]
+    ).any()
     with pytest.raises(ValueError, match="notes has .* tokens, one sequence needs 400: give more text"):
         PackedText(tokenizer, texts[:1], 400, "notes")
 
@@ -119,5 +149,7 @@ def test_sequences_for_a_tokenizer_without_bos(tokenizer):
 
     bare = copy.deepcopy(tokenizer)
     bare.bos_token = None
-    sequence = training_sequence(bare, Haystack(bare, texts=["Some words to hide facts in. " * 400]), random.Random(0), 300, 3)
+    sequence = training_sequence(
+        bare, Haystack(bare, texts=["Some words to hide facts in. " * 400]), random.Random(0), 300, 3
+    )
     assert len(sequence.ids) == len(sequence.answer) == 300 and sequence.ids[0] != tokenizer.bos_token_id

@@ -43,7 +43,10 @@ def test_answers_stand_in_the_text_where_the_depth_says(form, name):
             for reference in question.references:
                 assert re.search(rf"\b{re.escape(reference)}\b", document.text)
             if question.depth is not None:
-                found = [m.start() / len(document.text) for m in re.finditer(re.escape(question.references[0]), document.text)]
+                found = [
+                    m.start() / len(document.text)
+                    for m in re.finditer(re.escape(question.references[0]), document.text)
+                ]
                 assert min(abs(f - question.depth) for f in found) < 0.06, (question, found)
 
 
@@ -56,15 +59,20 @@ def test_one_statement_for_each_value(form):
     assert set(re.findall(rf"for {key} is (\d+)\.", document.text)) == set(document.questions[0].references)
     document = ruler_task("niah_multikey_2").document(4096, form).document
     statements = re.findall(r"The [\w ]+ for (\S+) is (\d+)\.", document.text)
-    assert len(statements) > 60 and len({k for k, _ in statements}) == len({v for _, v in statements}) == len(statements)
+    assert len(statements) > 60 and len({k for k, _ in statements}) == len({v for _, v in statements}) == len(
+        statements
+    )
 
 
 def test_variables_are_set_in_order(form):
     document = ruler_task("vt").document(4096, form, questions=2).document
     for question in document.questions:
         value = re.search(r"value (\d{5})", question.text).group(1)
-        found = [name for name, source in re.findall(r"Set (\w{5}) to (?:the value of )?(\w+)\.", document.text)
-                 if source == value or source in question.references]
+        found = [
+            name
+            for name, source in re.findall(r"Set (\w{5}) to (?:the value of )?(\w+)\.", document.text)
+            if source == value or source in question.references
+        ]
         assert tuple(found) == question.references
 
 
@@ -104,7 +112,9 @@ def test_a_length_that_cannot_be_hit(form):
     with pytest.raises(ValueError, match=r"niah_single_1: length 100 is too short.*at least that"):
         ruler_task("niah_single_1").document(100, form)
     with pytest.raises(ValueError, match="cannot be hit within 1%.*neighbouring documents take"):
-        fit_document(lambda size: RulerDocument("word " * 1000 * size, (RulerQuestion("?", ("a",)),)), 4500, 10, form)
+        fit_document(
+            lambda size: RulerDocument("word " * 1000 * size, (RulerQuestion("?", ("a",)),)), 4500, 10, form
+        )
 
 
 def test_unknown_task():
@@ -117,11 +127,18 @@ def test_unknown_task():
 def test_chat_templates_count(form):
     """With a template the question is a user message, and the template's tokens are part of the length."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(shipped_model()))
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}{% if "
+        "add_generation_prompt %}[assistant]{% endif %}"
+    )
     chat = PromptFormat(tokenizer)
     fitted = ruler_task("niah_single_1").document(2048, chat)
     text = tokenizer.decode(fitted.prompts[0])
-    assert text.startswith("[user]") and text.endswith("[end][assistant]") and 0.99 * 2048 <= fitted.length <= 2048
+    assert (
+        text.startswith("[user]")
+        and text.endswith("[end][assistant]")
+        and 0.99 * 2048 <= fitted.length <= 2048
+    )
     assert PromptFormat(tokenizer, chat=False).question("D", "Q?") == "D\n\nQuestion: Q?\nAnswer:"
     with pytest.raises(ValueError, match="no chat template"):
         PromptFormat(form.tokenizer, chat=True)

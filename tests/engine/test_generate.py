@@ -46,7 +46,8 @@ def test_interrupted_prefill_leaves_whole_chunks():
 
 
 def test_activations_do_not_grow_with_the_prompt(monkeypatch):
-    """Largest tensor of a chunked prefill beside the cache: it grows by the scores of one tile of 16 queries only."""
+    """Largest tensor of a chunked prefill beside the cache: it grows by the scores of one tile of 16 queries
+    only."""
     model = tiny_model()
     monkeypatch.setattr(select, "TILE_ELEMENTS", 1)
 
@@ -88,14 +89,23 @@ def test_engine_continues_a_cache(engine):
 
 def test_sampling_is_reproducible_by_seed(engine):
     ids = engine.encode_prompt("import ")
-    texts = [engine.generate(ids, Sampling(12, temperature=1.0, top_p=0.9, seed=s), quiet=True).text for s in (1, 1, 2)]
+    texts = [
+        engine.generate(ids, Sampling(12, temperature=1.0, top_p=0.9, seed=s), quiet=True).text
+        for s in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_questions_about_one_document_equal_separate_prompts(engine):
-    document = engine.tokenizer("The code of the red door is 4321.\nThe code of the blue door is 8765.\n" * 2)["input_ids"]
-    questions = [engine.tokenizer(f"\n\nQuestion: What is the code of the {c} door?\nAnswer:", add_special_tokens=False)["input_ids"]
-                 for c in ("red", "blue")]
+    document = engine.tokenizer(
+        "The code of the red door is 4321.\nThe code of the blue door is 8765.\n" * 2
+    )["input_ids"]
+    questions = [
+        engine.tokenizer(
+            f"\n\nQuestion: What is the code of the {c} door?\nAnswer:", add_special_tokens=False
+        )["input_ids"]
+        for c in ("red", "blue")
+    ]
     got = answer_all(engine, document, questions, max_new_tokens=8)
     for answer, question in zip(got, questions, strict=True):
         alone = engine.generate(torch.tensor([document + question]), Sampling(8), quiet=True)
@@ -115,13 +125,16 @@ def test_available_memory_is_plausible():
     assert 0 < free <= psutil.virtual_memory().total
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"device": "cuda:99x"}, "device must be auto, cpu or cuda"),
-    ({"device": "gpu"}, "device must be auto, cpu or cuda"),
-    ({"dtype": "float8"}, "dtype must be auto, float32, bfloat16, float16, got 'float8'"),
-    ({"attention_mode": "spars"}, "attention_mode must be one of"),
-    ({"model": "./no/such/folder"}, "no such checkpoint folder"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:99x"}, "device must be auto, cpu or cuda"),
+        ({"device": "gpu"}, "device must be auto, cpu or cuda"),
+        ({"dtype": "float8"}, "dtype must be auto, float32, bfloat16, float16, got 'float8'"),
+        ({"attention_mode": "spars"}, "attention_mode must be one of"),
+        ({"model": "./no/such/folder"}, "no such checkpoint folder"),
+    ],
+)
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Engine(**options)
@@ -133,10 +146,15 @@ def test_missing_gpu_is_said():
         Engine(device="cuda")
 
 
-@pytest.mark.parametrize(("sampling", "message"), [
-    (Sampling(0), "max_new_tokens must be at least 1"), (Sampling(1, temperature=-1.0), "temperature must be 0 or more"),
-    (Sampling(1, temperature=float("nan")), "temperature"), (Sampling(1, top_p=0.0), "top_p must be above 0"),
-])
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling(0), "max_new_tokens must be at least 1"),
+        (Sampling(1, temperature=-1.0), "temperature must be 0 or more"),
+        (Sampling(1, temperature=float("nan")), "temperature"),
+        (Sampling(1, top_p=0.0), "top_p must be above 0"),
+    ],
+)
 def test_bad_sampling_is_refused(sampling, message):
     with pytest.raises(ValueError, match=message):
         sampling.check()

@@ -1,4 +1,5 @@
-"""Runs: shared documents give the answers of lone prompts, results survive kill -9, wrong asks are refused."""
+"""Runs: shared documents give the answers of lone prompts, results survive kill -9, wrong asks are
+refused."""
 
 import json
 import os
@@ -41,7 +42,9 @@ def test_shared_reading_gives_the_answers_of_lone_prompts(engine):
         fitted = ruler_task("niah_multikey_1").document(length, form, questions=3)
         answers = list(answer_shared(engine, fitted.prompts, max_new_tokens=12))
         assert [a.text for a in answers] == [lone(engine, p, 12) for p in fitted.prompts]
-        assert answers[0].read_tokens == len(fitted.prompts[0]) and all(a.read_tokens < 60 for a in answers[1:])
+        assert answers[0].read_tokens == len(fitted.prompts[0]) and all(
+            a.read_tokens < 60 for a in answers[1:]
+        )
         references = [q.references[0] for q in fitted.document.questions]
         assert sum(r in a.text for r, a in zip(references, answers, strict=True)) >= 2
     ids = engine.tokenizer("A b c. " * 2100, add_special_tokens=False)["input_ids"]
@@ -62,8 +65,14 @@ def test_a_run_writes_what_it_did(engine, tmp_path):
     suite = RulerSuite(("niah_single_1", "qa_1", "fwe"), (1024,), samples=2, questions=2)
     summary = evaluate(engine, [suite], tmp_path)
     rows = read_samples(tmp_path)
-    assert [r["id"] for r in rows] == ["niah_single_1/1024/0/0", "niah_single_1/1024/0/1", "qa_1/1024/0/0", "qa_1/1024/0/1",
-                                       "fwe/1024/0/0", "fwe/1024/1/0"]
+    assert [r["id"] for r in rows] == [
+        "niah_single_1/1024/0/0",
+        "niah_single_1/1024/0/1",
+        "qa_1/1024/0/0",
+        "qa_1/1024/0/1",
+        "fwe/1024/0/0",
+        "fwe/1024/1/0",
+    ]
     assert summary["read_tokens"] < 0.75 * summary["prompt_tokens"]
     header = json.loads((tmp_path / "run.json").read_text())
     assert {"model", "tokenizer", "attention mode", "dtype"} <= set(header["identity"])
@@ -72,7 +81,9 @@ def test_a_run_writes_what_it_did(engine, tmp_path):
     before = (tmp_path / "samples.jsonl").read_text()
     evaluate(engine, [suite], tmp_path)  # nothing is left to do
     assert (tmp_path / "samples.jsonl").read_text() == before
-    evaluate(engine, [RulerSuite(("niah_single_1",), (1024,), samples=3, questions=2)], tmp_path)  # one more sample
+    evaluate(
+        engine, [RulerSuite(("niah_single_1",), (1024,), samples=3, questions=2)], tmp_path
+    )  # one more sample
     rows = read_samples(tmp_path)
     assert len(rows) == 7 and rows[-1]["id"] == "niah_single_1/1024/1/0"
     with pytest.raises(ValueError, match="ruler: seed is 0 there, now it would be 1"):
@@ -81,8 +92,22 @@ def test_a_run_writes_what_it_did(engine, tmp_path):
 
 def test_kill_loses_at_most_one_sample(tmp_path):
     """kill -9 in the middle; the rerun goes on, and ends with the rows of a run nobody disturbed."""
-    command = [sys.executable, "-m", "opensala", "eval", "--suite", "niah_single_1,niah_multikey_2", "--lengths", "1024", "--samples", "6",
-               "--quiet", "--json", "--no-cache", "-o"]
+    command = [
+        sys.executable,
+        "-m",
+        "opensala",
+        "eval",
+        "--suite",
+        "niah_single_1,niah_multikey_2",
+        "--lengths",
+        "1024",
+        "--samples",
+        "6",
+        "--quiet",
+        "--json",
+        "--no-cache",
+        "-o",
+    ]
     samples = tmp_path / "killed" / "samples.jsonl"
 
     def lines():
@@ -108,8 +133,17 @@ def test_kill_loses_at_most_one_sample(tmp_path):
 
 def test_a_torn_line_is_dropped(tmp_path):
     results = Results(tmp_path, **RULES)
-    row = {"id": "a", "suite": "ruler", "task": "vt", "length": 1024, "prediction": "x\u2028y", "references": ["x"], "score": 1.0,
-           "prompt_tokens": 3, "read_tokens": 3}
+    row = {
+        "id": "a",
+        "suite": "ruler",
+        "task": "vt",
+        "length": 1024,
+        "prediction": "x\u2028y",
+        "references": ["x"],
+        "score": 1.0,
+        "prompt_tokens": 3,
+        "read_tokens": 3,
+    }
     results.add(row)
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"id": "b", "sui')
@@ -117,11 +151,18 @@ def test_a_torn_line_is_dropped(tmp_path):
     assert (tmp_path / "samples.jsonl").read_text().endswith("}\n")
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("nonsense", "line 1: not JSON"),
-    ('{"id": "a"}', "line 1: field 'task' is missing"),
-    ('{"id": "a", "suite": "ruler", "task": "vt", "length": 1, "prediction": "", "references": ["x"], "score": 7}', "'score' must be a number from 0 to 1"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "line 1: not JSON"),
+        ('{"id": "a"}', "line 1: field 'task' is missing"),
+        (
+            '{"id": "a", "suite": "ruler", "task": "vt", "length": 1, "prediction": "", "references": '
+            '["x"], "score": 7}',
+            "'score' must be a number from 0 to 1",
+        ),
+    ],
+)
 def test_broken_results(tmp_path, line, message):
     (tmp_path / "samples.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
@@ -132,25 +173,41 @@ def test_broken_results(tmp_path, line, message):
 
 def test_other_results_are_not_mixed(tmp_path):
     Results(tmp_path, **RULES)
-    with pytest.raises(ValueError, match="model is 'a' there, now it would be 'b'; name another folder with -o"):
+    with pytest.raises(
+        ValueError, match="model is 'a' there, now it would be 'b'; name another folder with -o"
+    ):
         Results(tmp_path, **(RULES | {"identity": {"model": "b"}}))
 
 
 def test_averages():
     base = {"suite": "ruler", "length": 1024, "prompt_tokens": 10, "read_tokens": 5}
-    summary = summarize([base | {"task": "vt", "score": s} for s in (0.0, 1.0, 1.0, 1.0)] + [base | {"task": "cwe", "score": 0.25}])
+    summary = summarize(
+        [base | {"task": "vt", "score": s} for s in (0.0, 1.0, 1.0, 1.0)]
+        + [base | {"task": "cwe", "score": 0.25}]
+    )
     table = summary["suites"]["ruler"]
-    assert table["tasks"]["vt"] == {"1024": {"score": 75.0, "samples": 4}} and table["average"] == {"1024": {"score": 50.0, "tasks": 2}}
+    assert table["tasks"]["vt"] == {"1024": {"score": 75.0, "samples": 4}} and table["average"] == {
+        "1024": {"score": 50.0, "tasks": 2}
+    }
     assert summary["read_tokens"] == 25
 
 
 def test_rulers_own_files(engine, tmp_path):
-    """The layout that RULER's scripts write: the prompt is input and answer_prefix, whatever else is in a line."""
+    """The layout that RULER's scripts write: the prompt is input and answer_prefix, whatever else is in a
+    line."""
     form = PromptFormat(engine.tokenizer)
     document = ruler_task("niah_single_1").document(1024, form).document
-    line = {"index": 553, "input": form.question(document.text, document.questions[0].text).removesuffix(" Answer:").removesuffix("\nAnswer:"),
-            "outputs": list(document.questions[0].references), "length": 1024, "length_w_model_temp": 1024, "answer_prefix": "\nAnswer:",
-            "token_position_answer": 553}
+    line = {
+        "index": 553,
+        "input": form.question(document.text, document.questions[0].text)
+        .removesuffix(" Answer:")
+        .removesuffix("\nAnswer:"),
+        "outputs": list(document.questions[0].references),
+        "length": 1024,
+        "length_w_model_temp": 1024,
+        "answer_prefix": "\nAnswer:",
+        "token_position_answer": 553,
+    }
     (tmp_path / "niah_single_1").mkdir()
     (tmp_path / "niah_single_1" / "validation.jsonl").write_text(json.dumps(line) + "\n")
     summary = evaluate(engine, [RulerFiles(tmp_path)], tmp_path / "out")
@@ -163,11 +220,14 @@ def test_rulers_own_files(engine, tmp_path):
         RulerFiles(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("rulr", "suite 'rulr' does not exist: did you mean ruler"),
-    ("niah_single_1,niah_singl_2", "suite 'niah_singl_2' does not exist: did you mean niah_single_"),
-    ("mrcr", "its files are not part of this package"),
-])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rulr", "suite 'rulr' does not exist: did you mean ruler"),
+        ("niah_single_1,niah_singl_2", "suite 'niah_singl_2' does not exist: did you mean niah_single_"),
+        ("mrcr", "its files are not part of this package"),
+    ],
+)
 def test_unknown_suites(name, message):
     with pytest.raises(ValueError, match=message):
         build_suites(split_names(name)[0], Options())
@@ -197,12 +257,28 @@ def run(monkeypatch, capsys, *arguments):
 def test_commands(monkeypatch, capsys, tmp_path):
     from opensala.engine import shipped_model
 
-    code, out, _ = run(monkeypatch, capsys, str(shipped_model()), "--suite", "vt", "--lengths", "1K", "--samples", "1", "--json", "--quiet",
-                       "-o", str(tmp_path / "r"))
+    code, out, _ = run(
+        monkeypatch,
+        capsys,
+        str(shipped_model()),
+        "--suite",
+        "vt",
+        "--lengths",
+        "1K",
+        "--samples",
+        "1",
+        "--json",
+        "--quiet",
+        "-o",
+        str(tmp_path / "r"),
+    )
     assert code == 0 and json.loads(out)["suites"]["ruler"]["tasks"]["vt"]["1024"]["samples"] == 1
-    (tmp_path / "qa_1.jsonl").write_text('{"pred": "Denver", "outputs": ["Denver", "Denver, Colorado", "Mile High City"]}\n')
+    (tmp_path / "qa_1.jsonl").write_text(
+        '{"pred": "Denver", "outputs": ["Denver", "Denver, Colorado", "Mile High City"]}\n'
+    )
     assert run(monkeypatch, capsys, "score", "--format", "ruler", str(tmp_path / "qa_1.jsonl"))[1] == (
-        "qa_1: 100.00 (string_match_part, 1 samples, 0 empty answers)\n")
+        "qa_1: 100.00 (string_match_part, 1 samples, 0 empty answers)\n"
+    )
     code, out, _ = run(monkeypatch, capsys, "score", str(tmp_path / "qa_1.jsonl"), "--json")
     assert json.loads(out)["qa_1"]["score"] == 100.0
     assert "score" in run(monkeypatch, capsys, "--help")[1]
@@ -210,28 +286,48 @@ def test_commands(monkeypatch, capsys, tmp_path):
 
 def test_presets_print_the_papers_tables(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("opensala.evaluate.ruler.TASKS", {"niah_single_1": ruler_task("niah_single_1")})
-    code, out, err = run(monkeypatch, capsys, "--suite", "ultra", "--lengths", "1K", "--samples", "1", "--quiet", "-o", str(tmp_path / "r"))
+    code, out, err = run(
+        monkeypatch,
+        capsys,
+        "--suite",
+        "ultra",
+        "--lengths",
+        "1K",
+        "--samples",
+        "1",
+        "--quiet",
+        "-o",
+        str(tmp_path / "r"),
+    )
     assert code == 0, err
-    assert "| Qwen3-235B-A22B-Instruct-2507 (published) | 93.9 | 90.9 | 84.5 |  |" in out and re.search(r"\| \*\*small\S*\*\* \| \*\*\d", out), out
+    assert "| Qwen3-235B-A22B-Instruct-2507 (published) | 93.9 | 90.9 | 84.5 |  |" in out and re.search(
+        r"\| \*\*small\S*\*\* \| \*\*\d", out
+    ), out
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--suite", "rulr"], "did you mean ruler"),
-    (["--lengths", "4000x"], "--lengths: must be whole numbers"),
-    (["--lengths", "1000"], "length must be 1,024 to 4,194,304 tokens, got 1,000"),
-    (["--lengths", "4M", "--dtype", "float32", "--quiet"], "a prompt of 4,194,304 tokens needs"),
-    (["--data", "mrcr"], "must be SUITE=PATH"),
-    (["--data", "mrcr=nowhere"], "nowhere does not exist"),
-    (["--suite", "ruler,niah_single_1"], "names ruler more than once"),
-    (["--suite", "ruler,"], "suite '' does not exist"),
-    (["--suite", "livecodebench", "--data", "livecodebench=x"], "x does not exist; give a path, or hub to fetch livecodebench/code_generation_lite"),
-    (["--sweet", "ruler"], "No such option"),
-    (["--samples", "0"], "samples"),
-    (["nowhere/at/all", "--suite", "vt"], "no such checkpoint folder"),
-    (["score", "nothing.jsonl"], "must be a RULER task"),
-    (["score", "--format", "x", "vt.jsonl"], "--format must be ruler"),
-    (["report", "nowhere"], "holds no results"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "rulr"], "did you mean ruler"),
+        (["--lengths", "4000x"], "--lengths: must be whole numbers"),
+        (["--lengths", "1000"], "length must be 1,024 to 4,194,304 tokens, got 1,000"),
+        (["--lengths", "4M", "--dtype", "float32", "--quiet"], "a prompt of 4,194,304 tokens needs"),
+        (["--data", "mrcr"], "must be SUITE=PATH"),
+        (["--data", "mrcr=nowhere"], "nowhere does not exist"),
+        (["--suite", "ruler,niah_single_1"], "names ruler more than once"),
+        (["--suite", "ruler,"], "suite '' does not exist"),
+        (
+            ["--suite", "livecodebench", "--data", "livecodebench=x"],
+            "x does not exist; give a path, or hub to fetch livecodebench/code_generation_lite",
+        ),
+        (["--sweet", "ruler"], "No such option"),
+        (["--samples", "0"], "samples"),
+        (["nowhere/at/all", "--suite", "vt"], "no such checkpoint folder"),
+        (["score", "nothing.jsonl"], "must be a RULER task"),
+        (["score", "--format", "x", "vt.jsonl"], "--format must be ruler"),
+        (["report", "nowhere"], "holds no results"),
+    ],
+)
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, arguments, message):
     from opensala.engine import memory
 

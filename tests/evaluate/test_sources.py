@@ -39,7 +39,14 @@ def test_another_document_is_another_file(form, tmp_path, monkeypatch):
         return len(list(tmp_path.glob("*")))
 
     cache, task = DocumentCache(tmp_path, form), TASKS["niah_single_1"]
-    for what in ((1024, 0, 0, 1), (1024, 1, 0, 1), (1024, 0, 1, 1), (1024, 0, 0, 2), (1100, 0, 0, 1), (1024, 0, 0, 1)):
+    for what in (
+        (1024, 0, 0, 1),
+        (1024, 1, 0, 1),
+        (1024, 0, 1, 1),
+        (1024, 0, 0, 2),
+        (1100, 0, 0, 1),
+        (1024, 0, 0, 1),
+    ):
         cache.document(task, *what)
     assert count() == 5
     tokenizer = AutoTokenizer.from_pretrained(shipped_model())
@@ -89,8 +96,19 @@ def hub(tmp_path, monkeypatch):
 
 
 def test_files_from_the_hub(hub, form):
-    row = {"prompt": json.dumps([{"role": "user", "content": "Tell me. " * 3000}]), "answer": "abc", "random_string_to_prepend": "a", "n_needles": 2}
-    hub("openai/mrcr", **{"2needle/part.jsonl": json.dumps(row) + "\n", "4needle/part.jsonl": json.dumps(row | {"n_needles": 4}) + "\n"})
+    row = {
+        "prompt": json.dumps([{"role": "user", "content": "Tell me. " * 3000}]),
+        "answer": "abc",
+        "random_string_to_prepend": "a",
+        "n_needles": 2,
+    }
+    hub(
+        "openai/mrcr",
+        **{
+            "2needle/part.jsonl": json.dumps(row) + "\n",
+            "4needle/part.jsonl": json.dumps(row | {"n_needles": 4}) + "\n",
+        },
+    )
     groups = list(MRCRSuite(data_path("mrcr", "hub")).groups(form))
     assert [g.ids for g in groups] == [("mrcr/2needle/part/1",), ("mrcr/4needle/part/1",)]
     hub("someone/mine", **{"test5.jsonl": "{}\n"})
@@ -100,14 +118,17 @@ def test_files_from_the_hub(hub, form):
         data_path("livecodebench", "hub:someone/empty")
 
 
-@pytest.mark.parametrize(("entry", "message"), [
-    ("nolima=hub", "amodaresi/NoLiMa could not be fetched from the hub"),
-    ("nolima=hub", "give the folder: --data nolima=PATH"),
-    ("mrcr=hub:not a name", "could not be fetched from the hub"),
-    ("ruler=hub", "are not on the hub"),
-    ("mrcr=no/where", "no/where does not exist; give a path, or hub to fetch openai/mrcr"),
-    ("rulr=x", "suite must be one of ruler, mrcr, nolima, livecodebench, got 'rulr'"),
-])
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("nolima=hub", "amodaresi/NoLiMa could not be fetched from the hub"),
+        ("nolima=hub", "give the folder: --data nolima=PATH"),
+        ("mrcr=hub:not a name", "could not be fetched from the hub"),
+        ("ruler=hub", "are not on the hub"),
+        ("mrcr=no/where", "no/where does not exist; give a path, or hub to fetch openai/mrcr"),
+        ("rulr=x", "suite must be one of ruler, mrcr, nolima, livecodebench, got 'rulr'"),
+    ],
+)
 def test_what_cannot_be_fetched(hub, monkeypatch, capsys, entry, message):
     monkeypatch.setattr(sys, "argv", ["opensala", "eval", "--suite", entry.split("=")[0], "--data", entry])
     if entry.startswith("rulr"):

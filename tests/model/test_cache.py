@@ -50,7 +50,11 @@ def test_bytes_are_those_of_the_tensors():
     cache = filled(model, tokens(200))
     windows = (200 - 8) // 4 + 1 + (200 - 32) // 16 + 1
     per_layer = (2 * 200 + windows) * 2 * 8 * 4
-    assert cache.num_bytes() == 2 * per_layer + 2 * 4 * 8 * 8 * 4 == cache_bytes(model.config, 200, torch.float32)
+    assert (
+        cache.num_bytes()
+        == 2 * per_layer + 2 * 4 * 8 * 8 * 4
+        == cache_bytes(model.config, 200, torch.float32)
+    )
     assert cache.num_bytes(allocated=True) >= cache.num_bytes()
 
 
@@ -64,7 +68,9 @@ def test_crop_refuses_without_recording_and_leaves_the_cache_alone():
     with pytest.raises(ValueError, match="removes the last n"):
         cache.crop(3)
     assert not cache.is_croppable
-    torch.testing.assert_close(following(model, cache, ids[:, :5]), following(model, filled(model, ids), ids[:, :5]))
+    torch.testing.assert_close(
+        following(model, cache, ids[:, :5]), following(model, filled(model, ids), ids[:, :5])
+    )
     cache.crop(0)
     cache.crop(-155)
     assert cache.columns == 0 and cache.num_bytes() == 0
@@ -107,7 +113,9 @@ def test_reorder_and_repeat_move_whole_rows():
     cache = filled(model, ids[:2])
     cache.batch_repeat_interleave(2)
     more = tokens(6, seed=3, batch=4)
-    torch.testing.assert_close(following(model, cache, more), following(model, filled(model, ids[[0, 0, 1, 1]]), more), **TOLERANCE)
+    torch.testing.assert_close(
+        following(model, cache, more), following(model, filled(model, ids[[0, 0, 1, 1]]), more), **TOLERANCE
+    )
 
 
 def test_fork_is_independent():

@@ -1,4 +1,5 @@
-"""Checkpoints: names of the released format, round trips, and strict refusal of anything that does not fit."""
+"""Checkpoints: names of the released format, round trips, and strict refusal of anything that does not
+fit."""
 
 import json
 
@@ -26,16 +27,29 @@ def change(folder, edit):
 
 def test_names_are_those_of_the_released_format(folder):
     names = set(load_file(folder / "model.safetensors"))
-    common = {"input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight",
-              "mlp.down_proj.weight", *(f"self_attn.{x}_proj.weight" for x in "qkvo")}
-    own = {0: {"self_attn.o_gate.weight"}, 1: {f"self_attn.{x}.weight" for x in ("q_norm", "k_norm", "o_norm", "z_proj")}}
+    common = {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+        *(f"self_attn.{x}_proj.weight" for x in "qkvo"),
+    }
+    own = {
+        0: {"self_attn.o_gate.weight"},
+        1: {f"self_attn.{x}.weight" for x in ("q_norm", "k_norm", "o_norm", "z_proj")},
+    }
     wanted = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     wanted |= {f"model.layers.{i}.{n}" for i, kind in enumerate((0, 1, 1, 0)) for n in common | own[kind]}
     assert names == wanted
     assert load_file(folder / "model.safetensors")["model.layers.1.self_attn.o_norm.weight"].shape == (32,)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "attn_qk_norm": True, "attention_bias": True}], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": True, "attn_qk_norm": True, "attention_bias": True}],
+    ids=["plain", "options"],
+)
 def test_round_trip_keeps_the_logits(tmp_path, changes):
     model, ids = tiny_model(**changes), torch.arange(3, 90)[None]
     model.save_pretrained(tmp_path)
@@ -74,7 +88,10 @@ def test_every_misfit_is_named(folder):
     text = str(error.value)
     assert "missing model.norm.weight" in text
     assert "unexpected model.layers.0.self_attn.q_norm.weight" in text
-    assert "model.layers.1.self_attn.z_proj.weight has shape [8, 32], the configuration asks for [32, 32]" in text
+    assert (
+        "model.layers.1.self_attn.z_proj.weight has shape [8, 32], the configuration asks for [32, 32]"
+        in text
+    )
 
 
 def test_corrupt_files_are_refused(folder):
@@ -101,6 +118,8 @@ def test_pickles_are_never_read(folder):
 
 
 def test_attention_mode_can_be_given_when_loading(folder):
-    assert AutoModelForCausalLM.from_pretrained(folder, attention_mode="dense").config.attention_mode == "dense"
+    assert (
+        AutoModelForCausalLM.from_pretrained(folder, attention_mode="dense").config.attention_mode == "dense"
+    )
     with pytest.raises(ValueError, match="attention_mode must be one of"):
         AutoModelForCausalLM.from_pretrained(folder, attention_mode="denser")

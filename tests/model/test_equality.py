@@ -43,13 +43,31 @@ def test_any_chunk_size_equals_one_shot(mode, length, size):
     assert cache.lengths == [length]
 
 
-@pytest.mark.parametrize("changes", [
-    {"attn_qk_norm": True, "attention_bias": True}, {"lightning_nkv": 2}, {"attn_use_rope": True, "lightning_use_rope": False},
-    {"use_output_gate": False, "use_output_norm": False, "attn_use_output_gate": False, "qk_norm": False},
-    {"lightning_scale": "1/d"}, {"lightning_scale": 0.5, "num_key_value_heads": 4}, {"tie_word_embeddings": True},
-    {"sparse_config": {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "init_blocks": 1, "window_size": 32,
-                       "topk": 5, "dense_len": 64, "lse": "exact"}},
-], ids=lambda c: ",".join(c))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_qk_norm": True, "attention_bias": True},
+        {"lightning_nkv": 2},
+        {"attn_use_rope": True, "lightning_use_rope": False},
+        {"use_output_gate": False, "use_output_norm": False, "attn_use_output_gate": False, "qk_norm": False},
+        {"lightning_scale": "1/d"},
+        {"lightning_scale": 0.5, "num_key_value_heads": 4},
+        {"tie_word_embeddings": True},
+        {
+            "sparse_config": {
+                "kernel_size": 8,
+                "kernel_stride": 4,
+                "block_size": 16,
+                "init_blocks": 1,
+                "window_size": 32,
+                "topk": 5,
+                "dense_len": 64,
+                "lse": "exact",
+            }
+        },
+    ],
+    ids=lambda c: ",".join(c),
+)
 def test_options_keep_the_equality(changes):
     model, ids = tiny_model(**changes), tokens(200)
     with torch.no_grad():
@@ -58,7 +76,8 @@ def test_options_keep_the_equality(changes):
 
 
 def test_decoding_crosses_dense_len_token_by_token():
-    """Prefill below dense_len, then one token at a time: the step that reaches dense_len is the first sparse one."""
+    """Prefill below dense_len, then one token at a time: the step that reaches dense_len is the first sparse
+    one."""
     model, ids = tiny_model(), tokens(260)
     config = model.config
     with torch.no_grad():
@@ -67,7 +86,8 @@ def test_decoding_crosses_dense_len_token_by_token():
         steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 260)]
         for position in (62, 63, 130, 259):
             forced = tiny_model(attention_mode="sparse" if position + 1 >= config.dense_len else "dense")
-            # The caches hold different hidden states below dense_len only if sparse attention left blocks out there: it cannot.
+            # The caches hold different hidden states below dense_len only if sparse attention
+            # left blocks out there: it cannot.
             assert config.dense_len <= config.block_spec.num_blocks * config.block_spec.block_size
             expected = forced(ids[:, : position + 1], use_cache=False).logits[:, -1:]
             torch.testing.assert_close(steps[position - 40], expected, **TOLERANCE)
@@ -95,7 +115,11 @@ def test_padded_batch_equals_single_rows(side, size):
     assert cache.lengths == [9, 250, 64, 131]
     if size == 1000:
         with torch.no_grad():
-            torch.testing.assert_close(model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()], got[mask.bool()], **TOLERANCE)
+            torch.testing.assert_close(
+                model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()],
+                got[mask.bool()],
+                **TOLERANCE,
+            )
 
 
 def test_padded_batch_continues_like_single_rows():
@@ -104,8 +128,14 @@ def test_padded_batch_continues_like_single_rows():
     _, cache = chunked(model, ids, 100, mask)
     more = tokens(30, seed=5, batch=2)
     with torch.no_grad():
-        got = [model(more[:, i : i + 1], past_key_values=cache,
-                     attention_mask=torch.cat([mask, torch.ones(2, i + 1, dtype=torch.long)], 1)).logits for i in range(30)]
+        got = [
+            model(
+                more[:, i : i + 1],
+                past_key_values=cache,
+                attention_mask=torch.cat([mask, torch.ones(2, i + 1, dtype=torch.long)], 1),
+            ).logits
+            for i in range(30)
+        ]
         for n, row in enumerate(rows):
             single = SALACache(model.config)
             model(row, past_key_values=single)
@@ -146,7 +176,9 @@ def test_training_gradients_do_not_depend_on_packing(mode):
     def gradient(packed):
         model = tiny_model(attention_mode=mode).train()
         if packed:
-            model(torch.cat(rows, 1), cu_seqlens=torch.tensor([0, 130, 200]), use_cache=False).logits.square().sum().backward()
+            model(
+                torch.cat(rows, 1), cu_seqlens=torch.tensor([0, 130, 200]), use_cache=False
+            ).logits.square().sum().backward()
         else:
             for row in rows:
                 model(row, use_cache=False).logits.square().sum().backward()
@@ -154,7 +186,9 @@ def test_training_gradients_do_not_depend_on_packing(mode):
 
     separate = gradient(False)
     for name, grad in gradient(True).items():
-        torch.testing.assert_close(grad, separate[name], atol=1e-3 * separate[name].abs().max().item(), rtol=1e-3)
+        torch.testing.assert_close(
+            grad, separate[name], atol=1e-3 * separate[name].abs().max().item(), rtol=1e-3
+        )
 
 
 def test_gradient_checkpointing_replays_the_same_gradients():
@@ -178,6 +212,10 @@ def test_half_precision_follows_float32(dtype):
         wanted = model(ids, use_cache=False).logits
         half = tiny_model().to(dtype)
         got, cache = chunked(half, ids, 33)
-    assert got.dtype == dtype and cache.layers[1].state.dtype == torch.float32 and cache.layers[0].keys.data.dtype == dtype
+    assert (
+        got.dtype == dtype
+        and cache.layers[1].state.dtype == torch.float32
+        and cache.layers[0].keys.data.dtype == dtype
+    )
     # 2^-8 (bf16) or 2^-11 (fp16) at each of about 10 roundings a layer, and selections may flip on near-ties
     assert (got - wanted).abs().mean() / wanted.abs().mean() < (0.05 if dtype == torch.bfloat16 else 0.01)

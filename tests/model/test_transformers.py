@@ -106,7 +106,9 @@ def test_mode_and_backend_are_said_once(caplog):
         wanted = [describe_attention(model.config, mode, torch.zeros(1)) for mode in ("dense", "sparse")]
     lines = [r.getMessage() for r in caplog.records if "sparse layers" in r.getMessage()]
     assert lines == wanted
-    assert "2 sparse layers block-sparse, 7 blocks of 16 (torch); 2 lightning layers chunked (torch)" in lines[1]
+    assert (
+        "2 sparse layers block-sparse, 7 blocks of 16 (torch); 2 lightning layers chunked (torch)" in lines[1]
+    )
 
 
 class Rows(torch.utils.data.Dataset):
@@ -119,8 +121,17 @@ class Rows(torch.utils.data.Dataset):
 
 
 def train(model, folder, steps=12):
-    arguments = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=5e-3, logging_steps=1,
-                                  report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+    arguments = TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=5e-3,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     trainer = Trainer(model, arguments, train_dataset=Rows())
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -133,7 +144,9 @@ def test_trainer_lowers_the_loss(tmp_path):
 
 def test_peft_lora_trains_only_its_own_weights(tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model().train(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_gate", "z_proj"]))
+    model = peft.get_peft_model(
+        tiny_model().train(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_gate", "z_proj"])
+    )
     before = {n: p.clone() for n, p in model.named_parameters() if "lora" not in n}
     losses = train(model, str(tmp_path))
     assert losses[-1] < losses[0]

@@ -74,4 +74,4 @@ def test_selected_blocks(case, monkeypatch):
     for layer, parts in seen.items():
         wanted = expected[f"selected.{layer}"]
         got = torch.cat(parts)[-len(wanted) :]
-        assert ((got != wanted).any(-1).float().mean() <= 0.001), f"layer {layer}"
+        assert (got != wanted).any(-1).float().mean() <= 0.001, f"layer {layer}"

@@ -1,7 +1,9 @@
-"""Compile every Triton kernel of the package for given GPUs, none needed: `python -m tests.ops.compile_kernels 80 90 120`.
+"""Compile every Triton kernel of the package for given GPUs, none needed: `python -m
+tests.ops.compile_kernels 80 90 120`.
 
-Prints one JSON line: {"kernels": names of all launched kernels, "cases": one report for each compilation}. It is a program
-of its own because Triton decides at import whether kernels are interpreted, as they are in the tests.
+Prints one JSON line: {"kernels": names of all launched kernels, "cases": one report for each compilation}. It
+is a program of its own because Triton decides at import whether kernels are interpreted, as they are in the
+tests.
 """
 
 import importlib
@@ -37,7 +39,9 @@ def triton_modules() -> list[ModuleType]:
 
 
 def launched_kernels(modules: list[ModuleType]) -> set[str]:
-    found = {(f.module, f.fn.__name__) for m in modules for f in vars(m).values() if isinstance(f, JITFunction)}
+    found = {
+        (f.module, f.fn.__name__) for m in modules for f in vars(m).values() if isinstance(f, JITFunction)
+    }
     return {f"{module}.{name}" for module, name in found if name.endswith("_kernel")}
 
 
@@ -53,42 +57,66 @@ def cases_for(module: ModuleType, arch: int) -> list[CompileCase]:
 
 def compile_case(case: CompileCase, arch: int) -> dict[str, Any]:
     kernel = case.kernel
-    report: dict[str, Any] = {"name": case.name, "kernel": f"{kernel.module}.{kernel.fn.__name__}", "arch": arch,
-                              "limit": shared_memory(arch), "error": ""}
+    report: dict[str, Any] = {
+        "name": case.name,
+        "kernel": f"{kernel.module}.{kernel.fn.__name__}",
+        "arch": arch,
+        "limit": shared_memory(arch),
+        "error": "",
+    }
     unknown = [n for n in (*case.types, *case.constants) if n not in kernel.arg_names]
     missing = [n for n in kernel.arg_names if n not in case.types and n not in case.constants]
     if unknown or missing:
         return report | {"error": f"not arguments: {unknown}; without a type or a value: {missing}"}
-    blunt = [n for i, n in enumerate(kernel.arg_names) if case.types.get(n, "").startswith("*") and kernel.params[i].do_not_specialize]
+    blunt = [
+        n
+        for i, n in enumerate(kernel.arg_names)
+        if case.types.get(n, "").startswith("*") and kernel.params[i].do_not_specialize
+    ]
     if blunt:
         return report | {"error": f"pointers of unknown alignment: {blunt}"}
     signature = {name: case.types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-               if not kernel.params[i].do_not_specialize and case.types.get(name, "").startswith(("*", "i"))}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if not kernel.params[i].do_not_specialize and case.types.get(name, "").startswith(("*", "i"))
+    }
     started = time.perf_counter()
     try:
-        compiled = triton.compile(ASTSource(kernel, signature, dict(case.constants), aligned),
-                                  target=GPUTarget("cuda", arch, 32), options=dict(case.options))
+        compiled = triton.compile(
+            ASTSource(kernel, signature, dict(case.constants), aligned),
+            target=GPUTarget("cuda", arch, 32),
+            options=dict(case.options),
+        )
         usage = resources(compiled.asm["cubin"])
     except Exception as problem:  # whatever a compiler raises is this test's finding
         return report | {"error": f"{type(problem).__name__}: {problem}"[-1500:]}
-    return report | {"registers": usage["REG"], "spilled": usage["STACK"] + usage["LOCAL"], "shared": compiled.metadata.shared,
-                     "seconds": round(time.perf_counter() - started, 2)}
+    return report | {
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL, ... of the kernel in a cubin, as the disassembler that comes with Triton tells them."""
+    """REG, STACK, LOCAL, ... of the kernel in a cubin, as the disassembler that comes with Triton tells
+    them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
 
 def main(archs: list[int]) -> None:
     modules = triton_modules()
-    reports = [compile_case(case, arch) for arch in archs for module in modules for case in cases_for(module, arch)]
+    reports = [
+        compile_case(case, arch) for arch in archs for module in modules for case in cases_for(module, arch)
+    ]
     print(json.dumps({"kernels": sorted(launched_kernels(modules)), "cases": reports}))
 
 

@@ -1,4 +1,5 @@
-"""What the tests of all ops share: the backends this machine can run, and how closely each has to agree with float64."""
+"""What the tests of all ops share: the backends this machine can run, and how closely each has to agree with
+float64."""
 
 import importlib.util
 import os
@@ -15,7 +16,8 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass(frozen=True)
 class BackendCase:
-    """A backend, the device and dtype its kernels run in, and the error allowed relative to the largest element."""
+    """A backend, the device and dtype its kernels run in, and the error allowed relative to the largest
+    element."""
 
     name: str
     device: str
@@ -36,19 +38,26 @@ class BackendCase:
 
 
 def assert_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float, name: str = "") -> None:
-    """The largest difference, relative to the largest element wanted (at least 1), is below the tolerance; no NaN."""
+    """The largest difference, relative to the largest element wanted (at least 1), is below the tolerance; no
+    NaN."""
     assert got.shape == wanted.shape, f"{name}: {list(got.shape)} instead of {list(wanted.shape)}"
-    error = ((got.cpu().double() - wanted.double()).abs().max() / wanted.abs().max().clamp(min=1)).item() if wanted.numel() else 0.0
+    error = (
+        ((got.cpu().double() - wanted.double()).abs().max() / wanted.abs().max().clamp(min=1)).item()
+        if wanted.numel()
+        else 0.0
+    )
     assert error < tolerance, f"{name}: {error:.2e} is not below {tolerance:.0e}"
 
 
 # float64 against float64: two orders of the same sums, 1e-11 is two digits above what is seen.
-# float32: 2e-5, sums of some hundred products of order one. Triton multiplies float32 in full precision (no tf32).
+# float32: 2e-5, sums of some hundred products of order one. Triton multiplies float32 in full precision (no
+# tf32).
 BACKENDS = [
     pytest.param(BackendCase("torch", "cpu", torch.float64, 1e-11), id="torch"),
     pytest.param(BackendCase("cpp", "cpu", torch.float32, 2e-5), id="cpp"),
     pytest.param(
-        BackendCase("triton", TRITON_DEVICE, torch.float32, 2e-5), id="triton",
+        BackendCase("triton", TRITON_DEVICE, torch.float32, 2e-5),
+        id="triton",
         marks=[pytest.mark.triton, pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")],
     ),
 ]

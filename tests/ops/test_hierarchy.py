@@ -17,28 +17,44 @@ def draw(length, tokens, heads, kv_heads, dim):
 
 
 @pytest.mark.parametrize("spec", [FINE, COARSER], ids=["fine", "coarser"])
-@pytest.mark.parametrize(("length", "tokens", "heads", "kv_heads", "dim", "regions"), [
-    (600, 40, 4, 2, 16, 3), (700, 200, 3, 1, 20, 4), (2000, 60, 1, 1, 64, 5), (333, 333, 2, 1, 8, 2),
-])
+@pytest.mark.parametrize(
+    ("length", "tokens", "heads", "kv_heads", "dim", "regions"),
+    [
+        (600, 40, 4, 2, 16, 3),
+        (700, 200, 3, 1, 20, 4),
+        (2000, 60, 1, 1, 64, 5),
+        (333, 333, 2, 1, 8, 2),
+    ],
+)
 def test_the_fast_forms_follow_the_plain_statement(length, tokens, heads, kv_heads, dim, regions, spec):
     q, k = draw(length, tokens, heads, kv_heads, dim)
     wanted = select_blocks(q, k, spec, search="hierarchical", regions=regions, backend="naive")
     for backend, dtype in (("torch", torch.float64), ("torch", torch.float32), ("cpp", torch.float32)):
-        got = select_blocks(q.to(dtype), k.to(dtype), spec, search="hierarchical", regions=regions, backend=backend)
+        got = select_blocks(
+            q.to(dtype), k.to(dtype), spec, search="hierarchical", regions=regions, backend=backend
+        )
         different = (got != wanted).any(-1)
         # Blocks that share a window tie exactly; a rounding anywhere in the row can turn such a tie.
-        assert different.double().mean() <= 0.03, f"{backend} {dtype}: {different.double().mean():.3f} of the rows differ"
+        assert different.double().mean() <= 0.03, (
+            f"{backend} {dtype}: {different.double().mean():.3f} of the rows differ"
+        )
         shared = (got[..., None] == wanted[..., None, :]).any(-1).sum(-1)[different]
         assert (shared >= spec.num_blocks - 1).all()
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch", "cpp"])
 def test_with_room_for_all_regions_it_is_exact_selection_of_one_head(backend):
-    # With one head the softmax denominator does not change the order, so nothing but the regions can make a difference.
+    # With one head the softmax denominator does not change the order, so nothing but the regions can
+    # make a difference.
     q, k = draw(500, 100, 1, 1, 16)
-    assert torch.equal(select_blocks(q, k, FINE, search="hierarchical", regions=64, backend="naive"), select_blocks(q, k, FINE))
+    assert torch.equal(
+        select_blocks(q, k, FINE, search="hierarchical", regions=64, backend="naive"),
+        select_blocks(q, k, FINE),
+    )
     q, k = q.float(), k.float()
-    same = select_blocks(q, k, FINE, search="hierarchical", regions=64, backend=backend) == select_blocks(q, k, FINE)
+    same = select_blocks(q, k, FINE, search="hierarchical", regions=64, backend=backend) == select_blocks(
+        q, k, FINE
+    )
     assert same.all(-1).double().mean() >= 0.98
 
 
@@ -64,6 +80,8 @@ def test_a_single_outlying_key_far_away_is_found(backend):
 def test_the_choice_does_not_depend_on_how_a_prompt_is_cut(backend):
     q, k = (x.float() for x in draw(900, 900, 2, 1, 16))
     whole = select_blocks(q, k, FINE, search="hierarchical", regions=3, backend=backend)
-    parts = [select_blocks(q[:, a:b], k[:, :b], FINE, search="hierarchical", regions=3, backend=backend)
-             for a, b in ((0, 300), (300, 301), (301, 900))]
+    parts = [
+        select_blocks(q[:, a:b], k[:, :b], FINE, search="hierarchical", regions=3, backend=backend)
+        for a, b in ((0, 300), (300, 301), (301, 900))
+    ]
     assert (torch.cat(parts, 1) == whole).all(-1).float().mean() >= 0.995

@@ -10,11 +10,18 @@ from tests.ops.grid import BACKENDS, TRITON_DEVICE, assert_close
 
 def run(backend, inputs, decay, cu_seqlens=None, scale=0.3):
     leaves = [x.clone().requires_grad_() for x in inputs]
-    o, state = lightning_attention(*leaves[:3], decay, initial_state=leaves[3], scale=scale, cu_seqlens=cu_seqlens, backend=backend)
+    o, state = lightning_attention(
+        *leaves[:3], decay, initial_state=leaves[3], scale=scale, cu_seqlens=cu_seqlens, backend=backend
+    )
     generator = torch.Generator().manual_seed(7)
-    loss = sum((x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)).sum() for x in (o, state))
+    loss = sum(
+        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)).sum()
+        for x in (o, state)
+    )
     loss.backward()
-    return {"o": o, "state": state} | {f"d{n}": x.grad for n, x in zip(("q", "k", "v", "s0"), leaves, strict=True)}
+    return {"o": o, "state": state} | {
+        f"d{n}": x.grad for n, x in zip(("q", "k", "v", "s0"), leaves, strict=True)
+    }
 
 
 def draw(batch, length, heads, dim, value_dim, sequences, dtype=torch.float64):
@@ -23,8 +30,12 @@ def draw(batch, length, heads, dim, value_dim, sequences, dtype=torch.float64):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return [normal(batch, length, heads, dim), normal(batch, length, heads, dim), normal(batch, length, heads, value_dim),
-            normal(sequences, heads, dim, value_dim)]
+    return [
+        normal(batch, length, heads, dim),
+        normal(batch, length, heads, dim),
+        normal(batch, length, heads, value_dim),
+        normal(sequences, heads, dim, value_dim),
+    ]
 
 
 def assert_same(got, wanted, tolerance):
@@ -36,13 +47,23 @@ def assert_same(got, wanted, tolerance):
 def compare(backend, inputs, decay, *rest):
     """Outputs and gradients of `backend` against the plain statement in float64."""
     wanted = run("naive", [x.double() for x in inputs], decay.double(), *rest)
-    got = run(backend.name, [backend.cast(x) for x in inputs], backend.cast(decay), *(backend.cast(x) for x in rest))
+    got = run(
+        backend.name, [backend.cast(x) for x in inputs], backend.cast(decay), *(backend.cast(x) for x in rest)
+    )
     for name in wanted:
         assert_close(got[name], wanted[name], backend.tolerance, name)
 
 
-SHAPES = [(1, 1, 2, 8, 8), (3, 1, 2, 40, 24), (2, 63, 3, 16, 16), (1, 128, 1, 4, 8), (2, 129, 2, 8, 4), (1, 500, 2, 60, 24),
-          (3, 2, 5, 3, 7), (1, 70, 1, 20, 130)]
+SHAPES = [
+    (1, 1, 2, 8, 8),
+    (3, 1, 2, 40, 24),
+    (2, 63, 3, 16, 16),
+    (1, 128, 1, 4, 8),
+    (2, 129, 2, 8, 4),
+    (1, 500, 2, 60, 24),
+    (3, 2, 5, 3, 7),
+    (1, 70, 1, 20, 130),
+]
 TRITON = [x for x in BACKENDS if x.id == "triton"]
 PACKED = [[0, 263], [0, 5, 70, 200, 263], [0, 1, 2, 130, 258, 263]]
 
@@ -54,22 +75,38 @@ def test_every_backend_equals_naive(backend, batch, length, heads, dim, value_di
     compare(backend, draw(batch, length, heads, dim, value_dim, batch), decay)
 
 
-@pytest.mark.parametrize("rates", [alibi_slopes(2), [3.0, 40.0], [0.0, 1e-4]], ids=["alibi", "strong", "weak"])
+@pytest.mark.parametrize(
+    "rates", [alibi_slopes(2), [3.0, 40.0], [0.0, 1e-4]], ids=["alibi", "strong", "weak"]
+)
 @pytest.mark.parametrize("bounds", PACKED, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_documents_equal_naive(backend, bounds, rates):
     cu = torch.tensor(bounds, dtype=torch.int32 if len(bounds) % 2 else torch.int64)
-    compare(backend, draw(1, bounds[-1], 2, 16, 8, len(bounds) - 1), torch.tensor(rates, dtype=torch.float64), cu)
+    compare(
+        backend, draw(1, bounds[-1], 2, 16, 8, len(bounds) - 1), torch.tensor(rates, dtype=torch.float64), cu
+    )
 
 
-@pytest.mark.parametrize(("segment", "lengths"), [
-    (128, [128]), (128, [129]), (64, [330]), (128, [127, 127, 1]), (128, [128, 128, 1]), (128, [129, 129, 1]), (64, [5, 65, 130, 1, 63, 66]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("segment", "lengths"),
+    [
+        (128, [128]),
+        (128, [129]),
+        (64, [330]),
+        (128, [127, 127, 1]),
+        (128, [128, 128, 1]),
+        (128, [129, 129, 1]),
+        (64, [5, 65, 130, 1, 63, 66]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", TRITON)
 def test_segments_of_the_triton_kernels_join(backend, segment, lengths, monkeypatch):
     kernels = pytest.importorskip("opensala.ops.lightning.triton")
     monkeypatch.setattr(kernels, "SEGMENTS", (segment, segment))
-    decay = torch.tensor([0.02, 1.2, 30.0], dtype=torch.float64)  # reaches far, cut off within a segment, within a chunk
+    decay = torch.tensor(
+        [0.02, 1.2, 30.0], dtype=torch.float64
+    )  # reaches far, cut off within a segment, within a chunk
     documents = [] if len(lengths) == 1 else [torch.tensor([0, *lengths]).cumsum(0)]
     rows = 2 if len(lengths) == 1 else 1
     compare(backend, draw(rows, sum(lengths), 3, 8, 12, max(rows, len(lengths))), decay, *documents)
@@ -92,16 +129,24 @@ def test_the_last_segment_leaves_no_state(monkeypatch):
 def test_strided_inputs(backend):
     decay = torch.tensor(alibi_slopes(3), dtype=torch.float64)
     q, k, v, s = draw(2, 3, 70, 8, 12, 2)  # [B, H, T, D]
-    s = torch.randn(2, 12, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).transpose(1, 3)
+    s = torch.randn(2, 12, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).transpose(
+        1, 3
+    )
     turned = [x.transpose(1, 2) for x in (q, k, v)]
     leaves = [backend.cast(x).requires_grad_() for x in (*turned, s)]
     assert not any(x.is_contiguous() for x in leaves)
-    o, state = lightning_attention(*leaves[:3], backend.cast(decay), initial_state=leaves[3], scale=0.3, backend=backend.name)
+    o, state = lightning_attention(
+        *leaves[:3], backend.cast(decay), initial_state=leaves[3], scale=0.3, backend=backend.name
+    )
     (o.sum() + state.sum()).backward()  # their gradients are one number, repeated with stride 0
     exact = [x.detach().double().requires_grad_() for x in (*turned, s)]
-    wanted, wanted_state = lightning_attention(*exact[:3], decay, initial_state=exact[3], scale=0.3, backend="naive")
+    wanted, wanted_state = lightning_attention(
+        *exact[:3], decay, initial_state=exact[3], scale=0.3, backend="naive"
+    )
     (wanted.sum() + wanted_state.sum()).backward()
-    for a, b in zip((o, state, *(x.grad for x in leaves)), (wanted, wanted_state, *(x.grad for x in exact)), strict=True):
+    for a, b in zip(
+        (o, state, *(x.grad for x in leaves)), (wanted, wanted_state, *(x.grad for x in exact)), strict=True
+    ):
         assert_close(a, b, backend.tolerance)
 
 
@@ -126,7 +171,8 @@ def test_gradients_when_only_one_result_is_used(backend, used):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str)
 @pytest.mark.parametrize("dim", [24, 128])
 def test_triton_in_low_precision(dim, dtype, tolerance, monkeypatch):
-    # Factors are rounded to the inputs' dtype (2^-8, 2^-11), sums are float32. The interpreter computes bfloat16 in float32.
+    # Factors are rounded to the inputs' dtype (2^-8, 2^-11), sums are float32. The interpreter computes
+    # bfloat16 in float32.
     kernels = pytest.importorskip("opensala.ops.lightning.triton")
     monkeypatch.setattr(kernels, "SEGMENTS", (128, 128))
     decay = torch.tensor(alibi_slopes(2), dtype=torch.float64)
@@ -141,10 +187,14 @@ def test_triton_in_low_precision(dim, dtype, tolerance, monkeypatch):
 @pytest.mark.triton
 def test_float16_states_may_pass_its_largest_number():
     pytest.importorskip("triton")
-    q, k, v = (torch.full((1, 200, 1, 16), x, dtype=torch.float16, device=TRITON_DEVICE) for x in (0.01, 30.0, 30.0))
+    q, k, v = (
+        torch.full((1, 200, 1, 16), x, dtype=torch.float16, device=TRITON_DEVICE) for x in (0.01, 30.0, 30.0)
+    )
     decay = torch.tensor([1e-3], device=TRITON_DEVICE)
     o, state = lightning_attention(q, k, v, decay, backend="triton")
-    wanted, wanted_state = lightning_attention(q.cpu().double(), k.cpu().double(), v.cpu().double(), decay.cpu().double(), backend="naive")
+    wanted, wanted_state = lightning_attention(
+        q.cpu().double(), k.cpu().double(), v.cpu().double(), decay.cpu().double(), backend="naive"
+    )
     assert state.max() > torch.finfo(torch.float16).max
     assert_close(o, wanted, 2e-3)
     assert_close(state, wanted_state, 2e-3)
@@ -161,13 +211,17 @@ def test_segments_of_a_long_input_join(monkeypatch):
     assert_same(run("torch", packed_inputs, decay, cu), run("naive", packed_inputs, decay, cu), 1e-11)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+)
 def test_low_precision_stays_near_float64(dtype, tolerance):
-    # compute and state are float32 whatever the dtype: what is left is rounding of inputs and output (2^-8, 2^-11)
+    # compute and state are float32 whatever the dtype: what is left is rounding of inputs and output
+    # (2^-8, 2^-11)
     decay = torch.tensor(alibi_slopes(4))
     inputs = draw(1, 300, 4, 16, 16, 1, dtype)
-    wanted, wanted_state = lightning_attention(*(x.double() for x in inputs[:3]), decay.double(),
-                                               initial_state=inputs[3].double(), backend="naive")
+    wanted, wanted_state = lightning_attention(
+        *(x.double() for x in inputs[:3]), decay.double(), initial_state=inputs[3].double(), backend="naive"
+    )
     got, state = lightning_attention(*inputs[:3], decay, initial_state=inputs[3])
     assert got.dtype == dtype and state.dtype == torch.float32
     assert (got - wanted).abs().max() / wanted.abs().max() < tolerance
@@ -181,7 +235,9 @@ def test_state_carries_across_calls(backend):
     whole, final = lightning_attention(q, k, v, decay, initial_state=s, backend=backend.name)
     parts, state = [], s
     for cut in (slice(0, 1), slice(1, 64), slice(64, 199), slice(199, 200)):
-        o, state = lightning_attention(q[:, cut], k[:, cut], v[:, cut], decay, initial_state=state, backend=backend.name)
+        o, state = lightning_attention(
+            q[:, cut], k[:, cut], v[:, cut], decay, initial_state=state, backend=backend.name
+        )
         parts.append(o)
     assert_close(torch.cat(parts, 1), whole.cpu(), backend.tolerance)
     assert_close(state, final.cpu(), backend.tolerance)
@@ -191,7 +247,8 @@ def test_gradients_by_finite_differences():
     decay = torch.tensor([0.05, 0.4], dtype=torch.float64)
     inputs = [x.requires_grad_() for x in draw(1, 19, 2, 3, 4, 1)]
     assert torch.autograd.gradcheck(
-        lambda q, k, v, s: lightning_attention(q, k, v, decay, initial_state=s), inputs)
+        lambda q, k, v, s: lightning_attention(q, k, v, decay, initial_state=s), inputs
+    )
 
 
 def test_strong_decay_leaves_no_denormals():
@@ -205,15 +262,22 @@ def test_slopes_follow_the_alibi_series():
     assert alibi_slopes(6) == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"k": torch.zeros(1, 5, 1, 4)}, "Repeat k and v"),
-    ({"decay": torch.zeros(3)}, "one rate for each of 2 heads"),
-    ({"initial_state": torch.zeros(2, 2, 4, 4)}, "initial_state must have shape"),
-    ({"cu_seqlens": torch.tensor([0, 3])}, "rise from 0 to 5"),
-    ({"backend": "fast"}, "'fast' is not one of"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(1, 5, 1, 4)}, "Repeat k and v"),
+        ({"decay": torch.zeros(3)}, "one rate for each of 2 heads"),
+        ({"initial_state": torch.zeros(2, 2, 4, 4)}, "initial_state must have shape"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, "rise from 0 to 5"),
+        ({"backend": "fast"}, "'fast' is not one of"),
+    ],
+)
 def test_bad_input_is_refused(change, message):
-    arguments = {"q": torch.zeros(1, 5, 2, 4), "k": torch.zeros(1, 5, 2, 4), "v": torch.zeros(1, 5, 2, 4),
-                 "decay": torch.zeros(2)} | change
+    arguments = {
+        "q": torch.zeros(1, 5, 2, 4),
+        "k": torch.zeros(1, 5, 2, 4),
+        "v": torch.zeros(1, 5, 2, 4),
+        "decay": torch.zeros(2),
+    } | change
     with pytest.raises(ValueError, match=message):
         lightning_attention(**arguments)

@@ -1,4 +1,5 @@
-"""What only a GPU can show of Lightning attention's Triton kernels: 64-bit offsets, CUDA graphs, no waiting for the GPU."""
+"""What only a GPU can show of Lightning attention's Triton kernels: 64-bit offsets, CUDA graphs, no waiting
+for the GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The compiled kernels: built once, cached, and replaced by PyTorch, with a reason, where they cannot be built."""
+"""The compiled kernels: built once, cached, and replaced by PyTorch, with a reason, where they cannot be
+built."""
 
 import logging
 
@@ -40,15 +41,25 @@ def test_without_a_compiler_torch_runs_and_says_so(fresh, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "opensala"):
         run(), run()
     lines = [(r.levelname, r.getMessage()) for r in caplog.records]
-    assert lines == [("WARNING", "lightning_attention: torch backend on cpu (cpp cannot run it: no C++ compiler was found "
-                                 "(g++ or clang++; the variable CXX names another))")]
-    with pytest.raises(ValueError, match="backend 'cpp' cannot run lightning_attention here: no C.. compiler"), use_backend("cpp"):
+    assert lines == [
+        (
+            "WARNING",
+            "lightning_attention: torch backend on cpu (cpp cannot run it: no C++ compiler was found "
+            "(g++ or clang++; the variable CXX names another))",
+        )
+    ]
+    with (
+        pytest.raises(ValueError, match="backend 'cpp' cannot run lightning_attention here: no C.. compiler"),
+        use_backend("cpp"),
+    ):
         run()
 
 
 def test_a_compiler_that_fails_is_reported(fresh, tmp_path):
     broken = tmp_path / "c++"
-    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\necho "vec.h: no such instruction" >&2\nexit 1\n')
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 1 && exit\necho "vec.h: no such instruction" >&2\nexit 1\n'
+    )
     broken.chmod(0o755)
     fresh.setenv("CXX", str(broken))
     fresh.setenv("OPENSALA_CACHE", str(tmp_path / "cache"))
@@ -82,7 +93,9 @@ def test_the_choice_of_backend(monkeypatch):
     with pytest.raises(ValueError, match="backend 'cpp' cannot run op here: too odd"):
         backends.choose_backend("op", x, "cpp", {"cpp": "too odd"})
     with pytest.raises(ValueError, match="it computes in float32, and the tensors are float64"):
-        select_blocks(torch.zeros(1, 1, 1, 4).double(), torch.zeros(1, 1, 1, 4).double(), native_spec(), backend="cpp")
+        select_blocks(
+            torch.zeros(1, 1, 1, 4).double(), torch.zeros(1, 1, 1, 4).double(), native_spec(), backend="cpp"
+        )
 
 
 def native_spec():

@@ -22,7 +22,11 @@ def draw(length, tokens, heads=4, kv_heads=2, dim=16, batch=1, seed=0):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return normal(batch, tokens, heads, dim), normal(batch, length, kv_heads, dim), normal(batch, length, kv_heads, dim)
+    return (
+        normal(batch, tokens, heads, dim),
+        normal(batch, length, kv_heads, dim),
+        normal(batch, length, kv_heads, dim),
+    )
 
 
 CPU_BACKENDS = [("torch", torch.float64), ("torch", torch.float32), ("cpp", torch.float32)]
@@ -42,16 +46,22 @@ def test_selection_equals_naive(length, tokens, spec, lse):
     q, k, _ = draw(length, tokens)
     wanted = select_blocks(q, k, spec, lse=lse, backend="naive")
     for backend, dtype in CPU_BACKENDS:
-        assert_selected(select_blocks(q.to(dtype), k.to(dtype), spec, lse=lse, backend=backend), wanted, dtype)
+        assert_selected(
+            select_blocks(q.to(dtype), k.to(dtype), spec, lse=lse, backend=backend), wanted, dtype
+        )
 
 
 ODD = [
-    SMALL._replace(init_blocks=0, kernel_size=40), SMALL._replace(kernel_stride=8), SMALL._replace(window_size=0, topk=9),
+    SMALL._replace(init_blocks=0, kernel_size=40),
+    SMALL._replace(kernel_stride=8),
+    SMALL._replace(window_size=0, topk=9),
     BlockSpec(kernel_size=6, kernel_stride=3, block_size=15, init_blocks=3, window_size=30, topk=5),
 ]
 
 
-@pytest.mark.parametrize("spec", ODD, ids=["wide windows", "two windows a block", "no local window", "nothing a power of two"])
+@pytest.mark.parametrize(
+    "spec", ODD, ids=["wide windows", "two windows a block", "no local window", "nothing a power of two"]
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 60), (6, 2, 20), (8, 1, 64)])
 def test_selection_for_any_spec_and_head_grouping(heads, kv_heads, dim, spec):
     q, k, _ = draw(600, 450, heads, kv_heads, dim)
@@ -72,7 +82,8 @@ def test_selection_does_not_depend_on_tiles(backend, dtype, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_exact_ties_fall_as_topk_lets_them(backend):
-    """Few different keys: most blocks tie with others, and the choice among them is torch.topk's over the visible blocks."""
+    """Few different keys: most blocks tie with others, and the choice among them is torch.topk's over the
+    visible blocks."""
     generator = torch.Generator().manual_seed(5)
     kinds = torch.randn(3, 1, 16, generator=generator)
     k = kinds[torch.randint(3, (1500 // 16 + 1,), generator=generator)].repeat_interleave(16, 0)[:1500][None]
@@ -93,7 +104,9 @@ def test_rows_of_different_lengths():
             alone = (q[row : row + 1], k[row : row + 1, :n], v[row : row + 1, :n])
             wanted = select_blocks(*alone[:2], SMALL, backend="naive")
             assert torch.equal(blocks[row : row + 1], wanted)
-            torch.testing.assert_close(out[row : row + 1], sparse_attention(*alone, wanted, 16, backend="naive"))
+            torch.testing.assert_close(
+                out[row : row + 1], sparse_attention(*alone, wanted, 16, backend="naive")
+            )
 
 
 def test_compressed_keys_grow_as_keys_come():
@@ -155,7 +168,9 @@ def test_compression_equals_naive_and_has_full_windows_only():
 def gradients(backend, q, k, v, blocks, spec, cu_seqlens=None):
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     o = sparse_attention(*leaves, blocks, spec.block_size, backend=backend, cu_seqlens=cu_seqlens)
-    (o * torch.randn(o.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(o)).sum().backward()
+    (
+        o * torch.randn(o.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(o)
+    ).sum().backward()
     return o, *(x.grad for x in leaves)
 
 
@@ -169,11 +184,15 @@ def test_attention_and_gradients_equal_naive(length, tokens, spec):
         backend.compare(lambda *x: gradients(backend.name, *x, spec), wanted, q, k, v, blocks)  # noqa: B023 -- called at once
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim", "size"),
-                         [(1, 1, 60, 60, 16), (6, 2, 20, 33, 8), (8, 1, 64, 64, 64), (16, 1, 128, 16, 24)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "value_dim", "size"),
+    [(1, 1, 60, 60, 16), (6, 2, 20, 33, 8), (8, 1, 64, 64, 64), (16, 1, 128, 16, 24)],
+)
 def test_attention_for_any_grouping_width_and_block(heads, kv_heads, dim, value_dim, size):
     q, k, _ = draw(330, 70, heads, kv_heads, dim)
-    v = torch.randn(1, 330, kv_heads, value_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    v = torch.randn(
+        1, 330, kv_heads, value_dim, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     spec = SMALL._replace(block_size=size, kernel_stride=size // 2, kernel_size=size, window_size=size)
     blocks = select_blocks(q, k, spec)
     wanted = gradients("naive", q, k, v, blocks, spec)
@@ -187,7 +206,9 @@ def test_attention_over_any_lists_of_blocks(monkeypatch):
     blocks = torch.full((1, 300, 2, 6), -1)
     for t in range(300):
         for h in range(2):
-            others = torch.randperm(t // 16 + 1, generator=generator)[:4]  # in any order, own block not always there
+            others = torch.randperm(t // 16 + 1, generator=generator)[
+                :4
+            ]  # in any order, own block not always there
             blocks[0, t, h, : len(others)] = others
     wanted = gradients("naive", q, k, v, blocks, SMALL)
     for pairs in (64, 1 << 16):
@@ -208,7 +229,9 @@ def test_all_blocks_is_dense_attention():
     q, k, v = draw(200, 200)
     spec = SMALL._replace(topk=20)
     got = sparse_attention(q, k, v, select_blocks(q, k, spec), 16)
-    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
+    )
     torch.testing.assert_close(got, dense.transpose(1, 2))
 
 
@@ -226,7 +249,9 @@ def test_packed_documents_equal_separate_ones():
         torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
 def test_low_precision_stays_near_float64(dtype, tolerance):
     q, k, v = (x.to(dtype) for x in draw(400, 400))
     blocks = select_blocks(q, k, SMALL)
@@ -257,17 +282,39 @@ def test_memory_of_selection_is_linear():
     assert max(sizes) < 3 * select.TILE_ELEMENTS
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda q, k, v: select_blocks(q, k, SMALL, lse="sum"), "lse must be one of"),
-    (lambda q, k, v: select_blocks(q, k, SMALL, search="fast"), "search must be one of exact, hierarchical"),
-    (lambda q, k, v: select_blocks(q, k, RELEASED_LIKE._replace(topk=40), search="hierarchical", regions=2), "regions must be at least 3, got 2"),
-    (lambda q, k, v: select_blocks(q, k, SMALL, lengths=51), r"from 50 \(the queries\) to 50 \(the keys\)"),
-    (lambda q, k, v: select_blocks(q, k, SMALL, lengths=50, cu_seqlens=torch.tensor([0, 50])), "not with lengths"),
-    (lambda q, k, v: select_blocks(q[:, :, :3], k, SMALL), "3 query heads do not divide"),
-    (lambda q, k, v: select_blocks(q, None, SMALL), "needs k"),
-    (lambda q, k, v: sparse_attention(q, k, v, torch.zeros(1, 50, 1, 4), 16), "blocks must be"),
-    (lambda q, k, v: sparse_attention(q, k, v, torch.zeros(1, 50, 2, 4).long(), 16, cu_seqlens=torch.tensor([0, 9])), "rise from 0 to 50"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q, k, v: select_blocks(q, k, SMALL, lse="sum"), "lse must be one of"),
+        (
+            lambda q, k, v: select_blocks(q, k, SMALL, search="fast"),
+            "search must be one of exact, hierarchical",
+        ),
+        (
+            lambda q, k, v: select_blocks(
+                q, k, RELEASED_LIKE._replace(topk=40), search="hierarchical", regions=2
+            ),
+            "regions must be at least 3, got 2",
+        ),
+        (
+            lambda q, k, v: select_blocks(q, k, SMALL, lengths=51),
+            r"from 50 \(the queries\) to 50 \(the keys\)",
+        ),
+        (
+            lambda q, k, v: select_blocks(q, k, SMALL, lengths=50, cu_seqlens=torch.tensor([0, 50])),
+            "not with lengths",
+        ),
+        (lambda q, k, v: select_blocks(q[:, :, :3], k, SMALL), "3 query heads do not divide"),
+        (lambda q, k, v: select_blocks(q, None, SMALL), "needs k"),
+        (lambda q, k, v: sparse_attention(q, k, v, torch.zeros(1, 50, 1, 4), 16), "blocks must be"),
+        (
+            lambda q, k, v: sparse_attention(
+                q, k, v, torch.zeros(1, 50, 2, 4).long(), 16, cu_seqlens=torch.tensor([0, 9])
+            ),
+            "rise from 0 to 50",
+        ),
+    ],
+)
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(*draw(50, 50))
@@ -275,5 +322,10 @@ def test_bad_input_is_refused(call, message):
 
 def test_spec_counts():
     released = BlockSpec()
-    assert (released.num_blocks, released.ratio, released.coarse_size, released.coarse_stride) == (96, 4, 128, 64)
+    assert (released.num_blocks, released.ratio, released.coarse_size, released.coarse_stride) == (
+        96,
+        4,
+        128,
+        64,
+    )
     assert math.isclose(released.num_blocks * released.block_size, 6144)

@@ -1,4 +1,5 @@
-"""What only a GPU can show of the sparse Triton kernels: the released sizes, 64-bit offsets, CUDA graphs, no waiting."""
+"""What only a GPU can show of the sparse Triton kernels: the released sizes, 64-bit offsets, CUDA graphs, no
+waiting."""
 
 import pytest
 import torch
@@ -43,10 +44,15 @@ def gradients(q, k, v, blocks, weights, backend, **options):
 
 
 def assert_same_blocks(got, wanted):
-    """The same choice in 99 of 100 rows, but for neighbours: they share a window, often tie, and either may be taken."""
+    """The same choice in 99 of 100 rows, but for neighbours: they share a window, often tie, and either may
+    be taken."""
     count = int(max(got.max(), wanted.max())) + 2
-    lists = [torch.zeros(*x.shape[:3], count, dtype=torch.bool, device=x.device).scatter(3, x.long() + 1, True)[..., 1:]
-             for x in (got, wanted)]
+    lists = [
+        torch.zeros(*x.shape[:3], count, dtype=torch.bool, device=x.device).scatter(3, x.long() + 1, True)[
+            ..., 1:
+        ]
+        for x in (got, wanted)
+    ]
     alone = lists[0] ^ lists[1]
     swapped = (alone.sum(-1) == 2) & (alone[..., 1:] & alone[..., :-1]).any(-1)
     different = (alone.any(-1) & ~swapped).float().mean().item()
@@ -55,7 +61,9 @@ def assert_same_blocks(got, wanted):
 
 
 @pytest.mark.parametrize("by_block", [False, True], ids=["by query", "by block"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float32, 5e-5)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.float32, 5e-5)], ids=str
+)
 def test_attention_and_gradients_at_the_released_sizes(dtype, tolerance, by_block, monkeypatch, length=9000):
     monkeypatch.setattr(triton, "shared_enough", lambda *_: by_block)
     q, k, v = draw(length, length, dtype)
@@ -76,7 +84,10 @@ def test_selection_at_the_released_sizes(dtype, lse, length=9000):
     for tokens in (length, 5):
         got = select_blocks(q[:, -tokens:], k, SPEC, compressed=compressed, lse=lse, backend="triton")
         wide = tuple(x.float() for x in compressed)
-        assert_same_blocks(got, select_blocks(q[:, -tokens:].float(), k.float(), SPEC, compressed=wide, lse=lse, backend="torch"))
+        assert_same_blocks(
+            got,
+            select_blocks(q[:, -tokens:].float(), k.float(), SPEC, compressed=wide, lse=lse, backend="torch"),
+        )
 
 
 def test_both_paths_agree_on_packed_documents(monkeypatch, bounds=(0, 7, 700, 701, 9000, 17_000)):
@@ -94,7 +105,9 @@ def test_both_paths_agree_on_packed_documents(monkeypatch, bounds=(0, 7, 700, 70
     assert_same_blocks(blocks[:, a:b], select_blocks(q[:, a:b], k[:, a:b], SPEC, backend="triton"))
 
 
-def test_more_elements_than_32_bits_can_count(monkeypatch, length=540_000, tail=64, rows=(5, 6143, 7000, 270_001, 524_287, 539_000)):
+def test_more_elements_than_32_bits_can_count(
+    monkeypatch, length=540_000, tail=64, rows=(5, 6143, 7000, 270_001, 524_287, 539_000)
+):
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 60 * 2**30:
         pytest.skip("needs 60 GiB of free GPU memory")
@@ -117,22 +130,28 @@ def test_more_elements_than_32_bits_can_count(monkeypatch, length=540_000, tail=
     for name, a, b in zip(("dq", "dk", "dv"), (grads[0][:, -tail:], *grads[1:]), wanted_grads, strict=True):
         assert_near(a, b, 2e-2, name)
     wide = tuple(x.float() for x in compress(k, [0], length))
-    assert_same_blocks(blocks[:, -tail:], select_blocks(last, k.float(), SPEC, compressed=wide, backend="torch"))
+    assert_same_blocks(
+        blocks[:, -tail:], select_blocks(last, k.float(), SPEC, compressed=wide, backend="torch")
+    )
 
 
 def compress(k, past, new_tokens):
-    """Both levels of compressed keys of the rows of k, with room for all of k and NaN where nothing is written."""
+    """Both levels of compressed keys of the rows of k, with room for all of k and NaN where nothing is
+    written."""
     levels = []
     for size, stride in ((SPEC.kernel_size, SPEC.kernel_stride), (SPEC.coarse_size, SPEC.coarse_stride)):
         windows = max(1, num_windows(k.shape[1], size, stride))
         out = torch.full((k.shape[0], windows, *k.shape[2:]), float("nan"), dtype=k.dtype, device=k.device)
-        extend_compressed(k, out, torch.tensor(past, device=DEVICE), new_tokens, size, stride, backend="triton")
+        extend_compressed(
+            k, out, torch.tensor(past, device=DEVICE), new_tokens, size, stride, backend="triton"
+        )
         levels.append(out)
     return tuple(levels)
 
 
 class Decoding:
-    """Two rows of different lengths in one storage, and a step that puts a token behind each and attends with it."""
+    """Two rows of different lengths in one storage, and a step that puts a token behind each and attends with
+    it."""
 
     def __init__(self, lengths, capacity):
         self.lengths = torch.tensor(lengths, device=DEVICE)
@@ -141,7 +160,10 @@ class Decoding:
         for x in (self.k, self.v):
             x[beyond] = float("nan")  # nobody may look there
         self.levels = compress(self.k, [0] * len(lengths), capacity)
-        self.inputs = [torch.empty(len(lengths), 1, heads, DIM, dtype=self.k.dtype, device=DEVICE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        self.inputs = [
+            torch.empty(len(lengths), 1, heads, DIM, dtype=self.k.dtype, device=DEVICE)
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        ]
 
     def tensors(self):
         return [self.lengths, self.k, self.v, *self.levels, *self.inputs]
@@ -157,17 +179,26 @@ class Decoding:
         place = torch.arange(self.k.shape[1], device=DEVICE) == self.lengths[:, None]
         for store, new in ((self.k, new_k), (self.v, new_v)):
             store.copy_(torch.where(place[..., None, None], new, store))
-        for level, size, stride in zip(self.levels, (SPEC.kernel_size, SPEC.coarse_size), (SPEC.kernel_stride, SPEC.coarse_stride), strict=True):
+        for level, size, stride in zip(
+            self.levels,
+            (SPEC.kernel_size, SPEC.coarse_size),
+            (SPEC.kernel_stride, SPEC.coarse_stride),
+            strict=True,
+        ):
             extend_compressed(self.k, level, self.lengths, 1, size, stride, backend="triton")
         self.lengths.add_(1)
         blocks = select_blocks(q, None, SPEC, compressed=self.levels, lengths=self.lengths, backend="triton")
-        return sparse_attention(q, self.k, self.v, blocks, SPEC.block_size, lengths=self.lengths, backend="triton"), blocks
+        return sparse_attention(
+            q, self.k, self.v, blocks, SPEC.block_size, lengths=self.lengths, backend="triton"
+        ), blocks
 
     def wanted(self, row, blocks):
         """What row `row` had to give in its last step, in float32 from the plain form."""
         n = int(self.lengths[row])
         parts = (self.inputs[0][row : row + 1], self.k[row : row + 1, :n], self.v[row : row + 1, :n])
-        return sparse_attention(*(x.float() for x in parts), blocks[row : row + 1], SPEC.block_size, backend="torch")
+        return sparse_attention(
+            *(x.float() for x in parts), blocks[row : row + 1], SPEC.block_size, backend="torch"
+        )
 
     def new_inputs(self, step):
         for n, x in enumerate(self.inputs):
@@ -190,7 +221,10 @@ def test_decode_steps_in_a_cuda_graph(lengths=(9000, 6100), capacity=16_384, ste
         wanted, wanted_blocks = eager.step()
         assert torch.equal(blocks, wanted_blocks) and torch.equal(out, wanted), f"step {step}"
     assert live.lengths.tolist() == [n + steps for n in lengths]
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(live.tensors(), eager.tensors(), strict=True))
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(live.tensors(), eager.tensors(), strict=True)
+    )
     for row in range(len(lengths)):
         assert_near(out[row : row + 1], live.wanted(row, blocks), 2e-2)
 
@@ -208,15 +242,23 @@ def test_nothing_waits_for_the_gpu(monkeypatch, bounds=(0, 1, 300, 7000), length
             try:
                 decoding.step()
                 blocks = select_blocks(*leaves[:2], SPEC, cu_seqlens=cu, backend="triton")
-                sparse_attention(*leaves, blocks, SPEC.block_size, cu_seqlens=cu, backend="triton").sum().backward()
+                sparse_attention(
+                    *leaves, blocks, SPEC.block_size, cu_seqlens=cu, backend="triton"
+                ).sum().backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_growing_context_needs_no_new_kernels(capacity=60_000, lengths=(33_000, 36_864, 41_003, 60_000)):
     """Decoding with caches that hand out views of the tokens they hold, as the model's cache does."""
-    kernels = [triton_attend.attend_kernel, triton_attend.merge_kernel, triton_compress.compress_kernel, triton_select.lse_kernel,
-               triton_select.score_kernel, triton_top.top_kernel]
+    kernels = [
+        triton_attend.attend_kernel,
+        triton_attend.merge_kernel,
+        triton_compress.compress_kernel,
+        triton_select.lse_kernel,
+        triton_select.score_kernel,
+        triton_top.top_kernel,
+    ]
     if not all(hasattr(kernel, "device_caches") for kernel in kernels):
         pytest.skip("this version of Triton keeps its kernels elsewhere")
     q, k, v = draw(1, capacity)
@@ -224,7 +266,12 @@ def test_a_growing_context_needs_no_new_kernels(capacity=60_000, lengths=(33_000
     counts = []
     for n in lengths:
         views = []
-        for level, size, stride in zip(levels, (SPEC.kernel_size, SPEC.coarse_size), (SPEC.kernel_stride, SPEC.coarse_stride), strict=True):
+        for level, size, stride in zip(
+            levels,
+            (SPEC.kernel_size, SPEC.coarse_size),
+            (SPEC.kernel_stride, SPEC.coarse_stride),
+            strict=True,
+        ):
             extend_compressed(k, level, n - 1, 1, size, stride, backend="triton")
             views.append(level[:, : num_windows(n, size, stride)])
         blocks = select_blocks(q, k[:, :n], SPEC, compressed=(views[0], views[1]), backend="triton")

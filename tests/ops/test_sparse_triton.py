@@ -1,4 +1,5 @@
-"""The Triton forms of compression, selection and block-sparse attention against the plain statements, on small shapes."""
+"""The Triton forms of compression, selection and block-sparse attention against the plain statements, on
+small shapes."""
 
 import math
 
@@ -11,14 +12,30 @@ from tests.ops.grid import HAS_TRITON, TRITON_DEVICE, assert_close
 from tests.ops.test_sparse import ODD, SMALL, draw, gradients
 
 if HAS_TRITON:
-    from opensala.ops.sparse import triton, triton_attend, triton_backward, triton_pairs, triton_select, triton_top
+    from opensala.ops.sparse import (
+        triton,
+        triton_attend,
+        triton_backward,
+        triton_pairs,
+        triton_select,
+        triton_top,
+    )
     from opensala.ops.sparse.triton_rows import rows_of
 
 pytestmark = [
-    pytest.mark.triton, pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"),
-    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),  # a query that sees no key of a part: -inf is meant
+    pytest.mark.triton,
+    pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"),
+    pytest.mark.filterwarnings(
+        "ignore:divide by zero encountered in log2"
+    ),  # a query that sees no key of a part: -inf is meant
 ]
-SHAPES = [(220, 20, 4, 2, 16), (120, 30, 2, 2, 16), (300, 9, 8, 1, 60), (260, 1, 3, 1, 64), (200, 12, 16, 1, 16)]
+SHAPES = [
+    (220, 20, 4, 2, 16),
+    (120, 30, 2, 2, 16),
+    (300, 9, 8, 1, 60),
+    (260, 1, 3, 1, 64),
+    (200, 12, 16, 1, 16),
+]
 
 
 def on_device(*tensors):
@@ -26,7 +43,8 @@ def on_device(*tensors):
 
 
 def assert_best(blocks, q, k, spec: BlockSpec, lse="coarse"):
-    """Every row holds the best blocks by the float64 scores, up to near-ties: ascending, padded with -1, none twice."""
+    """Every row holds the best blocks by the float64 scores, up to near-ties: ascending, padded with -1, none
+    twice."""
     scale = 1 / math.sqrt(q.shape[-1])
     for b in range(q.shape[0]):
         k1 = naive_compress_keys(k[b], spec.kernel_size, spec.kernel_stride)
@@ -38,8 +56,15 @@ def assert_best(blocks, q, k, spec: BlockSpec, lse="coarse"):
                 row = blocks[b, t, h].tolist()
                 count = min(spec.num_blocks, scores.shape[1])
                 chosen = row[:count]
-                assert row[count:] == [-1] * (spec.num_blocks - count) and chosen == sorted(set(chosen)) and chosen[0] >= 0
-                worst, rest = scores[h, chosen].min(), [x for n, x in enumerate(scores[h].tolist()) if n not in chosen]
+                assert (
+                    row[count:] == [-1] * (spec.num_blocks - count)
+                    and chosen == sorted(set(chosen))
+                    and chosen[0] >= 0
+                )
+                worst, rest = (
+                    scores[h, chosen].min(),
+                    [x for n, x in enumerate(scores[h].tolist()) if n not in chosen],
+                )
                 assert max(rest, default=-math.inf) <= worst * (1 + 1e-5), (t, h)
 
 
@@ -51,7 +76,8 @@ def test_selection_takes_the_best_blocks(length, tokens, heads, kv_heads, dim):
 
 @pytest.mark.parametrize(("lse", "cores"), [("coarse", 8), ("exact", 8)])
 def test_programs_that_share_the_keys_of_a_query(lse, cores, monkeypatch):
-    """As on a GPU with idle multiprocessors: several programs for each denominator, each row of scores and each list."""
+    """As on a GPU with idle multiprocessors: several programs for each denominator, each row of scores and
+    each list."""
     monkeypatch.setattr(triton_select, "cores", lambda _: cores)
     monkeypatch.setattr(triton_attend, "cores", lambda _: cores)
     q, k, v = draw(620, 2, 8, 2)
@@ -62,13 +88,17 @@ def test_programs_that_share_the_keys_of_a_query(lse, cores, monkeypatch):
     assert_close(out, sparse_attention(q, k, v, blocks, 16, backend="naive"), 2e-5)
 
 
-@pytest.mark.parametrize("spec", ODD, ids=["wide windows", "two windows a block", "no local window", "nothing a power of two"])
+@pytest.mark.parametrize(
+    "spec", ODD, ids=["wide windows", "two windows a block", "no local window", "nothing a power of two"]
+)
 def test_selection_for_any_spec(spec):
     q, k, _ = draw(330, 40, 6, 2, 20)
     assert_best(select_blocks(*on_device(q, k), spec, backend="triton").cpu(), q, k, spec)
 
 
-@pytest.mark.parametrize(("spec", "length"), [(SMALL, 100), (ODD[0], 163)], ids=["one block too many", "first coarse window"])
+@pytest.mark.parametrize(
+    ("spec", "length"), [(SMALL, 100), (ODD[0], 163)], ids=["one block too many", "first coarse window"]
+)
 def test_queries_at_which_a_choice_begins(spec, length):
     """The first with more blocks than they may list, and with a window of the second level."""
     q, k, _ = draw(length, 12, 32, 4, 16)
@@ -78,7 +108,8 @@ def test_queries_at_which_a_choice_begins(spec, length):
 
 @pytest.mark.parametrize(("lse", "cores"), [("coarse", 1), ("exact", 1), ("exact", 2)])
 def test_denominators_of_heads_that_look_at_different_places(lse, cores, monkeypatch):
-    """Over several panels of keys, all in one program or in two that share them unevenly; all blocks in one program."""
+    """Over several panels of keys, all in one program or in two that share them unevenly; all blocks in one
+    program."""
     monkeypatch.setattr(triton_select, "cores", lambda _: cores)
     monkeypatch.setattr(triton_select, "PROGRAMS", 1)
     q, k, _ = draw(700, 3, 16, 1)
@@ -100,7 +131,8 @@ def test_window_across_the_end_of_a_panel(programs, monkeypatch):
 
 
 def test_window_that_ends_at_the_query():
-    """It starts in the block before the query's own, which is not taken for being near, and decides for that block."""
+    """It starts in the block before the query's own, which is not taken for being near, and decides for that
+    block."""
     q, k, _ = draw(324, 1, 4, 2)
     q = 2 * q[:, :, ::2].repeat_interleave(2, 2)
     k[0, 312:316], k[0, 316:324] = -q[0, 0, ::2], q[0, 0, ::2]
@@ -125,7 +157,8 @@ def test_of_blocks_that_tie_exactly_the_lower_is_taken(widest, monkeypatch):
 
 @pytest.fixture(params=["by query", "by block"])
 def path(request, monkeypatch):
-    """Sends every call down one of the two paths of the forward pass, perhaps in the smallest chunks (64 queries)."""
+    """Sends every call down one of the two paths of the forward pass, perhaps in the smallest chunks (64
+    queries)."""
     monkeypatch.setattr(triton, "shared_enough", lambda *_: request.param != "by query")
     if request.param == "by block in chunks":
         monkeypatch.setattr(triton_pairs, "PART_BYTES", 1)
@@ -147,7 +180,9 @@ def test_attention_and_gradients_equal_naive(length, tokens, heads, kv_heads, di
 
 @pytest.mark.parametrize("path", ["by query", "by block in chunks"], indirect=True)
 def test_packed_documents_equal_naive(path, monkeypatch):
-    monkeypatch.setattr(triton_backward, "SEGMENT", 32)  # of the first blocks of documents: several parts to add
+    monkeypatch.setattr(
+        triton_backward, "SEGMENT", 32
+    )  # of the first blocks of documents: several parts to add
     q, k, v = draw(210, 210, 2, 1, 16)  # chunks that begin some tiles behind the start
     cu = torch.tensor([0, 3, 150, 210])
     blocks = select_blocks(q, k, SMALL, cu_seqlens=cu)
@@ -164,7 +199,9 @@ def test_selection_in_packed_documents(monkeypatch):
         assert_best(chosen[:, a:b], q[:, a:b], k[:, a:b], SMALL)
 
 
-@pytest.mark.parametrize(("tokens", "path"), [(2, "by query"), (2, "by block"), (70, "by block in chunks")], indirect=["path"])
+@pytest.mark.parametrize(
+    ("tokens", "path"), [(2, "by query"), (2, "by block"), (70, "by block in chunks")], indirect=["path"]
+)
 def test_rows_of_different_lengths_do_not_see_unused_room(tokens, path, monkeypatch):
     monkeypatch.setattr(triton_select, "SCRATCH", 1)  # 64 queries at once
     q, k, v = draw(240, tokens, 2, 1, 16, batch=2)
@@ -176,12 +213,21 @@ def test_rows_of_different_lengths_do_not_see_unused_room(tokens, path, monkeypa
     for row, n in enumerate(lengths.tolist()):
         alone = (q[row : row + 1], k[row : row + 1, :n], v[row : row + 1, :n])
         assert_best(blocks[row : row + 1].cpu(), *alone[:2], SMALL)
-        assert_close(out[row : row + 1], sparse_attention(*alone, blocks[row : row + 1].cpu(), 16, backend="naive"), 2e-5)
+        assert_close(
+            out[row : row + 1],
+            sparse_attention(*alone, blocks[row : row + 1].cpu(), 16, backend="naive"),
+            2e-5,
+        )
 
 
-@pytest.mark.parametrize(("heads", "size", "path"), [(1, 16, "by block"), (3, 24, "by block"), (3, 24, "by query")], indirect=["path"])
+@pytest.mark.parametrize(
+    ("heads", "size", "path"),
+    [(1, 16, "by block"), (3, 24, "by block"), (3, 24, "by query")],
+    indirect=["path"],
+)
 def test_any_lists_of_blocks_in_tiles_of_a_gpu(heads, size, path, monkeypatch):
-    """Lists in any order, some without the block of the query itself; as many tiles and steps as a GPU would have."""
+    """Lists in any order, some without the block of the query itself; as many tiles and steps as a GPU would
+    have."""
     for module in (triton_attend, triton_backward, triton_pairs):
         monkeypatch.setattr(module, "triton_interpreted", lambda: False)
     monkeypatch.setattr(triton_pairs, "REACH", 3)
@@ -191,16 +237,25 @@ def test_any_lists_of_blocks_in_tiles_of_a_gpu(heads, size, path, monkeypatch):
     for t in range(33):
         own = (87 + t) // size
         near = [own - n for n in range(4 if t % 3 else 2) if t % 5 or n] if t < 20 else []
-        listed = torch.tensor([n for n in {*near, *torch.randperm(own + 1, generator=generator)[:3].tolist()} if n >= 0])
+        listed = torch.tensor(
+            [n for n in {*near, *torch.randperm(own + 1, generator=generator)[:3].tolist()} if n >= 0]
+        )
         blocks[0, t, 0, torch.randperm(7, generator=generator)[: len(listed)]] = listed
     wanted = gradients("naive", q, k, v, blocks, SMALL._replace(block_size=size))
-    assert_all_close(gradients("triton", *on_device(q, k, v, blocks), SMALL._replace(block_size=size)), wanted)
+    assert_all_close(
+        gradients("triton", *on_device(q, k, v, blocks), SMALL._replace(block_size=size)), wanted
+    )
 
 
 def test_long_calls_go_by_block():
     def asked(tokens, capacity, dim=128, dtype=torch.bfloat16):
-        q, v = torch.empty(1, tokens, 32, dim, dtype=dtype, device="meta"), torch.empty(1, 1, 2, dim, device="meta")
-        return triton_pairs.shared_enough(q, v, torch.empty(1, tokens, 2, 96, device="meta"), 64, rows_of(q, capacity, None, None))
+        q, v = (
+            torch.empty(1, tokens, 32, dim, dtype=dtype, device="meta"),
+            torch.empty(1, 1, 2, dim, device="meta"),
+        )
+        return triton_pairs.shared_enough(
+            q, v, torch.empty(1, tokens, 2, 96, device="meta"), 64, rows_of(q, capacity, None, None)
+        )
 
     assert asked(4096, 4096) and asked(524_288, 524_288) and asked(200, 8192)
     assert not asked(1, 8192) and not asked(100, 8192) and not asked(200, 1 << 20)

@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for GPUs this machine need not have, keeps its values in registers and fits shared memory."""
+"""Every Triton kernel compiles for GPUs this machine need not have, keeps its values in registers and fits
+shared memory."""
 
 import json
 import os
@@ -18,8 +19,13 @@ pytestmark = [pytest.mark.triton, pytest.mark.skipif(not HAS_TRITON, reason="tri
 
 @pytest.fixture(scope="module")
 def compiled():
-    run = subprocess.run([sys.executable, "-m", "tests.ops.compile_kernels", *map(str, ARCHS)], cwd=ROOT, text=True,
-                         capture_output=True, env={**os.environ, "TRITON_INTERPRET": "0"})
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.ops.compile_kernels", *map(str, ARCHS)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -34,9 +40,13 @@ def test_kernels_compile_without_spilling(compiled, arch):
         if case["error"]:
             problems.append(f"{name}: {case['error']}")
         elif case["spilled"]:
-            problems.append(f"{name} spills {case['spilled']} bytes a thread with {case['registers']} registers")
+            problems.append(
+                f"{name} spills {case['spilled']} bytes a thread with {case['registers']} registers"
+            )
         elif case["shared"] > case["limit"]:
-            problems.append(f"{name} wants {case['shared']} bytes of shared memory, there are {case['limit']}")
+            problems.append(
+                f"{name} wants {case['shared']} bytes of shared memory, there are {case['limit']}"
+            )
     assert not problems, "\n".join(problems)
 
 

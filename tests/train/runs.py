@@ -32,13 +32,16 @@ def killed(recipe, folder, stage, step):
     end = partial(os.kill, os.getpid(), signal.SIGKILL)
     if stage == "halo":
         original = Conversion._batch
-        Conversion._batch = lambda self, phase, n: end() if (phase, n) == ("distill", 2) else original(self, phase, n)
+        Conversion._batch = lambda self, phase, n: (
+            end() if (phase, n) == ("distill", 2) else original(self, phase, n)
+        )
     break_at(stage, step, end)
     train(recipe, folder, resume=(folder / "config.json").exists(), device="cpu", quiet=True)
 
 
 def together(recipe, folder, init, cp):
-    """In each process of a group: the stages after HALO, sequences of the stages `cp` names split over its ranks."""
+    """In each process of a group: the stages after HALO, sequences of the stages `cp` names split over its
+    ranks."""
     stages = tuple(replace(s, cp=cp.get(s.name, 1)) if hasattr(s, "cp") else s for s in recipe.stages)
     train(replace(recipe, stages=stages), folder, start=Start(init=str(init)), device="cpu", quiet=True)
 

@@ -1,4 +1,5 @@
-"""`opensala train` and `opensala train plan` on the command line: every kind of bad input is one line and exit code 2."""
+"""`opensala train` and `opensala train plan` on the command line: every kind of bad input is one line and
+exit code 2."""
 
 import json
 import signal
@@ -13,10 +14,16 @@ from .conftest import mini
 
 
 def test_plan_prints_the_published_stages_and_the_quarter(monkeypatch, capsys):
-    code, out, err = run(monkeypatch, capsys, "train", "plan", "minicpm_sala_9b", "--gpus", "64", "--device", "h200")
+    code, out, err = run(
+        monkeypatch, capsys, "train", "plan", "minicpm_sala_9b", "--gpus", "64", "--device", "h200"
+    )
     assert code == 0 and err == ""
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
-    assert "1,006.6B" in rows["short_decay"] and "532,480" in rows["long_decay_520k"] and "1,956.0B" in rows["total"]
+    assert (
+        "1,006.6B" in rows["short_decay"]
+        and "532,480" in rows["long_decay_520k"]
+        and "1,956.0B" in rows["total"]
+    )
     assert "24.5% of the tokens" in out
     code, out, _ = run(monkeypatch, capsys, "train", "plan", "tiny", "--gpus", "1")
     assert code == 0 and "from scratch" not in out
@@ -26,33 +33,117 @@ def test_bad_names_and_values_are_one_line(monkeypatch, capsys, tmp_path):
     output = ["-o", str(tmp_path / "run")]
     refuse(monkeypatch, capsys, "Did you mean 'tiny'", "train", "tinny", *output)
     refuse(monkeypatch, capsys, "Did you mean 'stable'", "train", "tiny", *output, "--stage", "stabel")
-    refuse(monkeypatch, capsys, "stable.peak must be a number, got 'fast'", "train", "tiny", *output, "--set", "stable.peak=fast")
+    refuse(
+        monkeypatch,
+        capsys,
+        "stable.peak must be a number, got 'fast'",
+        "train",
+        "tiny",
+        *output,
+        "--set",
+        "stable.peak=fast",
+    )
     refuse(monkeypatch, capsys, "--data takes SOURCE=PATH", "train", "tiny", *output, "--data", "code")
     refuse(monkeypatch, capsys, "starts from a trained Transformer", "train", "minicpm_sala_9b", *output)
-    refuse(monkeypatch, capsys, "source 'web' has no path", "train", "minicpm_sala_9b", *output, "--init", "somewhere")
+    refuse(
+        monkeypatch,
+        capsys,
+        "source 'web' has no path",
+        "train",
+        "minicpm_sala_9b",
+        *output,
+        "--init",
+        "somewhere",
+    )
     refuse(monkeypatch, capsys, "not both", "train", "tiny", *output, "--init", "a", "--teacher", "b")
-    refuse(monkeypatch, capsys, "cannot be read", "train", "tiny", *output, "--chat-template", str(tmp_path / "absent"))
-    refuse(monkeypatch, capsys, "24 processes do not divide", "train", "plan", "minicpm_sala_9b", "--gpus", "24")
+    refuse(
+        monkeypatch,
+        capsys,
+        "cannot be read",
+        "train",
+        "tiny",
+        *output,
+        "--chat-template",
+        str(tmp_path / "absent"),
+    )
+    refuse(
+        monkeypatch, capsys, "24 processes do not divide", "train", "plan", "minicpm_sala_9b", "--gpus", "24"
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_data_is_one_line_and_overwrites_nothing(monkeypatch, capsys, tmp_path, corpus):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 1}\n')
     (tmp_path / "empty").mkdir()
-    shared = ["--set", "dense.tokens=512", "--set", "dense.batch_tokens=256", "--set", "probe_tokens=0", "--data", f"prose={corpus / 'text.jsonl'}",
-              "--data", f"facts={corpus / 'text.jsonl'}", "--stage", "dense", "--device", "cpu", "--quiet"]
-    refuse(monkeypatch, capsys, "holds no documents", "train", "tiny", "-o", str(tmp_path / "a"), *shared, "--data", f"code={tmp_path / 'empty'}")
+    shared = [
+        "--set",
+        "dense.tokens=512",
+        "--set",
+        "dense.batch_tokens=256",
+        "--set",
+        "probe_tokens=0",
+        "--data",
+        f"prose={corpus / 'text.jsonl'}",
+        "--data",
+        f"facts={corpus / 'text.jsonl'}",
+        "--stage",
+        "dense",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+    refuse(
+        monkeypatch,
+        capsys,
+        "holds no documents",
+        "train",
+        "tiny",
+        "-o",
+        str(tmp_path / "a"),
+        *shared,
+        "--data",
+        f"code={tmp_path / 'empty'}",
+    )
     assert not (tmp_path / "a").exists()
-    refuse(monkeypatch, capsys, "bad.jsonl line 2 must have text", "train", "tiny", "-o", str(tmp_path / "b"), *shared, "--data",
-           f"code={tmp_path / 'bad.jsonl'}")
-    code, out, _ = run(monkeypatch, capsys, "train", "tiny", "-o", str(tmp_path / "c"), *shared, "--data", f"code={tmp_path / 'bad.jsonl'}",
-                       "--skip-bad-data")
+    refuse(
+        monkeypatch,
+        capsys,
+        "bad.jsonl line 2 must have text",
+        "train",
+        "tiny",
+        "-o",
+        str(tmp_path / "b"),
+        *shared,
+        "--data",
+        f"code={tmp_path / 'bad.jsonl'}",
+    )
+    code, out, _ = run(
+        monkeypatch,
+        capsys,
+        "train",
+        "tiny",
+        "-o",
+        str(tmp_path / "c"),
+        *shared,
+        "--data",
+        f"code={tmp_path / 'bad.jsonl'}",
+        "--skip-bad-data",
+    )
     assert code == 0 and out.strip().endswith("models/dense")
     last = json.loads((tmp_path / "c" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["bad_documents"] >= 1
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    refuse(monkeypatch, capsys, "is not empty and holds no training", "train", "tiny", "-o", str(tmp_path / "full"), *shared)
+    refuse(
+        monkeypatch,
+        capsys,
+        "is not empty and holds no training",
+        "train",
+        "tiny",
+        "-o",
+        str(tmp_path / "full"),
+        *shared,
+    )
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 

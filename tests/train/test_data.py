@@ -20,8 +20,10 @@ from opensala.train.loss import IGNORED
 from opensala.train.recipes import TINY_TEMPLATE, Source, Stage
 from opensala.train.schedule import Schedule
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +65,17 @@ def test_files_of_each_kind_give_their_documents(corpus, tmp_path):
         Files(str(tmp_path), "s")
 
 
-@pytest.mark.parametrize("line,message", [
-    ('{"text": 3}', "must have text"), ("[1, 2]", "must be a JSON object, got list"), ('{"text": "cut', "is not JSON"),
-    ('{"messages": [{"content": "x"}]}', "must have role and content"), ('{"input_ids": [1, -2]}', "must have text"), ("{}", "it has nothing"),
-])
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ('{"text": 3}', "must have text"),
+        ("[1, 2]", "must be a JSON object, got list"),
+        ('{"text": "cut', "is not JSON"),
+        ('{"messages": [{"content": "x"}]}', "must have role and content"),
+        ('{"input_ids": [1, -2]}', "must have text"),
+        ("{}", "it has nothing"),
+    ],
+)
 def test_a_malformed_line_is_named_or_skipped_and_counted(tmp_path, line, message):
     file = tmp_path / "data.jsonl"
     file.write_text(f'{{"text": "one"}}\n\n{line}\n{{"text": "two"}}\n')
@@ -104,14 +113,25 @@ def test_packing_cuts_and_labels_within_documents(corpus, tokenizer):
     data = StageData(stage(Source("a", 1.0, str(corpus / "text.jsonl")), sequence=1500), tokenizer, 0)
     sequences = [data.next() for _ in range(8)]
     for s in sequences:
-        assert len(s.ids) == 1500 and s.bounds[0] == 0 and s.bounds[-1] == 1500 and s.bounds == sorted(set(s.bounds))
+        assert (
+            len(s.ids) == 1500
+            and s.bounds[0] == 0
+            and s.bounds[-1] == 1500
+            and s.bounds == sorted(set(s.bounds))
+        )
         for a, b in zip(s.bounds, s.bounds[1:], strict=False):
             assert torch.equal(s.labels[a : b - 1], s.ids[a + 1 : b]) and s.labels[b - 1] == IGNORED
     assert sum(len(s.bounds) > 2 for s in sequences) > 5
-    texts = {tuple(tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]) + (2,)
-             for line in (corpus / "text.jsonl").read_text().splitlines()}
-    inner = [tuple(s.ids[a:b].tolist()) for s in sequences for a, b in zip(s.bounds[1:-1], s.bounds[2:-1], strict=False)]
-    assert inner and all(piece in texts or any(t[-len(piece):] == piece for t in texts) for piece in inner)
+    texts = {
+        tuple(tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]) + (2,)
+        for line in (corpus / "text.jsonl").read_text().splitlines()
+    }
+    inner = [
+        tuple(s.ids[a:b].tolist())
+        for s in sequences
+        for a, b in zip(s.bounds[1:-1], s.bounds[2:-1], strict=False)
+    ]
+    assert inner and all(piece in texts or any(t[-len(piece) :] == piece for t in texts) for piece in inner)
 
 
 def test_packed_documents_do_not_see_each_other(corpus, tokenizer, model):
@@ -121,11 +141,17 @@ def test_packed_documents_do_not_see_each_other(corpus, tokenizer, model):
     data = StageData(stage(Source("a", 1.0, str(corpus / "chat.jsonl"))), tokenizer, 0)
     sequences = [data.next() for _ in range(3)]
     assert all(len(s.bounds) > 2 for s in sequences)
-    sequences = [PackedSequence(s.ids % 97, torch.where(s.labels == IGNORED, IGNORED, s.labels % 97), s.bounds) for s in sequences]
+    sequences = [
+        PackedSequence(s.ids % 97, torch.where(s.labels == IGNORED, IGNORED, s.labels % 97), s.bounds)
+        for s in sequences
+    ]
     model = model.double()
     together = _row_loss(model, **packed_row(sequences))
-    alone = sum(_row_loss(model, input_ids=s.ids[None, a:b], targets=s.labels[None, a:b])
-                for s in sequences for a, b in zip(s.bounds, s.bounds[1:], strict=False))
+    alone = sum(
+        _row_loss(model, input_ids=s.ids[None, a:b], targets=s.labels[None, a:b])
+        for s in sequences
+        for a, b in zip(s.bounds, s.bounds[1:], strict=False)
+    )
     torch.testing.assert_close(together, alone)
     wanted = torch.autograd.grad(alone, list(model.parameters()))
     for got, want in zip(torch.autograd.grad(together, list(model.parameters())), wanted, strict=True):
@@ -133,7 +159,10 @@ def test_packed_documents_do_not_see_each_other(corpus, tokenizer, model):
 
 
 def test_shares_are_kept_in_tokens_and_positions_are_exact(corpus, tokenizer):
-    mixture = (Source("a", 3.0, str(corpus / "text.jsonl"), long_from=600, long_factor=2.0), Source("b", 1.0, str(corpus / "chat.jsonl")))
+    mixture = (
+        Source("a", 3.0, str(corpus / "text.jsonl"), long_from=600, long_factor=2.0),
+        Source("b", 1.0, str(corpus / "chat.jsonl")),
+    )
     data = StageData(stage(*mixture), tokenizer, 0)
     states, seen = [], []
     for _ in range(60):
@@ -150,7 +179,9 @@ def test_shares_are_kept_in_tokens_and_positions_are_exact(corpus, tokenizer):
 
 def test_longer_documents_are_taken_more_often(corpus, tokenizer):
     plainly = StageData(stage(Source("a", 1.0, str(corpus / "text.jsonl"))), tokenizer, 0)
-    raised = StageData(stage(Source("a", 1.0, str(corpus / "text.jsonl"), long_from=600, long_factor=4.0)), tokenizer, 0)
+    raised = StageData(
+        stage(Source("a", 1.0, str(corpus / "text.jsonl"), long_from=600, long_factor=4.0)), tokenizer, 0
+    )
     shares = []
     for data in (plainly, raised):
         lengths = [len(data._draw().ids) for _ in range(120)]
@@ -163,12 +194,19 @@ def test_only_answers_are_learnt(corpus, tokenizer, template):
     own = with_template(tokenizer, template)
     messages = json.loads((corpus / "chat.jsonl").read_text().splitlines()[3])["messages"]
     example = Encoder(own, True)(Document("x", messages=messages))
-    assert own.decode(example.ids) == own.apply_chat_template(messages, tokenize=False)[: len(own.decode(example.ids))]
+    assert (
+        own.decode(example.ids)
+        == own.apply_chat_template(messages, tokenize=False)[: len(own.decode(example.ids))]
+    )
     learnt = own.decode(example.ids[example.learnt])
     assert "7" in learnt and "8" in learnt and "plus" not in learnt and "user" not in learnt
     prompt = own.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
     ids = own(prompt, add_special_tokens=False)["input_ids"]
-    assert example.ids[: len(ids)].tolist() == ids and not example.learnt[: len(ids)].any() and example.learnt[len(ids)]
+    assert (
+        example.ids[: len(ids)].tolist() == ids
+        and not example.learnt[: len(ids)].any()
+        and example.learnt[len(ids)]
+    )
 
 
 def test_conversations_stay_whole(corpus, tokenizer):
@@ -195,9 +233,13 @@ def test_conversations_stay_whole(corpus, tokenizer):
 
 def test_conversations_that_cannot_be_learnt_are_refused(tokenizer):
     for template, messages, message in (
-            ("{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
-             [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2, "rewrites turns"),
-            (CHATML, [{"role": "user", "content": "a"}], "has no answer")):
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2,
+            "rewrites turns",
+        ),
+        (CHATML, [{"role": "user", "content": "a"}], "has no answer"),
+    ):
         with pytest.raises(ValueError, match=message):
             Encoder(with_template(tokenizer, template), True)(Document("x", messages=messages))
     with pytest.raises(ValueError, match="a chat stage needs messages"):

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from opensala.ops import compress_keys
-from opensala.train.loss import IGNORED, chunked_cross_entropy, selection_alignment_loss, weighted_next_token_loss
+from opensala.train.loss import (
+    IGNORED,
+    chunked_cross_entropy,
+    selection_alignment_loss,
+    weighted_next_token_loss,
+)
 
 from ..conftest import tiny_model
 from ..model.test_equality import tokens
@@ -44,42 +49,68 @@ def test_alignment_raises_the_rank_of_the_attended_window():
 
 def test_only_windows_inside_the_document_count():
     torch.manual_seed(1)
-    model = tiny_model(num_attention_heads=1, num_key_value_heads=1)  # one head: the attention mass as weight cancels
+    model = tiny_model(
+        num_attention_heads=1, num_key_value_heads=1
+    )  # one head: the attention mass as weight cancels
     mixer, x, ends = model.model.layers[0].self_attn, torch.randn(2, 200, 32), torch.tensor([150, 150])
     changed = x.clone()
-    changed[0, 150:199] += 1.0  # between the document and the query: a window that reaches in there must not matter
+    changed[0, 150:199] += (
+        1.0  # between the document and the query: a window that reaches in there must not matter
+    )
     query = torch.tensor([[0, 199]])
-    torch.testing.assert_close(selection_alignment_loss(mixer, changed, query, ends), selection_alignment_loss(mixer, x, query, ends))
+    torch.testing.assert_close(
+        selection_alignment_loss(mixer, changed, query, ends), selection_alignment_loss(mixer, x, query, ends)
+    )
 
 
 def test_no_gradient_reaches_values_or_teacher():
     mixer = tiny_model().model.layers[0].self_attn
-    selection_alignment_loss(mixer, torch.randn(2, 100, 32), torch.tensor([[0, 99]]), torch.tensor([80, 80])).backward()
-    assert mixer.v_proj.weight.grad is None and mixer.o_gate.weight.grad is None and mixer.k_proj.weight.grad.abs().sum() > 0
+    selection_alignment_loss(
+        mixer, torch.randn(2, 100, 32), torch.tensor([[0, 99]]), torch.tensor([80, 80])
+    ).backward()
+    assert (
+        mixer.v_proj.weight.grad is None
+        and mixer.o_gate.weight.grad is None
+        and mixer.k_proj.weight.grad.abs().sum() > 0
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000])
 def test_chunked_cross_entropy_is_cross_entropy_with_its_gradients(rows):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(50, 24, dtype=torch.float64, requires_grad=True), torch.randn(91, 24, dtype=torch.float64, requires_grad=True)
+    hidden, weight = (
+        torch.randn(50, 24, dtype=torch.float64, requires_grad=True),
+        torch.randn(91, 24, dtype=torch.float64, requires_grad=True),
+    )
     targets = torch.randint(0, 91, (50,))
     targets[[0, 13, 49]] = IGNORED
     wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     got = chunked_cross_entropy(hidden, weight, targets, rows)
     torch.testing.assert_close(got, wanted)
-    for a, b in zip(torch.autograd.grad(3.7 * got, (hidden, weight)), torch.autograd.grad(3.7 * wanted, (hidden, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(3.7 * got, (hidden, weight)),
+        torch.autograd.grad(3.7 * wanted, (hidden, weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(chunked_cross_entropy(hidden, weight, targets, rows), wanted)
     (only,) = torch.autograd.grad(chunked_cross_entropy(hidden.detach(), weight, targets, rows), (weight,))
-    torch.testing.assert_close(only, torch.autograd.grad(torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum"), (weight,))[0])
+    torch.testing.assert_close(
+        only,
+        torch.autograd.grad(
+            torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum"), (weight,)
+        )[0],
+    )
 
 
 def test_chunked_cross_entropy_never_holds_all_logits(monkeypatch):
     """The largest product seen has the rows of one chunk."""
     seen = []
     original = torch.Tensor.logsumexp
-    monkeypatch.setattr(torch, "logsumexp", lambda x, *a, **k: seen.append(x.shape[0]) or original(x, *a, **k))
+    monkeypatch.setattr(
+        torch, "logsumexp", lambda x, *a, **k: seen.append(x.shape[0]) or original(x, *a, **k)
+    )
     hidden, weight = torch.randn(100, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     chunked_cross_entropy(hidden, weight, torch.zeros(100, dtype=torch.long), 16).backward()
     assert max(seen) == 16 and sum(seen) == 100
@@ -88,7 +119,10 @@ def test_chunked_cross_entropy_never_holds_all_logits(monkeypatch):
 
 
 def test_chunked_cross_entropy_of_bfloat16_keeps_float32_sums():
-    hidden, weight = torch.randn(300, 16).bfloat16().requires_grad_(), torch.randn(40, 16).bfloat16().requires_grad_()
+    hidden, weight = (
+        torch.randn(300, 16).bfloat16().requires_grad_(),
+        torch.randn(40, 16).bfloat16().requires_grad_(),
+    )
     targets = torch.randint(0, 40, (300,))
     got = chunked_cross_entropy(hidden, weight, targets, 64)
     wanted = torch.nn.functional.cross_entropy((hidden.float() @ weight.float().T), targets, reduction="sum")

@@ -1,4 +1,5 @@
-"""The memory said before a stage, against what a pass really keeps; and bfloat16 passes on float32 masters."""
+"""The memory said before a stage, against what a pass really keeps; and bfloat16 passes on float32
+masters."""
 
 import json
 from dataclasses import replace
@@ -49,7 +50,12 @@ def test_activations_are_estimated_within_a_factor(recompute, low, high):
     need = training_memory(model.config, replace(recipe, micro_tokens=2048), stage)
     kept = kept_bytes(model, stage, 2048)
     if recompute:  # what one layer needs at once comes on top when it is recomputed
-        one = training_memory(model.config, replace(recipe, micro_tokens=2048, recompute=False), stage).activations // 12
+        one = (
+            training_memory(
+                model.config, replace(recipe, micro_tokens=2048, recompute=False), stage
+            ).activations
+            // 12
+        )
         kept += one
     estimate = need.activations + 4 * 2048 * 96 + 4 * 2048 * 96
     assert low < kept / estimate < high, (kept, estimate)
@@ -67,12 +73,17 @@ def test_bfloat16_passes_update_float32_masters(corpus, tmp_path):
 
     def look(self, batch):
         record = original(self, batch)
-        seen[self.step] = {n: p.full_tensor().clone() if isinstance(p, DTensor) else p.detach().clone() for n, p in self.model.named_parameters()}
+        seen[self.step] = {
+            n: p.full_tensor().clone() if isinstance(p, DTensor) else p.detach().clone()
+            for n, p in self.model.named_parameters()
+        }
         seen["layer"] = self.model.model.layers[0].mlp.up_proj.weight.dtype
         return record
 
     StageRun._take = look
-    slow = replace(recipe.stage("stable"), schedule=replace(recipe.stage("stable").schedule, peak=1e-5, last=1e-5))
+    slow = replace(
+        recipe.stage("stable"), schedule=replace(recipe.stage("stable").schedule, peak=1e-5, last=1e-5)
+    )
     recipe = replace(recipe, stages=(slow,))
     try:
         train(recipe, tmp_path / "run", start=Start(init=str(tmp_path / "init")), device="cpu", quiet=True)
@@ -85,5 +96,7 @@ def test_bfloat16_passes_update_float32_masters(corpus, tmp_path):
     assert (seen[4][name].bfloat16() == first.bfloat16()).float().mean() > 0.9
     exported = load_file(tmp_path / "run" / "models" / "stable" / "model.safetensors")
     assert exported[name].dtype == torch.bfloat16 and torch.equal(exported[name], seen[4][name].bfloat16())
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert all(5 < loss < 15 for loss in losses)

@@ -1,4 +1,5 @@
-"""Recomputed layers give the gradients of the pass whose loss was taken, with the blocks that pass selected."""
+"""Recomputed layers give the gradients of the pass whose loss was taken, with the blocks that pass
+selected."""
 
 import pytest
 import torch
@@ -32,14 +33,19 @@ def test_gradients_are_those_of_a_pass_that_keeps_everything(model):
 
 
 def test_the_selection_is_kept_not_made_again(model, monkeypatch):
-    """A selection that comes out otherwise at every call: once a layer and document, and the gradient belongs to the first."""
+    """A selection that comes out otherwise at every call: once a layer and document, and the gradient belongs
+    to the first."""
     select, calls = attention.select_blocks, []
 
     def fickle(q, k, spec, **options):
         calls.append(q.shape[1])
         blocks = select(q, k, spec, **options)
         if len(calls) % 2 == 0:  # leave out the oldest chosen block wherever there are others
-            blocks = torch.where((blocks[..., 1:2] >= 0) & (torch.arange(blocks.shape[-1]) == 0), -1, blocks).sort(-1, descending=True).values
+            blocks = (
+                torch.where((blocks[..., 1:2] >= 0) & (torch.arange(blocks.shape[-1]) == 0), -1, blocks)
+                .sort(-1, descending=True)
+                .values
+            )
             blocks = torch.where(blocks < 0, torch.iinfo(torch.int32).max, blocks).sort(-1).values
             blocks = torch.where(blocks == torch.iinfo(torch.int32).max, -1, blocks)
         return blocks

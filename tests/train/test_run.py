@@ -40,7 +40,10 @@ def numbers(folder):
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = [(r["phase"], r["step"]) for r in records]
     assert len(set(keys)) == len(keys)
-    return {key: [r[name] for name in ("loss", "grad_norm", "lr", "tokens", "targets", "skipped")] for key, r in zip(keys, records, strict=True)}
+    return {
+        key: [r[name] for name in ("loss", "grad_norm", "lr", "tokens", "targets", "skipped")]
+        for key, r in zip(keys, records, strict=True)
+    }
 
 
 def resumed(recipe, folder, **more):
@@ -53,19 +56,43 @@ def test_a_run_leaves_everything_behind(reference):
     assert {"tokens_per_second", "mfu", "peak_memory"} <= set(record) and record["mfu"] > 0
     losses = json.loads((reference / "stages.json").read_text())
     assert list(losses) == NAMES and all(own["after"] < own["before"] for own in losses.values())
-    assert [p.name for p in sorted((reference / "checkpoints").iterdir())] == ["06-sft_1k-0000002", "06-sft_1k-0000004"]
+    assert [p.name for p in sorted((reference / "checkpoints").iterdir())] == [
+        "06-sft_1k-0000002",
+        "06-sft_1k-0000004",
+    ]
     assert (reference / "plots" / "training.png").stat().st_size > 10_000
     assert not list(reference.rglob("*.partial*"))
 
 
 def test_the_models_load_and_answer(reference, tmp_path):
     hybrid = AutoModelForCausalLM.from_pretrained(reference / "models" / "stable")
-    assert hybrid.config.mixer_types[0] == "minicpm4" and hybrid.config.attention_mode == "auto" and hybrid.config.dense_len == 64
+    assert (
+        hybrid.config.mixer_types[0] == "minicpm4"
+        and hybrid.config.attention_mode == "auto"
+        and hybrid.config.dense_len == 64
+    )
     last = AutoModelForCausalLM.from_pretrained(reference / "model")
     assert any(not torch.equal(a, b) for a, b in zip(hybrid.parameters(), last.parameters(), strict=True))
     (tmp_path / "note.txt").write_text("Nothing of note happened.\n" * 20)
-    done = subprocess.run([sys.executable, "-m", "opensala", "ask", str(tmp_path / "note.txt"), "-q", "What?", "--model", str(reference / "model"),
-                           "--max-new-tokens", "3", "--json"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "opensala",
+            "ask",
+            str(tmp_path / "note.txt"),
+            "-q",
+            "What?",
+            "--model",
+            str(reference / "model"),
+            "--max-new-tokens",
+            "3",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["new_tokens"] <= 3, done.stderr
 
 
@@ -74,7 +101,8 @@ class Broken(Exception):
 
 
 def test_killed_in_every_stage_it_repeats_bit_for_bit(reference, corpus, tmp_path):
-    """kill -9 at the fourth step of each stage, with the third one logged but not saved, and in the middle of HALO."""
+    """kill -9 at the fourth step of each stage, with the third one logged but not saved, and in the middle of
+    HALO."""
     folder = tmp_path / "run"
     for name in ("dense", "halo", *NAMES[1:]):
         assert in_child(killed, mini(corpus), folder, name, 3) == -signal.SIGKILL
@@ -82,7 +110,9 @@ def test_killed_in_every_stage_it_repeats_bit_for_bit(reference, corpus, tmp_pat
     assert numbers(folder) == numbers(reference)
     for file in ("model.safetensors", "config.json"):
         assert (folder / "model" / file).read_bytes() == (reference / "model" / file).read_bytes()
-    assert json.loads((folder / "stages.json").read_text()) == json.loads((reference / "stages.json").read_text())
+    assert json.loads((folder / "stages.json").read_text()) == json.loads(
+        (reference / "stages.json").read_text()
+    )
 
 
 def begun(reference, folder, stage="stable"):
@@ -93,7 +123,11 @@ def begun(reference, folder, stage="stable"):
     shutil.rmtree(folder / "checkpoints")
     for name in NAMES[index:]:
         shutil.rmtree(folder / "models" / name)
-    kept = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if json.loads(line)["phase"] in NAMES[:index]]
+    kept = [
+        line
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if json.loads(line)["phase"] in NAMES[:index]
+    ]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in kept))
     return folder
 
@@ -101,7 +135,10 @@ def begun(reference, folder, stage="stable"):
 def test_sigterm_saves_and_says_how_to_go_on(reference, corpus, tmp_path):
     folder = begun(reference, tmp_path / "run")
     original = break_at("stable", 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Stopped, match="stopped by SIGTERM after step 3 of stable; saved .*02-stable-0000003: go on with --resume") as stopped:
+    with pytest.raises(
+        Stopped,
+        match="stopped by SIGTERM after step 3 of stable; saved .*02-stable-0000003: go on with --resume",
+    ) as stopped:
         resumed(mini(corpus), folder, only=["stable"])
     StageRun._take = original
     assert stopped.value.signum == signal.SIGTERM
@@ -110,7 +147,9 @@ def test_sigterm_saves_and_says_how_to_go_on(reference, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["write", "rename"])
-def test_a_full_disk_or_a_crash_while_saving_leaves_the_checkpoint_before(reference, corpus, tmp_path, monkeypatch, moment):
+def test_a_full_disk_or_a_crash_while_saving_leaves_the_checkpoint_before(
+    reference, corpus, tmp_path, monkeypatch, moment
+):
     folder = begun(reference, tmp_path / "run")
     kept, count = writing._finish if moment == "rename" else writing.dcp.save, []
 
@@ -118,7 +157,9 @@ def test_a_full_disk_or_a_crash_while_saving_leaves_the_checkpoint_before(refere
         count.append(1)
         if len(count) == 2:
             if moment == "write":
-                raise writing.CheckpointException("", {0: (OSError(errno.ENOSPC, "No space left on device"), [])})
+                raise writing.CheckpointException(
+                    "", {0: (OSError(errno.ENOSPC, "No space left on device"), [])}
+                )
             raise Broken
         return kept(*args, **kwargs)
 
@@ -127,7 +168,11 @@ def test_a_full_disk_or_a_crash_while_saving_leaves_the_checkpoint_before(refere
         resumed(mini(corpus), folder, only=["stable"])
     assert [p.name for p in (folder / "checkpoints").glob("*[0-9]")] == ["02-stable-0000002"]
     if moment == "write":
-        assert "No space left" in str(error.value) and "0000002, is kept" in str(error.value) and "bytes are free" in str(error.value)
+        assert (
+            "No space left" in str(error.value)
+            and "0000002, is kept" in str(error.value)
+            and "bytes are free" in str(error.value)
+        )
     resumed(mini(corpus), folder, only=["stable"])
     assert all(numbers(folder)["stable", n] == numbers(reference)["stable", n] for n in range(4))
     assert not list((folder / "checkpoints").glob("*.partial"))
@@ -151,10 +196,18 @@ def test_bad_steps_are_left_out_logged_and_end_the_run_in_the_end(reference, cor
         return original(self, batch)
 
     monkeypatch.setattr(StageRun, "_take", spoil)
-    with pytest.raises(ValueError, match=r"stable step 2: 2 steps in a row could not be taken, the last because gradient norm is nan; the last "
-                                         r"checkpoint is .*0000002"):
+    with pytest.raises(
+        ValueError,
+        match=r"stable step 2: 2 steps in a row could not be taken, the last because gradient norm is "
+        r"nan; the last "
+        r"checkpoint is .*0000002",
+    ):
         resumed(recipe, folder, only=["stable"])
-    assert [numbers(folder)["stable", n][5] for n in range(3)] == ["", "gradient norm is nan", "gradient norm is nan"]
+    assert [numbers(folder)["stable", n][5] for n in range(3)] == [
+        "",
+        "gradient norm is nan",
+        "gradient norm is nan",
+    ]
 
 
 def test_stages_one_by_one(reference, corpus, tmp_path):
@@ -168,27 +221,42 @@ def test_stages_one_by_one(reference, corpus, tmp_path):
 def test_another_recipe_is_refused(reference, corpus):
     with pytest.raises(ValueError, match="holds this run already: add --resume"):
         train(mini(corpus), reference, device="cpu", quiet=True)
-    with pytest.raises(ValueError, match=r"another configuration: stages.stable.schedule.peak is 0.002 there and 0.001 here"):
+    with pytest.raises(
+        ValueError, match=r"another configuration: stages.stable.schedule.peak is 0.002 there and 0.001 here"
+    ):
         resumed(override(mini(corpus), "stable.peak=0.001"), reference)
     recipe = mini(corpus)
     swapped = (*recipe.stages[:3], recipe.stages[4], recipe.stages[3], *recipe.stages[5:])
-    with pytest.raises(ValueError, match="order is 'dense halo stable short_decay .* there and 'dense halo stable long_decay_1k short_decay"):
+    with pytest.raises(
+        ValueError,
+        match="order is 'dense halo stable short_decay .* there and 'dense halo stable long_decay_1k "
+        "short_decay",
+    ):
         resumed(replace(recipe, stages=swapped), reference)
     assert resumed(replace(mini(corpus), save_every=3), reference) == reference / "model"
 
 
-def test_a_sequence_that_does_not_fit_is_refused_before_the_first_step(reference, corpus, tmp_path, monkeypatch):
+def test_a_sequence_that_does_not_fit_is_refused_before_the_first_step(
+    reference, corpus, tmp_path, monkeypatch
+):
     folder = begun(reference, tmp_path / "run")
     monkeypatch.setattr("opensala.train.memory.available_bytes", lambda device: 1_000_000)
-    with pytest.raises(ValueError, match=r"stable: sequences of 128 tokens need about [\d,]+ bytes on cpu .* and 1,000,000 bytes are available"):
+    with pytest.raises(
+        ValueError,
+        match=r"stable: sequences of 128 tokens need about [\d,]+ bytes on cpu .* and 1,000,000 bytes are "
+        r"available",
+    ):
         resumed(mini(corpus), folder, only=["stable"])
     assert ("stable", 0) not in numbers(folder)
 
 
 def test_two_processes_train_as_one_does(reference, corpus, tmp_path):
-    """From the converted model on: the same losses; in two of the stages the processes share each sequence."""
+    """From the converted model on: the same losses; in two of the stages the processes share each
+    sequence."""
     init, recipe = reference / "halo" / "model", mini(corpus)
-    recipe = replace(recipe, stages=tuple(s for s in recipe.stages if s.name in ("stable", "long_decay_4k", "sft_1k")))
+    recipe = replace(
+        recipe, stages=tuple(s for s in recipe.stages if s.name in ("stable", "long_decay_4k", "sft_1k"))
+    )
     train(recipe, tmp_path / "one", start=Start(init=str(init)), device="cpu", quiet=True)
     run_group(2, together, recipe, tmp_path / "two", init, {"long_decay_4k": 2, "sft_1k": 2})
     one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")

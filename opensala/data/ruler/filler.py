@@ -1,4 +1,5 @@
-"""What needles are hidden in: sentences that go on for as long as is asked, and placing statements among them.
+"""What needles are hidden in: sentences that go on for as long as is asked, and placing statements among
+them.
 
 Lengths are in words, so that a document can be made longer in small steps. It knows nothing of tokens.
 """
@@ -12,15 +13,22 @@ from itertools import accumulate, cycle, islice
 
 from ..text import prose
 
-_NOISE = ("The rain has stopped.", "A cart rolls slowly by.", "Nobody here is in a hurry.", "The lamp is lit again.",
-          "Somewhere a door is shut.", "Bread is cooling on the sill.")
+_NOISE = (
+    "The rain has stopped.",
+    "A cart rolls slowly by.",
+    "Nobody here is in a hurry.",
+    "The lamp is lit again.",
+    "Somewhere a door is shut.",
+    "Bread is cooling on the sill.",
+)
 _ESSAY_WORDS = 100_000  # then it starts over: a text of a million tokens repeats it some eight times
 _MOST_WORDS = 60  # of a sentence: what is longer is a table or a listing
 _PARAGRAPH = 6  # sentences
 
 
 class Essay:
-    """Sentences of the standard library's prose, read as far as they are needed; they start over when they run out."""
+    """Sentences of the standard library's prose, read as far as they are needed; they start over when they
+    run out."""
 
     def __init__(self) -> None:
         self._source = self._read()
@@ -55,8 +63,12 @@ class Essay:
         for text in prose():
             for sentence in re.split(r"(?<=[.!?])\s+", " ".join(text.split())):
                 letters = sum(c.isalpha() or c in " ,.'" for c in sentence)
-                if (sentence[:1].isupper() and sentence[-1] in ".!?" and letters > 0.95 * len(sentence)
-                        and 4 <= sentence.count(" ") + 1 <= _MOST_WORDS):
+                if (
+                    sentence[:1].isupper()
+                    and sentence[-1] in ".!?"
+                    and letters > 0.95 * len(sentence)
+                    and 4 <= sentence.count(" ") + 1 <= _MOST_WORDS
+                ):
                     yield sentence
 
 
@@ -68,8 +80,15 @@ def essay() -> Essay:
 
 def filler(kind: str, words: int, rng: random.Random) -> list[str]:
     """Sentences (`noise` or `essay`) of exactly `words` words together; the last one may be cut."""
-    sentences = (list(islice(cycle(_NOISE), 1 + words * len(_NOISE) // sum(s.count(" ") + 1 for s in _NOISE) + len(_NOISE)))
-                 if kind == "noise" else essay().sentences(words, rng))
+    sentences = (
+        list(
+            islice(
+                cycle(_NOISE), 1 + words * len(_NOISE) // sum(s.count(" ") + 1 for s in _NOISE) + len(_NOISE)
+            )
+        )
+        if kind == "noise"
+        else essay().sentences(words, rng)
+    )
     ends = list(accumulate(s.count(" ") + 1 for s in sentences))
     last = bisect_left(ends, words)
     left = words - (ends[last - 1] if last else 0)
@@ -77,7 +96,8 @@ def filler(kind: str, words: int, rng: random.Random) -> list[str]:
 
 
 def place(sentences: Sequence[str], statements: Sequence[str], depths: Sequence[float]) -> str:
-    """Put statement i before the sentence at `depths[i]` (0 start, 1 end) of the words; six sentences a paragraph."""
+    """Put statement i before the sentence at `depths[i]` (0 start, 1 end) of the words; six sentences a
+    paragraph."""
     ends = list(accumulate((s.count(" ") + 1 for s in sentences), initial=0))
     at: dict[int, list[str]] = {}
     for statement, depth in sorted(zip(statements, depths, strict=True), key=lambda pair: pair[1]):

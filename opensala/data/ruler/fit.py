@@ -1,7 +1,7 @@
 """Making a document of exactly the length that was asked for, in the tokens of a given tokenizer.
 
-A builder takes a size (lines, words, paragraphs: whatever it is made of) and its length grows with it. The size
-is found from measured lengths alone, so a builder needs to know nothing of tokens.
+A builder takes a size (lines, words, paragraphs: whatever it is made of) and its length grows with it. The
+size is found from measured lengths alone, so a builder needs to know nothing of tokens.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,17 @@ class FittedDocument:
     length: int  # tokens of the longest prompt, with the answer's budget
 
 
-def fit_document(build: Callable[[int], RulerDocument], length: int, budget: int, form: PromptFormat, *,
-                 least: int = 1, first: int = 64) -> FittedDocument:
-    """The largest document whose longest prompt and `budget` answer tokens take 99% to 100% of `length` tokens.
+def fit_document(
+    build: Callable[[int], RulerDocument],
+    length: int,
+    budget: int,
+    form: PromptFormat,
+    *,
+    least: int = 1,
+    first: int = 64,
+) -> FittedDocument:
+    """The largest document whose longest prompt and `budget` answer tokens take 99% to 100% of `length`
+    tokens.
 
     Args:
         build: makes the document of a given size; the same size gives the same document.
@@ -40,7 +48,10 @@ def fit_document(build: Callable[[int], RulerDocument], length: int, budget: int
     def measure(size: int) -> int:
         if size not in measured:
             document = build(size)
-            longest = max(document.questions, key=lambda q: len(form.tokenizer(q.text, add_special_tokens=False)["input_ids"]))
+            longest = max(
+                document.questions,
+                key=lambda q: len(form.tokenizer(q.text, add_special_tokens=False)["input_ids"]),
+            )
             ids = form.encode(form.question(document.text, longest.text))
             measured.clear()  # the last one only: a document of millions of tokens is large
             measured[size] = document, document.questions.index(longest), ids
@@ -48,8 +59,11 @@ def fit_document(build: Callable[[int], RulerDocument], length: int, budget: int
 
     low, low_tokens = least, measure(least)
     if low_tokens > length:
-        raise ValueError(f"length {length:,} is too short: the smallest document, its question and {budget} tokens for the answer "
-                         f"take {low_tokens:,} with this tokenizer; ask for at least that")
+        raise ValueError(
+            f"length {length:,} is too short: the smallest document, its question and {budget} tokens for "
+            "the answer "
+            f"take {low_tokens:,} with this tokenizer; ask for at least that"
+        )
     high, high_tokens, slope = 0, 0, low_tokens / max(1, low)  # high 0: not known yet
     size = max(first, least + 1)
     for _ in range(2 * length.bit_length()):
@@ -68,9 +82,14 @@ def fit_document(build: Callable[[int], RulerDocument], length: int, budget: int
     measure(low)
     if low_tokens < (1 - TOLERANCE) * length:
         around = f"{low_tokens:,} tokens" + (f" and {high_tokens:,} tokens" if high else "")
-        raise ValueError(f"length {length:,} cannot be hit within {TOLERANCE:.0%} with this tokenizer: neighbouring documents take "
-                         f"{around}; ask for another length, or use another tokenizer")
+        raise ValueError(
+            f"length {length:,} cannot be hit within {TOLERANCE:.0%} with this tokenizer: neighbouring "
+            "documents take "
+            f"{around}; ask for another length, or use another tokenizer"
+        )
     document, longest, ids = measured[low]
-    prompts = tuple(tuple(ids if i == longest else form.encode(form.question(document.text, q.text)))
-                    for i, q in enumerate(document.questions))
+    prompts = tuple(
+        tuple(ids if i == longest else form.encode(form.question(document.text, q.text)))
+        for i, q in enumerate(document.questions)
+    )
     return FittedDocument(document, prompts, max(map(len, prompts)) + budget)

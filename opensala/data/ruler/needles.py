@@ -1,4 +1,5 @@
-"""Needle tasks: statements that give keys their values, hidden in noise, in an essay, or among many like them."""
+"""Needle tasks: statements that give keys their values, hidden in noise, in an essay, or among many like
+them."""
 
 import random
 import uuid
@@ -10,11 +11,16 @@ from ..facts import compound, invented_word
 from .filler import filler, place
 from .types import RulerDocument, RulerQuestion
 
-_ATTRIBUTES = {"number": ("access code", "serial number", "badge number", "ticket number"),
-               "uuid": ("registration key", "record key", "tracking key")}
+_ATTRIBUTES = {
+    "number": ("access code", "serial number", "badge number", "ticket number"),
+    "uuid": ("registration key", "record key", "tracking key"),
+}
 _WEIGHTS = {"word": 12, "uuid": 48}  # closing words that a statement is worth
-_CLOSING = ("That is all that was written down, and the rest of the page was left empty for those who would come later and find "
-            "something worth adding to the list.")
+_CLOSING = (
+    "That is all that was written down, and the rest of the page was left empty for those who would come "
+    "later and find "
+    "something worth adding to the list."
+)
 
 
 @dataclass(frozen=True)
@@ -41,21 +47,46 @@ class Needles:
         keys = distinct(lambda: _draw(self.key, rng), max(self.keys, asked))
         values = distinct(lambda: _draw(self.value, rng), len(keys) * self.values)
         depths = [(depth + i / asked) % 1 if i < asked else rng.random() for i in range(len(keys))]
-        hidden = [(f"The {attribute} for {key} is {values[i * self.values + j]}.", depths[i] if j == 0 else rng.random())
-                  for i, key in enumerate(keys) for j in range(self.values)]
+        hidden = [
+            (
+                f"The {attribute} for {key} is {values[i * self.values + j]}.",
+                depths[i] if j == 0 else rng.random(),
+            )
+            for i, key in enumerate(keys)
+            for j in range(self.values)
+        ]
         if self.haystack == "needles":
             body = self._all_needles(size, rng, attribute, hidden, {*keys}, {*values})
         else:
             body = place(filler(self.haystack, size, rng), [s for s, _ in hidden], [d for _, d in hidden])
-        head = f"Somewhere in the following text {attribute}s are given. Read it to the end, then answer the question about them.\n\n"
-        return RulerDocument(head + body, tuple(
-            self._question(attribute, keys[n : n + self.queries], values[n * self.values : (n + self.queries) * self.values], depths[n])
-            for n in range(0, asked, self.queries)))
+        head = (
+            f"Somewhere in the following text {attribute}s are given. Read it to the end, then answer "
+            "the question about them.\n\n"
+        )
+        return RulerDocument(
+            head + body,
+            tuple(
+                self._question(
+                    attribute,
+                    keys[n : n + self.queries],
+                    values[n * self.values : (n + self.queries) * self.values],
+                    depths[n],
+                )
+                for n in range(0, asked, self.queries)
+            ),
+        )
 
-    def _all_needles(self, size: int, rng: random.Random, attribute: str, hidden: list[tuple[str, float]], keys: set[str],
-                     values: set[str]) -> str:
-        """As many further statements as fit, then closing words: a statement counts as many words as it has tokens, roughly,
-        so that a document can grow in steps of one closing word."""
+    def _all_needles(
+        self,
+        size: int,
+        rng: random.Random,
+        attribute: str,
+        hidden: list[tuple[str, float]],
+        keys: set[str],
+        values: set[str],
+    ) -> str:
+        """As many further statements as fit, then closing words: a statement counts as many words as it has
+        tokens, roughly, so that a document can grow in steps of one closing word."""
         weight = _WEIGHTS[self.key]
         others, left = divmod(max(0, size - weight * len(hidden)), weight)
         more_keys = distinct(lambda: _draw(self.key, rng), others, keys)

@@ -36,7 +36,9 @@ class RulerTask:
     any_reference: bool = False
     shareable: bool = True
 
-    def document(self, length: int, form: PromptFormat, *, index: int = 0, seed: int = 0, questions: int = 1) -> FittedDocument:
+    def document(
+        self, length: int, form: PromptFormat, *, index: int = 0, seed: int = 0, questions: int = 1
+    ) -> FittedDocument:
         """Document number `index` for prompts of `length` tokens, the same for the same arguments.
 
         Raises:
@@ -48,7 +50,9 @@ class RulerTask:
         depth = (random.Random(f"{seed} {self.name} {length}").random() + index * _GOLDEN) % 1
 
         def build(size: int) -> RulerDocument:
-            return self.builder.build(size, random.Random(f"{seed} {self.name} {length} {index}"), asked, depth)
+            return self.builder.build(
+                size, random.Random(f"{seed} {self.name} {length} {index}"), asked, depth
+            )
 
         try:
             return fit_document(build, length, self.budget, form)
@@ -56,26 +60,32 @@ class RulerTask:
             raise ValueError(f"{self.name}: {error}") from error
 
 
-TASKS = {t.name: t for t in (
-    RulerTask("niah_single_1", Needles("noise"), 128),
-    RulerTask("niah_single_2", Needles("essay"), 128),
-    RulerTask("niah_single_3", Needles("essay", value="uuid"), 128),
-    RulerTask("niah_multikey_1", Needles("essay", keys=4), 128),
-    RulerTask("niah_multikey_2", Needles("needles"), 128),
-    RulerTask("niah_multikey_3", Needles("needles", key="uuid", value="uuid"), 128),
-    RulerTask("niah_multivalue", Needles("essay", values=4), 128),
-    RulerTask("niah_multiquery", Needles("essay", queries=4), 128),
-    RulerTask("vt", Tracking(), 30),
-    RulerTask("cwe", CommonWords(), 120, shareable=False),
-    RulerTask("fwe", FrequentWords(), 50, shareable=False),
-    RulerTask("qa_1", Entries(1), 32, any_reference=True),
-    RulerTask("qa_2", Entries(2), 32, any_reference=True),
-)}
+TASKS = {
+    t.name: t
+    for t in (
+        RulerTask("niah_single_1", Needles("noise"), 128),
+        RulerTask("niah_single_2", Needles("essay"), 128),
+        RulerTask("niah_single_3", Needles("essay", value="uuid"), 128),
+        RulerTask("niah_multikey_1", Needles("essay", keys=4), 128),
+        RulerTask("niah_multikey_2", Needles("needles"), 128),
+        RulerTask("niah_multikey_3", Needles("needles", key="uuid", value="uuid"), 128),
+        RulerTask("niah_multivalue", Needles("essay", values=4), 128),
+        RulerTask("niah_multiquery", Needles("essay", queries=4), 128),
+        RulerTask("vt", Tracking(), 30),
+        RulerTask("cwe", CommonWords(), 120, shareable=False),
+        RulerTask("fwe", FrequentWords(), 50, shareable=False),
+        RulerTask("qa_1", Entries(1), 32, any_reference=True),
+        RulerTask("qa_2", Entries(2), 32, any_reference=True),
+    )
+}
 
 
 def ruler_task(name: str) -> RulerTask:
     """A task by its name; ValueError with the nearest names if there is none."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, 2)
-        raise ValueError(f"RULER task {name!r} does not exist{f': did you mean {near[0]}?' if near else ''} Tasks: {', '.join(TASKS)}")
+        raise ValueError(
+            f"RULER task {name!r} does not exist{f': did you mean {near[0]}?' if near else ''} Tasks: "
+            f"{', '.join(TASKS)}"
+        )
     return TASKS[name]

@@ -22,9 +22,12 @@ class Tracking:
         example = self._text(_EXAMPLE_WORDS, rng, 1, 3)
         text = self._text(size, rng, questions, 5)
         shown = example.questions[0]
-        head = ("In the texts below, variables are given values: a number, or the value of another variable.\n\n"
-                f"First an example.\n{example.text}\nQuestion: {shown.text}\nAnswer: {', '.join(shown.references)}\n\n"
-                "Now the text to answer about.\n")
+        head = (
+            "In the texts below, variables are given values: a number, or the value of another variable.\n\n"
+            f"First an example.\n{example.text}\nQuestion: {shown.text}\nAnswer: "
+            f"{', '.join(shown.references)}\n\n"
+            "Now the text to answer about.\n"
+        )
         return RulerDocument(head + text.text, text.questions)
 
     def _text(self, words: int, rng: random.Random, chains: int, letters: int) -> RulerDocument:
@@ -35,7 +38,14 @@ class Tracking:
         for i, value in enumerate(values):
             chain = names[i * count : (i + 1) * count]
             statements += [f"Set {chain[0]} to {value}."]
-            statements += [f"Set {new} to the value of {old}." for old, new in zip(chain, chain[1:], strict=False)]
+            statements += [
+                f"Set {new} to the value of {old}." for old, new in zip(chain, chain[1:], strict=False)
+            ]
             depths += sorted(rng.random() for _ in chain)
-            questions.append(RulerQuestion(f"Which {count} variables hold the value {value} in the end? Name all of them.", tuple(chain)))
+            questions.append(
+                RulerQuestion(
+                    f"Which {count} variables hold the value {value} in the end? Name all of them.",
+                    tuple(chain),
+                )
+            )
         return RulerDocument(place(filler("noise", words, rng), statements, depths), tuple(questions))

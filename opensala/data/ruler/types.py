@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RulerQuestion:
-    """A question, the answers it accepts or wants, and where in the document (0 start, 1 end) the answer lies.
+    """A question, the answers it accepts or wants, and where in the document (0 start, 1 end) the answer
+    lies.
 
-    `references` are all wanted (needles, variables, words) or each accepted (question answering); the task says
-    which. `depth` is None where the answer is spread over the whole document.
+    `references` are all wanted (needles, variables, words) or each accepted (question answering); the task
+    says which. `depth` is None where the answer is spread over the whole document.
     """
 
     text: str

@@ -8,13 +8,15 @@ from ..facts import invented_word, plain_words
 from .needles import distinct
 from .types import RulerDocument, RulerQuestion
 
-_SHORT = 400  # list entries below which words are repeated less often, so that a list of 1K tokens has room for them
+# list entries below which words are repeated less often, so that a list of 1K tokens has room for them
+_SHORT = 400
 _ZETA_2 = 1.6449340668482264  # sum of 1/k^2: the share of rank k is k^-2 / this
 
 
 @dataclass(frozen=True)
 class CommonWords:
-    """`common` words stand in the list often, all others seldom: 30 and 3 times, in short lists 6 and once."""
+    """`common` words stand in the list often, all others seldom: 30 and 3 times, in short lists 6 and
+    once."""
 
     common: int = 10
 
@@ -23,14 +25,20 @@ class CommonWords:
         often, seldom = (30, 3) if size >= _SHORT else (6, 1)
         example, shown = self._numbered(rng, 20, 3, 1)
         listed, wanted = self._numbered(rng, size, often, seldom)
-        head = (f"Below is a numbered list of words. {self.common} of them stand in it much more often than the others.\n\n"
-                f"First an example.\n{example}\nQuestion: {self._ask()}\nAnswer: {', '.join(shown)}\n\nNow the list to answer about.\n")
+        head = (
+            f"Below is a numbered list of words. {self.common} of them stand in it much more often than "
+            "the others.\n\n"
+            f"First an example.\n{example}\nQuestion: {self._ask()}\nAnswer: {', '.join(shown)}\n\nNow "
+            "the list to answer about.\n"
+        )
         return RulerDocument(head + listed, (RulerQuestion(self._ask(), tuple(wanted)),))
 
     def _ask(self) -> str:
         return f"Which {self.common} words stand in the list most often?"
 
-    def _numbered(self, rng: random.Random, seldom_entries: int, often: int, seldom: int) -> tuple[str, list[str]]:
+    def _numbered(
+        self, rng: random.Random, seldom_entries: int, often: int, seldom: int
+    ) -> tuple[str, list[str]]:
         words = rng.sample(plain_words(), min(len(plain_words()), self.common + -(-seldom_entries // seldom)))
         missing = self.common + -(-seldom_entries // seldom) - len(words)
         words += distinct(lambda: invented_word(rng), missing, set(words))
@@ -42,7 +50,8 @@ class CommonWords:
 
 @dataclass(frozen=True)
 class FrequentWords:
-    """Coded words whose frequency falls with the square of their rank; rank 1 is a row of dots, 2 to 4 are asked for."""
+    """Coded words whose frequency falls with the square of their rank; rank 1 is a row of dots, 2 to 4 are
+    asked for."""
 
     letters: int = 6
 
@@ -51,11 +60,21 @@ class FrequentWords:
         counts = [max(1, round(size / _ZETA_2 / rank**2)) for rank in range(1, max(5, size // 25))]
         while len(counts) > 4 and sum(counts) > size:
             counts.pop()
-        codes = distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=self.letters)), len(counts) - 1)
-        words = ["....."] * counts[0] + [code for code, n in zip(codes, counts[1:], strict=True) for _ in range(n)]
+        codes = distinct(
+            lambda: "".join(rng.choices(string.ascii_lowercase, k=self.letters)), len(counts) - 1
+        )
+        words = ["....."] * counts[0] + [
+            code for code, n in zip(codes, counts[1:], strict=True) for _ in range(n)
+        ]
         spare = max(0, size - len(words))
-        words += distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=self.letters)), spare, set(codes))
+        words += distinct(
+            lambda: "".join(rng.choices(string.ascii_lowercase, k=self.letters)), spare, set(codes)
+        )
         rng.shuffle(words)
-        head = "The following text is written in coded words. Keep count of them; rows of dots are no words.\n\n"
-        question = RulerQuestion("Which three coded words stand in the text most often, leaving out the dots?", tuple(codes[:3]))
+        head = (
+            "The following text is written in coded words. Keep count of them; rows of dots are no words.\n\n"
+        )
+        question = RulerQuestion(
+            "Which three coded words stand in the text most often, leaving out the dots?", tuple(codes[:3])
+        )
         return RulerDocument(head + " ".join(words), (question,))

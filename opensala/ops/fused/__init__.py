@@ -1,4 +1,5 @@
-"""The elementwise steps around the attentions, each in one pass over memory: norm + rotary positions, norm + gate."""
+"""The elementwise steps around the attentions, each in one pass over memory: norm + rotary positions, norm +
+gate."""
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def norm_rope(
         weight (Tensor): `[D]`, or None for no norm.
         cos, sin (Tensor): `[B, T, D / 2]` or `[1, T, D / 2]`, float32, or None for no rotation.
         eps: added to the mean square.
-        out_dtype: x's dtype if None. The work is done in float32 (float64 for float64) whatever comes in and goes out.
+        out_dtype: x's dtype if None. The work is done in float32 (float64 for float64) whatever comes in and
+            goes out.
 
     Returns:
         `[B, T, H, D]`. Gradients flow to x and weight.
@@ -44,7 +46,9 @@ def norm_rope(
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [{x.shape[-1]}], as wide as a head of x; got {list(weight.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table is not None and (table.shape[-2:] != (x.shape[1], x.shape[3] / 2) or table.shape[0] not in (1, x.shape[0])):
+        if table is not None and (
+            table.shape[-2:] != (x.shape[1], x.shape[3] / 2) or table.shape[0] not in (1, x.shape[0])
+        ):
             raise ValueError(f"{name} must be [B, T, D / 2] for x {list(x.shape)}, got {list(table.shape)}")
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin come together")

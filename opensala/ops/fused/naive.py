@@ -9,7 +9,9 @@ def naive_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
-def naive_norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
+def naive_norm_rope(
+    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float
+) -> Tensor:
     """Element i of a head and element i + D/2 are the coordinates of a point turned by angle i."""
     x = naive_norm(x, weight, eps)
     if cos is None or sin is None:

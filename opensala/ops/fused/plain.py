@@ -1,4 +1,5 @@
-"""The fused elementwise steps in PyTorch's own operators: right on any device, with autograd; several passes."""
+"""The fused elementwise steps in PyTorch's own operators: right on any device, with autograd; several
+passes."""
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else torch.nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
 
 
-def plain_norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
+def plain_norm_rope(
+    x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float
+) -> Tensor:
     """See `norm_rope`; the result is float32 (float64 for float64)."""
     x = _norm(_wide(x), weight, eps)
     if cos is None or sin is None:

@@ -1,4 +1,5 @@
-"""Norm + rotary positions and norm + gate in Triton: one pass over memory, one launch each way (see triton_kernels.py)."""
+"""Norm + rotary positions and norm + gate in Triton: one pass over memory, one launch each way (see
+triton_kernels.py)."""
 
 from typing import Any
 
@@ -16,27 +17,50 @@ PROGRAMS = 512  # of a backward launch: about four for each multiprocessor of an
 def _rope_config(dim: int, item: int) -> dict[str, int]:
     half = cdiv(dim, 2)
     columns = 1 << (half - 1).bit_length()
-    return {"D": dim, "HALF": half, "COLS": columns, "ROWS": max(1, ROPE_TILE // item // (2 * columns)), "num_warps": 4}
+    return {
+        "D": dim,
+        "HALF": half,
+        "COLS": columns,
+        "ROWS": max(1, ROPE_TILE // item // (2 * columns)),
+        "num_warps": 4,
+    }
 
 
 def _gate_config(width: int, item: int) -> dict[str, int]:
-    columns = 1 << (width - 1).bit_length()  # past 8192 the backward kernel spills some 200 bytes a thread: still right
-    return {"W": width, "COLS": columns, "ROWS": max(1, GATE_TILE // item // columns), "num_warps": min(32, max(4, columns // 512))}
+    columns = (
+        1 << (width - 1).bit_length()
+    )  # past 8192 the backward kernel spills some 200 bytes a thread: still right
+    return {
+        "W": width,
+        "COLS": columns,
+        "ROWS": max(1, GATE_TILE // item // columns),
+        "num_warps": min(32, max(4, columns // 512)),
+    }
 
 
 def _storable(dtype: torch.dtype) -> torch.dtype:
-    """What kernels write for this dtype: the interpreter rounds to bfloat16 wrongly, there they write float32."""
+    """What kernels write for this dtype: the interpreter rounds to bfloat16 wrongly, there they write
+    float32."""
     return torch.float32 if dtype == torch.bfloat16 and triton_interpreted() else dtype
 
 
 class _NormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float,
-                dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
         out = torch.empty_like(x, dtype=dtype)
         config = _rope_config(x.shape[-1], x.element_size())
         arguments = _rope_arguments(x, cos)
-        norm_rope_kernel[(cdiv(arguments["rows"], config["ROWS"]),)](x, weight, cos, sin, out, eps=eps, **arguments, **config)
+        norm_rope_kernel[(cdiv(arguments["rows"], config["ROWS"]),)](
+            x, weight, cos, sin, out, eps=eps, **arguments, **config
+        )
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.eps = eps
         return out
@@ -50,8 +74,9 @@ class _NormRope(torch.autograd.Function):
         dx = torch.empty_like(x)
         partial = None if weight is None else x.new_empty(programs, x.shape[-1], dtype=torch.float32)
         with on_device(x):
-            norm_rope_grad_kernel[(programs,)](x, weight, cos, sin, grads[0].contiguous(), dx, partial, eps=ctx.eps,
-                                               **arguments, **config)
+            norm_rope_grad_kernel[(programs,)](
+                x, weight, cos, sin, grads[0].contiguous(), dx, partial, eps=ctx.eps, **arguments, **config
+            )
         return dx, _total(partial, weight), None, None, None, None
 
 
@@ -82,8 +107,9 @@ class _NormGate(torch.autograd.Function):
         dgate = None if gate is None else torch.empty_like(gate)
         partial = None if weight is None else x.new_empty(programs, x.shape[-1], dtype=torch.float32)
         with on_device(x):
-            norm_gate_grad_kernel[(programs,)](x, weight, gate, grads[0].contiguous(), dx, partial, dgate, rows, ctx.eps,
-                                               **config)
+            norm_gate_grad_kernel[(programs,)](
+                x, weight, gate, grads[0].contiguous(), dx, partial, dgate, rows, ctx.eps, **config
+            )
         return dx, _total(partial, weight), dgate, None
 
 
@@ -95,11 +121,19 @@ def _ready(x: Tensor | None) -> Tensor | None:
     return None if x is None else computable(x).contiguous()
 
 
-def triton_norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float,
-                     out_dtype: torch.dtype) -> Tensor:
+def triton_norm_rope(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """See `norm_rope`; gradients flow to x and weight, once."""
     with on_device(x):
-        return _NormRope.apply(_ready(x), _ready(weight), _ready(cos), _ready(sin), eps, _storable(out_dtype)).to(out_dtype)
+        return _NormRope.apply(
+            _ready(x), _ready(weight), _ready(cos), _ready(sin), eps, _storable(out_dtype)
+        ).to(out_dtype)
 
 
 def triton_norm_gate(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
@@ -110,18 +144,43 @@ def triton_norm_gate(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps:
 
 def compile_cases(arch: int) -> CompileCases:
     """The released shapes in bf16, and narrow float32 ones with a table of angles for all batches."""
-    for name, x, heads, dim, repeated in (("32 x 128 bf16", "*bf16", 32, 128, False), ("8 x 64 fp32", "*fp32", 8, 64, True)):
+    for name, x, heads, dim, repeated in (
+        ("32 x 128 bf16", "*bf16", 32, 128, False),
+        ("8 x 64 fp32", "*fp32", 8, 64, True),
+    ):
         config = _rope_config(dim, 2 if x == "*bf16" else 4)
         options = {"num_warps": config.pop("num_warps")}
         config.update(H=heads, REPEATED=repeated)
-        types = {"x": x, "weight": x, "cos": "*fp32", "sin": "*fp32", "rows": "i32", "table_rows": "i32", "eps": "fp32"}
+        types = {
+            "x": x,
+            "weight": x,
+            "cos": "*fp32",
+            "sin": "*fp32",
+            "rows": "i32",
+            "table_rows": "i32",
+            "eps": "fp32",
+        }
         yield CompileCase(f"norm_rope {name}", norm_rope_kernel, {**types, "out": x}, config, options)
-        yield CompileCase(f"norm_rope grad {name}", norm_rope_grad_kernel, {**types, "grad": x, "dx": x, "dweight": "*fp32"},
-                          config, options)
-    for name, x, width in (("4096 bf16", "*bf16", 4096), ("512 fp32", "*fp32", 512), ("8192 bf16", "*bf16", 8192)):
+        yield CompileCase(
+            f"norm_rope grad {name}",
+            norm_rope_grad_kernel,
+            {**types, "grad": x, "dx": x, "dweight": "*fp32"},
+            config,
+            options,
+        )
+    for name, x, width in (
+        ("4096 bf16", "*bf16", 4096),
+        ("512 fp32", "*fp32", 512),
+        ("8192 bf16", "*bf16", 8192),
+    ):
         config = _gate_config(width, 2 if x == "*bf16" else 4)
         options = {"num_warps": config.pop("num_warps")}
         types = {"x": x, "weight": x, "gate": x, "rows": "i32", "eps": "fp32"}
         yield CompileCase(f"norm_gate {name}", norm_gate_kernel, {**types, "out": x}, config, options)
-        yield CompileCase(f"norm_gate grad {name}", norm_gate_grad_kernel,
-                          {**types, "grad": x, "dx": x, "dgate": x, "dweight": "*fp32"}, config, options)
+        yield CompileCase(
+            f"norm_gate grad {name}",
+            norm_gate_grad_kernel,
+            {**types, "grad": x, "dx": x, "dgate": x, "dweight": "*fp32"},
+            config,
+            options,
+        )

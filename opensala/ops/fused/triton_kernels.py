@@ -1,9 +1,11 @@
 # mypy: allow-untyped-defs
-"""The Triton kernels of norm + rotary positions and norm + gate, forward and backward. All tensors are contiguous.
+"""The Triton kernels of norm + rotary positions and norm + gate, forward and backward. All tensors are
+contiguous.
 
-Each reads its inputs once and writes its results once: several rows a program, a whole row at a time, everything in
-float32 in between. The backward kernels normalise again instead of keeping anything; a fixed number of their programs
-share the rows, and each leaves one partial sum of the weight's gradient, so that the sum has one order.
+Each reads its inputs once and writes its results once: several rows a program, a whole row at a time,
+everything in float32 in between. The backward kernels normalise again instead of keeping anything; a fixed
+number of their programs share the rows, and each leaves one partial sum of the weight's gradient, so that the
+sum has one order.
 """
 
 import triton
@@ -18,8 +20,11 @@ def _load(pointer, cells, mask):
 
 
 @triton.jit
-def _angles(cos, sin, row, live, columns, H: tl.constexpr, HALF: tl.constexpr, table_rows, REPEATED: tl.constexpr):
-    """Cosines and sines for rows that are heads of tokens; with REPEATED one table of `table_rows` tokens serves all batches."""
+def _angles(
+    cos, sin, row, live, columns, H: tl.constexpr, HALF: tl.constexpr, table_rows, REPEATED: tl.constexpr
+):
+    """Cosines and sines for rows that are heads of tokens; with REPEATED one table of `table_rows` tokens
+    serves all batches."""
     token = row // H
     if REPEATED:
         token = token % table_rows
@@ -30,8 +35,20 @@ def _angles(cos, sin, row, live, columns, H: tl.constexpr, HALF: tl.constexpr, t
 
 @triton.jit(do_not_specialize=_COUNTS)
 def norm_rope_kernel(
-    x, weight, cos, sin, out, rows, table_rows, eps,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, REPEATED: tl.constexpr,
+    x,
+    weight,
+    cos,
+    sin,
+    out,
+    rows,
+    table_rows,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    REPEATED: tl.constexpr,
 ):
     """out [rows, D]; a row is held as its first HALF elements and the others, which are turned together."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -55,8 +72,22 @@ def norm_rope_kernel(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def norm_rope_grad_kernel(
-    x, weight, cos, sin, grad, dx, dweight, rows, table_rows, eps,
-    H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, REPEATED: tl.constexpr,
+    x,
+    weight,
+    cos,
+    sin,
+    grad,
+    dx,
+    dweight,
+    rows,
+    table_rows,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    REPEATED: tl.constexpr,
 ):
     """dx [rows, D], and one row of dweight [programs, D] for each program."""
     columns = tl.arange(0, COLS)
@@ -98,7 +129,9 @@ def norm_rope_grad_kernel(
 
 
 @triton.jit(do_not_specialize=_COUNTS)
-def norm_gate_kernel(x, weight, gate, out, rows, eps, W: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+def norm_gate_kernel(
+    x, weight, gate, out, rows, eps, W: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr
+):
     """out [rows, W]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLS)
@@ -114,7 +147,18 @@ def norm_gate_kernel(x, weight, gate, out, rows, eps, W: tl.constexpr, COLS: tl.
 
 @triton.jit(do_not_specialize=_COUNTS)
 def norm_gate_grad_kernel(
-    x, weight, gate, grad, dx, dweight, dgate, rows, eps, W: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr
+    x,
+    weight,
+    gate,
+    grad,
+    dx,
+    dweight,
+    dgate,
+    rows,
+    eps,
+    W: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """dx, dgate [rows, W], and one row of dweight [programs, W] for each program."""
     columns = tl.arange(0, COLS)
@@ -133,7 +177,9 @@ def norm_gate_grad_kernel(
         if gate is not None:
             share = tl.sigmoid(_load(gate, cells, inside))
             normed = y * factor if weight is not None else y
-            tl.store(dgate + cells, (d * normed * share * (1.0 - share)).to(dgate.dtype.element_ty), mask=inside)
+            tl.store(
+                dgate + cells, (d * normed * share * (1.0 - share)).to(dgate.dtype.element_ty), mask=inside
+            )
             d *= share
         if weight is not None:
             total += d * y

@@ -47,8 +47,8 @@ def lightning_attention(
         decay (Tensor): non-negative decay rate per head and token, `[H]`; no gradient flows to it.
         scale (float): factor on the output; 1/sqrt(D) if None.
         initial_state (Tensor): state to start from, `[N, H, D, Dv]`, zeros if None.
-        cu_seqlens (Tensor): `[N + 1]` integer boundaries of N documents packed into one row (B must be 1). On a
-            GPU their values are not checked: that would make the CPU wait.
+        cu_seqlens (Tensor): `[N + 1]` integer boundaries of N documents packed into one row (B must be 1). On
+            a GPU their values are not checked: that would make the CPU wait.
         backend: which implementation runs; chosen by `choose_backend` if None.
 
     Returns:
@@ -73,7 +73,11 @@ def _implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
         from .triton import triton_lightning_attention  # needs the package triton
 
         return triton_lightning_attention
-    return {"naive": naive_lightning_attention, "torch": chunk_lightning_attention, "cpp": cpp_lightning_attention}[name]
+    return {
+        "naive": naive_lightning_attention,
+        "torch": chunk_lightning_attention,
+        "cpp": cpp_lightning_attention,
+    }[name]
 
 
 def head_dim_limit(*tensors: Tensor) -> str | None:
@@ -87,15 +91,20 @@ def _check(
 ) -> None:
     if q.dim() != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise ValueError(
-            f"q, k, v must be [B, T, H, D], [B, T, H, D], [B, T, H, Dv]; got {list(q.shape)}, {list(k.shape)}, "
+            f"q, k, v must be [B, T, H, D], [B, T, H, D], [B, T, H, Dv]; got {list(q.shape)}, "
+            f"{list(k.shape)}, "
             f"{list(v.shape)}. Repeat k and v to the query heads first."
         )
     if decay.shape != (q.shape[2],):
-        raise ValueError(f"decay must have one rate for each of {q.shape[2]} heads; got shape {list(decay.shape)}")
+        raise ValueError(
+            f"decay must have one rate for each of {q.shape[2]} heads; got shape {list(decay.shape)}"
+        )
     sequences = q.shape[0]
     if cu_seqlens is not None:
         if q.shape[0] != 1:
-            raise ValueError(f"cu_seqlens needs batch size 1, got {q.shape[0]}: flatten the documents into one row")
+            raise ValueError(
+                f"cu_seqlens needs batch size 1, got {q.shape[0]}: flatten the documents into one row"
+            )
         check_boundaries("cu_seqlens", cu_seqlens, q.shape[1])
         sequences = len(cu_seqlens) - 1
     expected = (sequences, q.shape[2], q.shape[3], v.shape[3])
@@ -104,15 +113,22 @@ def _check(
 
 
 def check_boundaries(name: str, cu_seqlens: Tensor, length: int) -> None:
-    """Refuse document boundaries that are not integers in one row, or do not rise from 0 to the number of tokens.
+    """Refuse document boundaries that are not integers in one row, or do not rise from 0 to the number of
+    tokens.
 
     The numbers themselves are not looked at where they are on a GPU: that would make the CPU wait for it.
     """
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be [N + 1] boundaries, int32 or int64; got {list(cu_seqlens.shape)}, {cu_seqlens.dtype}")
+        raise ValueError(
+            f"{name} must be [N + 1] boundaries, int32 or int64; got {list(cu_seqlens.shape)}, "
+            f"{cu_seqlens.dtype}"
+        )
     if cu_seqlens.is_cuda:
         return
     bounds = cu_seqlens.tolist()
     rising = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
     if not rising or bounds[0] != 0 or bounds[-1] != length:
-        raise ValueError(f"{name} must rise from 0 to {length} (the tokens given), got {bounds[:8]}{'...' * (len(bounds) > 8)}")
+        raise ValueError(
+            f"{name} must rise from 0 to {length} (the tokens given), got "
+            f"{bounds[:8]}{'...' * (len(bounds) > 8)}"
+        )

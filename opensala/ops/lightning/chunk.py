@@ -66,8 +66,9 @@ def _attend(
     if bounds is None:
         outputs, state = [], state_NHDE
         for a in range(0, length, span):
-            o, state = _segment(q_BTHD[:, a : a + span], k_BTHD[:, a : a + span], v_BTHE[:, a : a + span],
-                                decay, state, chunk)
+            o, state = _segment(
+                q_BTHD[:, a : a + span], k_BTHD[:, a : a + span], v_BTHE[:, a : a + span], decay, state, chunk
+            )
             outputs.append(o)
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), state
     return _documents(q_BTHD, k_BTHD, v_BTHE, decay, state_NHDE, bounds, chunk)
@@ -153,8 +154,9 @@ def _add_inter(o: Tensor, q_: Tensor, decay: Tensor, states: Tensor) -> None:
 
 class _ChunkLightning(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor,
-                bounds: list[int] | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, bounds: list[int] | None
+    ) -> tuple[Tensor, Tensor]:
         o, final = _attend(q, k, v, decay, state, bounds)
         ctx.save_for_backward(q, k, v, decay, state)
         ctx.bounds = bounds

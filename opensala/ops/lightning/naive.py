@@ -44,7 +44,9 @@ def naive_lightning_attention(
         return torch.cat([o for o, _ in parts], 1), torch.cat([s for _, s in parts], 0)
 
     batch, length, heads, dim = q.shape
-    state = q.new_zeros(batch, heads, dim, v.shape[-1]) if initial_state is None else initial_state.to(q.dtype)
+    state = (
+        q.new_zeros(batch, heads, dim, v.shape[-1]) if initial_state is None else initial_state.to(q.dtype)
+    )
     keep = torch.exp(-decay.to(q.dtype))[None, :, None, None]
     outputs = []
     for t in range(length):

@@ -1,17 +1,24 @@
 # mypy: allow-untyped-defs
-"""The Triton kernels of Lightning attention. All tensors are contiguous; launches are in triton.py beside this file.
+"""The Triton kernels of Lightning attention. All tensors are contiguous; launches are in triton.py beside
+this file.
 
-A sequence is cut into segments, a segment into chunks. Every segment but the last adds up what its own tokens leave in
-the state (`segment_kernel`), a scan over the segments turns that into the state each segment starts from
-(`scan_kernel`), and then every segment walks through its chunks with the state in registers (`output_kernel`).
+A sequence is cut into segments, a segment into chunks. Every segment but the last adds up what its own tokens
+leave in the state (`segment_kernel`), a scan over the segments turns that into the state each segment starts
+from (`scan_kernel`), and then every segment walks through its chunks with the state in registers
+(`output_kernel`).
 
-Direction. The gradient of this recurrence is the same recurrence backwards in time, so REVERSE only changes how place p
-of a segment maps to a token: p tokens behind its start, or p tokens before its end. Everything else works with places.
-A forward state is the state after the previous token, thus decayed once more before it meets place 0 (SHIFT = 1).
-A backward one is handed over already decayed up to place 0 (SHIFT = 0): no division by a decay that may be zero.
+Direction. The gradient of this recurrence is the same recurrence backwards in time, so REVERSE only changes
+how place p
+of a segment maps to a token: p tokens behind its start, or p tokens before its end. Everything else works
+    with places.
+A forward state is the state after the previous token, thus decayed once more before it meets place 0 (SHIFT =
+1).
+A backward one is handed over already decayed up to place 0 (SHIFT = 0): no division by a decay that may be
+    zero.
 
-Letters: N sequences, H heads, S state slots, K width of q and k, V width of v and o, C tokens of a chunk, L of a segment;
-KP, VP, ... are the powers of two that hold them, BK and BV the tile of the state that one program works on.
+Letters: N sequences, H heads, S state slots, K width of q and k, V width of v and o, C tokens of a chunk, L
+of a segment; KP, VP, ... are the powers of two that hold them, BK and BV the tile of the state that one
+program works on.
 """
 
 import triton
@@ -20,7 +27,11 @@ import triton.language as tl
 from ..triton_common import find_document
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_SHAPES = ["length", "segments", "documents"]  # differ from call to call: no kernel of their own for each kind of number
+_SHAPES = [
+    "length",
+    "segments",
+    "documents",
+]  # differ from call to call: no kernel of their own for each kind of number
 CUTOFF: tl.constexpr = tl.constexpr(80.0)  # exp(-80) is taken to be zero, as in the chunked PyTorch form
 
 
@@ -33,14 +44,23 @@ def _power(rate, steps):
 
 @triton.jit
 def _segment_of(number, cu, length, segments, documents, L: tl.constexpr, STEPS: tl.constexpr):
-    """Of segment `number` of the launch: sequence, place in it, row and bounds of the sequence, its first state slot.
+    """Of segment `number` of the launch: sequence, place in it, row and bounds of the sequence, its first
+    state slot.
 
-    Slot first + i holds the state that segment i + 1 of the sequence starts from; segment 0 starts from the initial one.
+    Slot first + i holds the state that segment i + 1 of the sequence starts from; segment 0 starts from the
+    initial one.
     Document n's slots begin at cu[n] // L: no two documents meet, and T // L slots hold all.
     """
     if cu is None:
         sequence = number // segments
-        return sequence, number % segments, sequence, sequence * 0, sequence * 0 + length, sequence * (segments - 1)
+        return (
+            sequence,
+            number % segments,
+            sequence,
+            sequence * 0,
+            sequence * 0 + length,
+            sequence * (segments - 1),
+        )
     else:
         sequence, segment = find_document(cu, number, documents, L, STEPS)
         start = tl.load(cu + sequence).to(tl.int64)
@@ -56,9 +76,26 @@ def _first_token(start, end, place, REVERSE: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SHAPES)
 def segment_kernel(
-    k, v, decay, states, cu, length, segments, documents, update_scale,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    L: tl.constexpr, REVERSE: tl.constexpr, SHIFT: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+    k,
+    v,
+    decay,
+    states,
+    cu,
+    length,
+    segments,
+    documents,
+    update_scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """What the tokens of each segment that is not the last leave in the state: states [S, H, K, V]."""
     tiles_v: tl.constexpr = (V + BV - 1) // BV
@@ -73,7 +110,8 @@ def segment_kernel(
     first = (row * length + _first_token(start, end, segment * L, REVERSE)) * H + head
     step: tl.constexpr = -1 if REVERSE else 1
     rate = tl.load(decay + head)
-    # Tokens whose decay up to the segment's end is past the cutoff need not be read: for steep heads that is most.
+    # Tokens whose decay up to the segment's end is past the cutoff need not be read: for steep heads
+    # that is most.
     skipped = (L - tl.minimum(1.0 / tl.maximum(rate, 1e-20) * CUTOFF, L)).to(tl.int32) // C * C
 
     places = tl.arange(0, C)
@@ -98,10 +136,18 @@ def segment_kernel(
 
 @triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
-    states, initial, decay, cu, segments,
-    H: tl.constexpr, SIZE: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
+    states,
+    initial,
+    decay,
+    cu,
+    segments,
+    H: tl.constexpr,
+    SIZE: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """In place: what each segment adds becomes the state the next one starts from. states [S, H, SIZE], initial [N, H, SIZE]."""
+    """In place: what each segment adds becomes the state the next one starts from. states [S, H, SIZE],
+    initial [N, H, SIZE]."""
     tiles: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
     tile = program % tiles
@@ -127,7 +173,9 @@ def scan_kernel(
         state = tl.load(initial + (sequence * H + head) * SIZE + cells, mask=inside, other=0.0)
     for hop in range(hops):
         behind = tl.where(hop + 1 < hops, H * SIZE, 0)
-        following = tl.load(states + behind + cells, mask=inside, other=0.0)  # on its way while `added` is used
+        following = tl.load(
+            states + behind + cells, mask=inside, other=0.0
+        )  # on its way while `added` is used
         state = state * keep + added
         tl.store(states + cells, state, mask=inside)
         added = following
@@ -138,7 +186,8 @@ def scan_kernel(
 def _state_product(q, state):
     """q @ state in float32, with the state rounded to q's dtype.
 
-    float16 ends at 65504, which a state may pass: there the state is brought to at most 1 and the product back.
+    float16 ends at 65504, which a state may pass: there the state is brought to at most 1 and the product
+        back.
     """
     if q.dtype == tl.float16:
         top = tl.max(tl.max(tl.abs(state), 1), 0)
@@ -155,16 +204,39 @@ def _inside(k_cols, v_cols, wanted, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SHAPES)
 def output_kernel(
-    q, k, v, o, decay, initial, states, final, cu,
-    length, segments, documents, score_scale, state_scale, update_scale,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    L: tl.constexpr, REVERSE: tl.constexpr, SHIFT: tl.constexpr, TRANSPOSED: tl.constexpr, STEPS: tl.constexpr,
+    q,
+    k,
+    v,
+    o,
+    decay,
+    initial,
+    states,
+    final,
+    cu,
+    length,
+    segments,
+    documents,
+    score_scale,
+    state_scale,
+    update_scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    BV: tl.constexpr,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    REVERSE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STEPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """o [N, T, H, V] from q, k, v and the state each segment starts from; the last segment writes the final state.
+    """o [N, T, H, V] from q, k, v and the state each segment starts from; the last segment writes the final
+    state.
 
-    o_p = score_scale * sum_{r <= p} decay^(p-r) (q_p . k_r) v_r + state_scale * decay^(p+SHIFT) q_p state. The update of
-    the state carries update_scale. States are [.., K, V], or with TRANSPOSED [.., V, K].
+    o_p = score_scale * sum_{r <= p} decay^(p-r) (q_p . k_r) v_r + state_scale * decay^(p+SHIFT) q_p state.
+    The update of the state carries update_scale. States are [.., K, V], or with TRANSPOSED [.., V, K].
     """
     tiles: tl.constexpr = (V + BV - 1) // BV
     program = tl.program_id(0)
@@ -182,7 +254,8 @@ def output_kernel(
     places = tl.arange(0, C)
     k_cols = tl.arange(0, KP)
     v_cols = tile * BV + tl.arange(0, BV)
-    # 64 bits say where the segment lies, 32 where a token lies in it: a table of 64-bit addresses would fill the registers.
+    # 64 bits say where the segment lies, 32 where a token lies in it: a table of 64-bit addresses would
+    # fill the registers.
     q += first * K
     k += first * K
     v += first * V
@@ -219,13 +292,26 @@ def output_kernel(
         state = tl.dot(tl.trans(kc), weighted, state * _power(rate, valid), input_precision="ieee")
     if final is not None:
         last = (segment + 1) * L >= end - start
-        tl.store(final + (sequence * H + head) * K * V + cells, state, mask=_inside(k_cols, v_cols, last, K, V))
+        tl.store(
+            final + (sequence * H + head) * K * V + cells, state, mask=_inside(k_cols, v_cols, last, K, V)
+        )
 
 
 @triton.jit
 def step_kernel(
-    q, k, v, o, decay, initial, final, scale,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, BV: tl.constexpr,
+    q,
+    k,
+    v,
+    o,
+    decay,
+    initial,
+    final,
+    scale,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    KP: tl.constexpr,
+    BV: tl.constexpr,
 ):
     """One token of each sequence: the state is read once and written once. q, k [N, H, K], v, o [N, H, V]."""
     tiles: tl.constexpr = (V + BV - 1) // BV

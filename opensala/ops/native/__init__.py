@@ -1,9 +1,10 @@
-"""The compiled CPU kernels: built once for this machine's processor at first use, then loaded from a cache folder.
+"""The compiled CPU kernels: built once for this machine's processor at first use, then loaded from a cache
+folder.
 
-The sources need a C++17 compiler with vector extensions (g++ 12 or clang 15 and later) and nothing else: they take raw
-pointers and know no torch, so that they compile in seconds and outlive an upgrade of torch. OpenMP's threads are
-shared with torch, whose own libgomp is already in the process. Without a compiler the PyTorch forms run instead, and
-`backends` says so.
+The sources need a C++17 compiler with vector extensions (g++ 12 or clang 15 and later) and nothing else: they
+take raw pointers and know no torch, so that they compile in seconds and outlive an upgrade of torch. OpenMP's
+threads are shared with torch, whose own libgomp is already in the process. Without a compiler the PyTorch
+forms run instead, and `backends` says so.
 """
 
 import ctypes
@@ -21,7 +22,16 @@ from pathlib import Path
 
 logger = logging.getLogger("opensala")
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-Wno-psabi")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+    "-fPIC",
+    "-Wno-psabi",
+)
 CACHE_VARIABLE = "OPENSALA_CACHE"
 
 
@@ -33,7 +43,8 @@ class Library:
     reason: str | None
 
     def call(self, name: str, *arguments: object) -> None:
-        """Call an exported function; int -> int64, float -> float, None or address (ctypes.c_void_p) -> pointer."""
+        """Call an exported function; int -> int64, float -> float, None or address (ctypes.c_void_p) ->
+        pointer."""
         assert self.handle is not None, "the choice of backend asks for the reason first"
         getattr(self.handle, name)(*(_as_c(x) for x in arguments))
 
@@ -59,14 +70,16 @@ def library() -> Library:
 
 
 def find_compiler() -> str | None:
-    """Path of the C++ compiler: the variable CXX if it is set, else the first of g++, clang++, c++ on the path."""
+    """Path of the C++ compiler: the variable CXX if it is set, else the first of g++, clang++, c++ on the
+    path."""
     asked = os.environ.get("CXX")
     names = [asked] if asked else ["g++", "clang++", "c++"]
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
 def build(compiler: str) -> Path:
-    """Compile the sources unless the cache holds them for this compiler and processor; the path of the library."""
+    """Compile the sources unless the cache holds them for this compiler and processor; the path of the
+    library."""
     folder = Path(__file__).parent
     sources = sorted(folder.glob("*.cpp"))
     key = hashlib.sha256()
@@ -86,7 +99,11 @@ def build(compiler: str) -> Path:
             subprocess.run([compiler, *FLAGS, *arguments], capture_output=True, text=True, check=True)
 
         objects = [str(Path(work) / f"{source.stem}.o") for source in sources]
-        list(pool.map(run, (["-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True))))
+        list(
+            pool.map(
+                run, (["-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True))
+            )
+        )
         run(["-shared", *objects, "-o", str(Path(work) / "kernels.so")])
         (Path(work) / "kernels.so").rename(target)
     return target
@@ -95,7 +112,11 @@ def build(compiler: str) -> Path:
 def cache_folder() -> Path:
     """Where compiled kernels are kept: OPENSALA_CACHE, or `opensala` in the user's cache folder."""
     asked = os.environ.get(CACHE_VARIABLE)
-    return Path(asked) if asked else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opensala"
+    return (
+        Path(asked)
+        if asked
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "opensala"
+    )
 
 
 def _processor() -> str:
@@ -104,7 +125,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return "\n".join(next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags", "Features"))
+    return "\n".join(
+        next((line for line in lines if line.startswith(key)), "")
+        for key in ("model name", "flags", "Features")
+    )
 
 
 def _last_lines(text: str) -> str:

@@ -19,7 +19,8 @@ def kind(x: Tensor) -> int:
 
 
 def inner_contiguous(x: Tensor) -> Tensor:
-    """x with neighbouring elements of the last dimension next to each other in memory; copied only if they are not."""
+    """x with neighbouring elements of the last dimension next to each other in memory; copied only if they
+    are not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -15,14 +15,23 @@ from .naive import naive_compress_keys, naive_select_blocks, naive_select_region
 from .select import compress, select_sequence
 from .spec import REGION, BlockSpec, num_windows
 
-__all__ = ["BlockSpec", "compress_keys", "extend_compressed", "num_windows", "select_blocks", "sparse_attention"]
+__all__ = [
+    "BlockSpec",
+    "compress_keys",
+    "extend_compressed",
+    "num_windows",
+    "select_blocks",
+    "sparse_attention",
+]
 
 LSE_KINDS = ("coarse", "exact")
 SEARCHES = ("exact", "hierarchical")
 REGIONS = 64
 
 
-def compress_keys(k: Tensor, kernel_size: int, kernel_stride: int, *, backend: Backend | None = None) -> Tensor:
+def compress_keys(
+    k: Tensor, kernel_size: int, kernel_stride: int, *, backend: Backend | None = None
+) -> Tensor:
     """Mean-pool keys over every full window: `[B, L, Hkv, D]` -> `[B, n, Hkv, D]`.
 
     Window j covers tokens j * kernel_stride ... j * kernel_stride + kernel_size - 1; unfinished windows do
@@ -51,12 +60,14 @@ def extend_compressed(
     *,
     backend: Backend | None = None,
 ) -> None:
-    """After `new_tokens` keys were put behind the first `past` ones, write the windows they complete into `out`.
+    """After `new_tokens` keys were put behind the first `past` ones, write the windows they complete into
+    `out`.
 
     Args:
         k (Tensor): key storage `[B, capacity, Hkv, D]`.
         out (Tensor): storage of the compressed keys `[B, windows, Hkv, D]`; modified in place.
-        past: keys each row held before, one number or `[B]` integers (which may stay on the GPU: nothing waits for them).
+        past: keys each row held before, one number or `[B]` integers (which may stay on the GPU: nothing
+            waits for them).
         new_tokens: keys each row got.
 
     Raises:
@@ -67,7 +78,10 @@ def extend_compressed(
         ends = [p + new_tokens for p in (past.tolist() if isinstance(past, Tensor) else [past])]
         needed = num_windows(max(ends), kernel_size, kernel_stride)
         if out.shape[1] < needed or k.shape[1] < max(ends):
-            raise ValueError(f"{max(ends)} keys make {needed} windows; k has room for {k.shape[1]} keys, out for {out.shape[1]} windows")
+            raise ValueError(
+                f"{max(ends)} keys make {needed} windows; k has room for {k.shape[1]} keys, out for "
+                f"{out.shape[1]} windows"
+            )
     if name == "triton":
         from .triton import triton_extend_compressed
 
@@ -103,21 +117,23 @@ def select_blocks(
         spec (BlockSpec): sizes of windows and blocks.
         compressed: the two levels `[B, n1, Hkv, D]`, `[B, n2, Hkv, D]` if already at hand (a cache has them);
             windows beyond those of `lengths` are not looked at.
-        lengths: keys of each row, `[B]` integers or one number for all; L if None. On a GPU the numbers may stay
-            there: nothing waits for them.
+        lengths: keys of each row, `[B]` integers or one number for all; L if None. On a GPU the numbers may
+            stay there: nothing waits for them.
         scale (float): 1/sqrt(D) if None.
-        lse: `coarse` takes the softmax denominator from the second level (released model), `exact` from the first.
-        search: `exact` scores every compressed key; `hierarchical` scores regions of 16 blocks and looks only into
-            some of them, which costs a twentieth on very long contexts and misses some blocks (docs/selection.md).
-        regions: how many regions a query looks into when the search is hierarchical; no effect on documents that
-            have no more than that (1024 tokens a region in the release).
+        lse: `coarse` takes the softmax denominator from the second level (released model), `exact` from the
+            first.
+        search: `exact` scores every compressed key; `hierarchical` scores regions of 16 blocks and looks only
+            into some of them, which costs a twentieth on very long contexts and misses some blocks
+            (docs/selection.md).
+        regions: how many regions a query looks into when the search is hierarchical; no effect on documents
+            that have no more than that (1024 tokens a region in the release).
         cu_seqlens: `[N + 1]` boundaries of documents packed in one row (B = 1, T = L); block numbers then
             count from the start of each document.
 
     Returns:
-        int32 block numbers `[B, T, Hkv, topk + window_size / block_size]`, ascending, padded with -1. Where blocks tie
-        exactly at the edge of the choice (neighbours share a window), `cpp` and `torch` decide as torch.topk does on a
-        CPU over the blocks the query sees, `triton` takes the lower block number.
+        int32 block numbers `[B, T, Hkv, topk + window_size / block_size]`, ascending, padded with -1. Where
+        blocks tie exactly at the edge of the choice (neighbours share a window), `cpp` and `torch` decide as
+        torch.topk does on a CPU over the blocks the query sees, `triton` takes the lower block number.
 
     Raises:
         ValueError: head counts that do not divide, unknown `lse` or `search`, too few regions, missing keys.
@@ -129,8 +145,10 @@ def select_blocks(
     if search not in SEARCHES:
         raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
     if regions * REGION < spec.num_blocks:
-        raise ValueError(f"regions must be at least {-(-spec.num_blocks // REGION)}, got {regions}: "
-                         f"{spec.num_blocks} blocks are to be chosen from them, and each has {REGION}")
+        raise ValueError(
+            f"regions must be at least {-(-spec.num_blocks // REGION)}, got {regions}: "
+            f"{spec.num_blocks} blocks are to be chosen from them, and each has {REGION}"
+        )
     if k is None and (compressed is None or lengths is None):
         raise ValueError("select_blocks needs k, or compressed keys together with lengths")
     _check_heads(q, k if k is not None else compressed[0])  # type: ignore[index]
@@ -138,7 +156,9 @@ def select_blocks(
         raise ValueError("packed documents (cu_seqlens) come with their keys, not with lengths")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     special = {"cpp": None} if search == "hierarchical" else {"cpp": None, "triton": head_dim_limit(q)}
-    name = choose_backend("select_blocks" if search == "exact" else "select_blocks by regions", q, backend, special)
+    name = choose_backend(
+        "select_blocks" if search == "exact" else "select_blocks by regions", q, backend, special
+    )
     with torch.no_grad():
         if name == "triton":
             from .triton import triton_select_blocks
@@ -146,8 +166,19 @@ def select_blocks(
             return triton_select_blocks(q, k, spec, compressed, lengths, scale, lse, cu_seqlens)
         if cu_seqlens is not None:
             assert k is not None, "checked above"
-            parts = [select_blocks(q[:, s], k[:, s], spec, scale=scale, lse=lse, search=search, regions=regions, backend=backend)
-                     for s in _documents(q, k, cu_seqlens)]
+            parts = [
+                select_blocks(
+                    q[:, s],
+                    k[:, s],
+                    spec,
+                    scale=scale,
+                    lse=lse,
+                    search=search,
+                    regions=regions,
+                    backend=backend,
+                )
+                for s in _documents(q, k, cu_seqlens)
+            ]
             return torch.cat(parts, 1)
         totals = _row_lengths(lengths, q, k)
         if name == "naive":
@@ -159,8 +190,10 @@ def select_blocks(
             return torch.stack([naive_select_regions(a, b, spec, scale, regions).int() for a, b in pairs])
         if compressed is None:
             assert k is not None, "checked above"
-            compressed = (compress(k, spec.kernel_size, spec.kernel_stride),
-                          compress(k, spec.coarse_size, spec.coarse_stride))
+            compressed = (
+                compress(k, spec.kernel_size, spec.kernel_stride),
+                compress(k, spec.coarse_size, spec.coarse_stride),
+            )
         pieces = zip(q, *compressed, totals, strict=True)
         if search == "exact":
             run = cpp_select_sequence if name == "cpp" else select_sequence
@@ -203,8 +236,10 @@ def sparse_attention(
     """
     _check_heads(q, k)
     if blocks.shape[:3] != (*q.shape[:2], k.shape[2]):
-        raise ValueError(f"blocks must be [B, T, Hkv, K] = [{q.shape[0]}, {q.shape[1]}, {k.shape[2]}, K], "
-                         f"got {list(blocks.shape)}")
+        raise ValueError(
+            f"blocks must be [B, T, Hkv, K] = [{q.shape[0]}, {q.shape[1]}, {k.shape[2]}, K], "
+            f"got {list(blocks.shape)}"
+        )
     if cu_seqlens is not None and lengths is not None:
         raise ValueError("give packed documents (cu_seqlens) or lengths, not both")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -214,8 +249,12 @@ def sparse_attention(
 
         return triton_sparse_attention(q, k, v, blocks, block_size, lengths, scale, cu_seqlens)
     if cu_seqlens is not None:
-        parts = [sparse_attention(q[:, s], k[:, s], v[:, s], blocks[:, s], block_size, scale=scale, backend=backend)
-                 for s in _documents(q, k, cu_seqlens)]
+        parts = [
+            sparse_attention(
+                q[:, s], k[:, s], v[:, s], blocks[:, s], block_size, scale=scale, backend=backend
+            )
+            for s in _documents(q, k, cu_seqlens)
+        ]
         return torch.cat(parts, 1)
     run = {"naive": naive_sparse_attention, "torch": attend_sequence, "cpp": cpp_sparse_attention}[name]
     pieces = zip(q, k, v, blocks, _row_lengths(lengths, q, k), strict=True)
@@ -230,20 +269,27 @@ def _row_lengths(lengths: Tensor | int | None, q: Tensor, k: Tensor | None) -> l
     totals = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * q.shape[0]
     most = max(totals) if k is None else k.shape[1]
     if len(totals) != q.shape[0] or min(totals) < q.shape[1] or max(totals) > most:
-        raise ValueError(f"lengths must be {q.shape[0]} numbers from {q.shape[1]} (the queries) to {most} (the keys), got {totals}")
+        raise ValueError(
+            f"lengths must be {q.shape[0]} numbers from {q.shape[1]} (the queries) to {most} (the keys), "
+            f"got {totals}"
+        )
     return totals
 
 
 def _check_heads(q: Tensor, k: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must be [B, T, Hq, D] and [B, L, Hkv, D], got {list(q.shape)} and {list(k.shape)}")
+        raise ValueError(
+            f"q and k must be [B, T, Hq, D] and [B, L, Hkv, D], got {list(q.shape)} and {list(k.shape)}"
+        )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads do not divide into {k.shape[2]} kv heads")
 
 
 def _documents(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> Iterator[slice]:
     if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
-        raise ValueError(f"cu_seqlens needs one row with as many queries as keys, got {list(q.shape)}, {list(k.shape)}")
+        raise ValueError(
+            f"cu_seqlens needs one row with as many queries as keys, got {list(q.shape)}, {list(k.shape)}"
+        )
     check_boundaries("cu_seqlens", cu_seqlens, q.shape[1])
     bounds = cu_seqlens.tolist()
     return (slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False))

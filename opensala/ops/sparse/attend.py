@@ -34,8 +34,14 @@ def attend_sequence(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size:
         keys, values = k[:, h], v[:, h]
         parts = []
         for a in range(0, tokens, tile):
-            args = (queries[a : a + tile, h].to(compute) * scale, keys, values, blocks[a : a + tile, h].long(),
-                    block_size, length - tokens + a)
+            args = (
+                queries[a : a + tile, h].to(compute) * scale,
+                keys,
+                values,
+                blocks[a : a + tile, h].long(),
+                block_size,
+                length - tokens + a,
+            )
             if few:
                 parts.append(_token_major(*args))
             elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -106,14 +112,16 @@ def _block_major(q_TGD: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int,
 
 
 def _blocks_of(x: Tensor, group_block: Tensor, size: int, total: int) -> Tensor:
-    """Rows of x `[L, D]` in blocks, one block for each group: `[M, S, D]`; a short last block is zero-padded."""
+    """Rows of x `[L, D]` in blocks, one block for each group: `[M, S, D]`; a short last block is
+    zero-padded."""
     full = x.shape[0] // size
     if full == total:
         return x.unflatten(0, (total, size))[group_block]
     rest = torch.nn.functional.pad(x[full * size :], (0, 0, 0, total * size - x.shape[0]))
     if full == 0:
         return rest.expand(len(group_block), -1, -1)
-    # Groups are in order of blocks: those of the short block come last. Padding all of x would copy it each time.
+    # Groups are in order of blocks: those of the short block come last. Padding all of x would copy it
+    # each time.
     last = int((group_block == full).sum())
     whole = x[: full * size].unflatten(0, (full, size))[group_block[: len(group_block) - last]]
     return torch.cat([whole, rest.expand(last, -1, -1)])

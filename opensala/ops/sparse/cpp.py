@@ -1,4 +1,5 @@
-"""Selection and block-sparse attention by the compiled CPU kernels (`ops/native`): float32 work, keys in any float type.
+"""Selection and block-sparse attention by the compiled CPU kernels (`ops/native`): float32 work, keys in any
+float type.
 
 Shapes: B rows, T queries, L keys, Hq/Hkv query/kv heads, D/E key/value dim, K selected blocks.
 """
@@ -14,17 +15,35 @@ from ..native import library
 from ..native.tensors import address, inner_contiguous, kind, plain, threads
 from .spec import BlockSpec
 
-TILE_ROWS = 4096  # (query, head) rows whose partial results one thread holds at once: 1 MB of float32 at E = 64
+TILE_ROWS = (
+    4096  # (query, head) rows whose partial results one thread holds at once: 1 MB of float32 at E = 64
+)
 SELECT_ROWS = 1024  # (query, head) rows of a tile of the selection
 REGION_ROWS = 256  # the same for hierarchical selection, which keeps three numbers a row and region
 PART_BYTES = 1 << 30  # memory the separate sums of the backward pass may take
 
 
-def _layout(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, scale: float) -> tuple[int | float, ...]:
+def _layout(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, scale: float
+) -> tuple[int | float, ...]:
     tokens, heads, dim = q.shape
     length, kv_heads = k.shape[:2]
-    return (tokens, length, heads, kv_heads, dim, v.shape[-1], blocks.shape[-1], size,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), scale * math.log2(math.e), TILE_ROWS)
+    return (
+        tokens,
+        length,
+        heads,
+        kv_heads,
+        dim,
+        v.shape[-1],
+        blocks.shape[-1],
+        size,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        scale * math.log2(math.e),
+        TILE_ROWS,
+    )
 
 
 def cpp_select_sequence(
@@ -35,28 +54,72 @@ def cpp_select_sequence(
     k1, k2 = inner_contiguous(k1.detach()), inner_contiguous(k2.detach()).to(k1.dtype)
     out = torch.empty(tokens, k1.shape[1], spec.num_blocks, dtype=torch.int32)
     library().call(
-        "opensala_select", address(wide), address(k1), address(k2), kind(k1), address(out), tokens, length - tokens,
-        q.shape[1], k1.shape[1], q.shape[2], k1.stride(0), k1.stride(1), k2.stride(0), k2.stride(1), spec.block_size,
-        spec.kernel_stride, spec.kernel_size, spec.init_blocks, spec.window_blocks, spec.num_blocks, int(lse == "coarse"),
-        scale * math.log2(math.e), SELECT_ROWS, threads(),
+        "opensala_select",
+        address(wide),
+        address(k1),
+        address(k2),
+        kind(k1),
+        address(out),
+        tokens,
+        length - tokens,
+        q.shape[1],
+        k1.shape[1],
+        q.shape[2],
+        k1.stride(0),
+        k1.stride(1),
+        k2.stride(0),
+        k2.stride(1),
+        spec.block_size,
+        spec.kernel_stride,
+        spec.kernel_size,
+        spec.init_blocks,
+        spec.window_blocks,
+        spec.num_blocks,
+        int(lse == "coarse"),
+        scale * math.log2(math.e),
+        SELECT_ROWS,
+        threads(),
     )
     return out
 
 
-def cpp_select_by_regions(q: Tensor, k1: Tensor, k2: Tensor, length: int, spec: BlockSpec, scale: float, budget: int) -> Tensor:
-    """One sequence; same arguments as `select_sequence_by_regions`: `[T, Hq, D]` -> `[T, Hkv, num_blocks]` int32."""
+def cpp_select_by_regions(
+    q: Tensor, k1: Tensor, k2: Tensor, length: int, spec: BlockSpec, scale: float, budget: int
+) -> Tensor:
+    """One sequence; same arguments as `select_sequence_by_regions`: `[T, Hq, D]` -> `[T, Hkv, num_blocks]`
+    int32."""
     wide, tokens, k1 = plain(q), q.shape[0], inner_contiguous(k1.detach())
     out = torch.empty(tokens, k1.shape[1], spec.num_blocks, dtype=torch.int32)
     library().call(
-        "opensala_select_regions", address(wide), address(k1), kind(k1), address(out), tokens, length - tokens, q.shape[1],
-        k1.shape[1], q.shape[2], k1.stride(0), k1.stride(1), spec.block_size, spec.kernel_stride, spec.kernel_size,
-        spec.init_blocks, spec.window_blocks, spec.num_blocks, scale * math.log2(math.e), budget, REGION_ROWS, threads(),
+        "opensala_select_regions",
+        address(wide),
+        address(k1),
+        kind(k1),
+        address(out),
+        tokens,
+        length - tokens,
+        q.shape[1],
+        k1.shape[1],
+        q.shape[2],
+        k1.stride(0),
+        k1.stride(1),
+        spec.block_size,
+        spec.kernel_stride,
+        spec.kernel_size,
+        spec.init_blocks,
+        spec.window_blocks,
+        spec.num_blocks,
+        scale * math.log2(math.e),
+        budget,
+        REGION_ROWS,
+        threads(),
     )
     return out
 
 
 class _SparseAttention(torch.autograd.Function):
-    """One sequence: q `[T, Hq, D]`, k `[L, Hkv, D]`, v `[L, Hkv, E]`, blocks `[T, Hkv, K]` int32 -> `[T, Hq, E]`."""
+    """One sequence: q `[T, Hq, D]`, k `[L, Hkv, D]`, v `[L, Hkv, E]`, blocks `[T, Hkv, K]` int32 -> `[T, Hq,
+    E]`."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, scale: float) -> Tensor:
@@ -65,8 +128,16 @@ class _SparseAttention(torch.autograd.Function):
         out = torch.empty(*q.shape[:2], v.shape[-1], dtype=torch.float32)
         lse = torch.empty(q.shape[:2], dtype=torch.float32) if any(ctx.needs_input_grad) else None
         library().call(
-            "opensala_attend_forward", address(wide), address(keys), address(values), kind(keys), address(blocks),
-            address(out), address(lse), *_layout(wide, keys, values, blocks, size, scale), threads(),
+            "opensala_attend_forward",
+            address(wide),
+            address(keys),
+            address(values),
+            kind(keys),
+            address(blocks),
+            address(out),
+            address(lse),
+            *_layout(wide, keys, values, blocks, size, scale),
+            threads(),
         )
         if lse is not None:
             ctx.save_for_backward(wide, keys, values, blocks, out, lse)
@@ -85,15 +156,35 @@ class _SparseAttention(torch.autograd.Function):
         dk = torch.zeros(parts, k.shape[1], k.shape[0], k.shape[2])
         dv = torch.zeros(parts, v.shape[1], v.shape[0], v.shape[2])
         library().call(
-            "opensala_attend_backward", address(q), address(k), address(v), kind(k), address(blocks), address(grad),
-            address(lse), address(delta), address(dq), address(dk), address(dv),
-            *_layout(q, k, v, blocks, ctx.size, ctx.scale), parts, threads(),
+            "opensala_attend_backward",
+            address(q),
+            address(k),
+            address(v),
+            kind(k),
+            address(blocks),
+            address(grad),
+            address(lse),
+            address(delta),
+            address(dq),
+            address(dk),
+            address(dv),
+            *_layout(q, k, v, blocks, ctx.size, ctx.scale),
+            parts,
+            threads(),
         )
         dtypes = ctx.dtypes
-        return (dq.to(dtypes[0]), dk.sum(0).transpose(0, 1).to(dtypes[1]), dv.sum(0).transpose(0, 1).to(dtypes[2]),
-                None, None, None)
+        return (
+            dq.to(dtypes[0]),
+            dk.sum(0).transpose(0, 1).to(dtypes[1]),
+            dv.sum(0).transpose(0, 1).to(dtypes[2]),
+            None,
+            None,
+            None,
+        )
 
 
-def cpp_sparse_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, scale: float) -> Tensor:
+def cpp_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, scale: float
+) -> Tensor:
     """One sequence; same arguments as `attend_sequence`. No second derivatives."""
     return _SparseAttention.apply(q, k, v, blocks.to(torch.int32).contiguous(), block_size, scale)

@@ -19,8 +19,9 @@ def naive_compress_keys(k: Tensor, kernel_size: int, kernel_stride: int) -> Tens
     return torch.stack(means) if means else k.new_zeros(0, *k.shape[1:])
 
 
-def naive_block_scores(q: Tensor, k1: Tensor, k2: Tensor, spec: BlockSpec, position: int, scale: float,
-                       lse: str) -> Tensor:
+def naive_block_scores(
+    q: Tensor, k1: Tensor, k2: Tensor, spec: BlockSpec, position: int, scale: float, lse: str
+) -> Tensor:
     """Scores of all blocks up to the query's own, `[Hkv, blocks]`, for one query `[Hq, D]`."""
     kv_heads = k1.shape[1]
     group = q.shape[0] // kv_heads
@@ -59,23 +60,32 @@ def naive_select_blocks(q: Tensor, k: Tensor, spec: BlockSpec, scale: float, lse
 
 
 def naive_select_regions(q: Tensor, k: Tensor, spec: BlockSpec, scale: float, budget: int) -> Tensor:
-    """Hierarchical selection: blocks outside of the regions looked into are not scored: `[T, Hkv, num_blocks]`.
+    """Hierarchical selection: blocks outside of the regions looked into are not scored: `[T, Hkv,
+    num_blocks]`.
 
     A region is 16 blocks. Of each region the query sees in full, over its compressed keys x: e = mean of q.x,
-    s^2 = sum of q_d^2 var(x_d), u = sum of max(q_d max(x_d), q_d min(x_d)). LSE = log-sum-exp of e + s^2 / 2. The query
-    looks into the regions it sees in part, the budget / 2 with the largest sum over heads of exp(e + 2 s - LSE), and of
-    the others those with the largest sum of exp(u - LSE). Inside, blocks are scored as in exact selection.
+    s^2 = sum of q_d^2 var(x_d), u = sum of max(q_d max(x_d), q_d min(x_d)). LSE = log-sum-exp of e + s^2 / 2.
+    The query looks into the regions it sees in part, the budget / 2 with the largest sum over heads of exp(e
+    + 2 s - LSE), and of the others those with the largest sum of exp(u - LSE). Inside, blocks are scored as
+    in exact selection.
     """
     k1 = naive_compress_keys(k, spec.kernel_size, spec.kernel_stride)
     group, offset, windows = q.shape[1] // k.shape[1], k.shape[0] - q.shape[0], REGION * spec.ratio
     result = torch.full((q.shape[0], k.shape[1], spec.num_blocks), -1)
     for t in range(q.shape[0]):
         position = offset + t
-        own, seen = position // spec.block_size, max(0, (position + 1 - spec.kernel_size) // spec.kernel_stride + 1)
+        own, seen = (
+            position // spec.block_size,
+            max(0, (position + 1 - spec.kernel_size) // spec.kernel_stride + 1),
+        )
         complete = seen // windows
         for h in range(k.shape[1]):
             queries = q[t, h * group : (h + 1) * group] * scale
-            promising, possible, lses = torch.zeros(complete, dtype=q.dtype), torch.zeros(complete, dtype=q.dtype), []
+            promising, possible, lses = (
+                torch.zeros(complete, dtype=q.dtype),
+                torch.zeros(complete, dtype=q.dtype),
+                [],
+            )
             for query in queries:
                 e, s, u = torch.zeros(3, complete, dtype=q.dtype)
                 for r in range(complete):
@@ -93,7 +103,10 @@ def naive_select_regions(q: Tensor, k: Tensor, spec: BlockSpec, scale: float, bu
             for b in range(own + 1):
                 near = [j for j in range(spec.ratio * b - 1, spec.ratio * (b + 1)) if 0 <= j < seen]
                 if near and b // REGION in looked:
-                    scores[b] = max(sum(torch.exp(k1[j, h] @ x - lse) for x, lse in zip(queries, lses, strict=True)) for j in near)
+                    scores[b] = max(
+                        sum(torch.exp(k1[j, h] @ x - lse) for x, lse in zip(queries, lses, strict=True))
+                        for j in near
+                    )
                 if b < spec.init_blocks or own - b <= spec.window_blocks:
                     scores[b] = math.inf
             keep = min(spec.num_blocks, own + 1)
@@ -101,8 +114,9 @@ def naive_select_regions(q: Tensor, k: Tensor, spec: BlockSpec, scale: float, bu
     return result
 
 
-def naive_sparse_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int,
-                           scale: float) -> Tensor:
+def naive_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, scale: float
+) -> Tensor:
     """Causal softmax attention over the keys of the listed blocks: `[T, Hq, Dv]`."""
     length, kv_heads = k.shape[:2]
     group, offset = q.shape[1] // kv_heads, length - q.shape[0]
@@ -111,7 +125,9 @@ def naive_sparse_attention(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, bloc
         heads = []
         for h in range(kv_heads):
             keys = [
-                j for b in blocks[t, h].tolist() if b >= 0
+                j
+                for b in blocks[t, h].tolist()
+                if b >= 0
                 for j in range(b * block_size, min((b + 1) * block_size, offset + t + 1))
             ]
             for g in range(group):

@@ -38,7 +38,8 @@ def _phase_major(k1: Tensor, ratio: int) -> Tensor:
 
 
 def _masked_lse(scores: Tensor, visible: Tensor) -> Tensor:
-    """logsumexp over the first visible[t] columns of scores `[..., T, n]` -> `[..., T, 1]`; modifies scores."""
+    """logsumexp over the first visible[t] columns of scores `[..., T, n]` -> `[..., T, 1]`; modifies
+    scores."""
     hidden = torch.arange(scores.shape[-1], device=scores.device) >= visible[:, None]
     return scores.masked_fill_(hidden, -math.inf).logsumexp(-1, keepdim=True)
 
@@ -76,14 +77,24 @@ def select_tile(
         scores = q_HGTD @ k1_phases[:, None]  # [Hkv, G, T, r * near]
         window = torch.arange(ratio, device=device)[:, None] + ratio * torch.arange(near, device=device)
         ends = (window * spec.kernel_stride + spec.kernel_size - 1).view(-1)
-        hidden_from = int(torch.searchsorted(torch.arange(near) * spec.block_size + spec.kernel_size - 1
-                                             + (ratio - 1) * spec.kernel_stride, int(positions[0]), right=True))
+        hidden_from = int(
+            torch.searchsorted(
+                torch.arange(near) * spec.block_size
+                + spec.kernel_size
+                - 1
+                + (ratio - 1) * spec.kernel_stride,
+                int(positions[0]),
+                right=True,
+            )
+        )
         # Only the last blocks can hold windows that some query of the tile does not see yet.
         edge = scores.view(kv_heads, group, tile, ratio, near)[..., hidden_from:]
         late = ends.view(ratio, near)[:, hidden_from:] > positions[:, None, None]
         edge.masked_fill_(late, -math.inf)
         if lse == "coarse":
-            seen2 = ((positions - (spec.coarse_size - 1)).div(spec.coarse_stride, rounding_mode="floor") + 1).clamp(min=0)
+            seen2 = (
+                (positions - (spec.coarse_size - 1)).div(spec.coarse_stride, rounding_mode="floor") + 1
+            ).clamp(min=0)
             reach2 = int(seen2[-1])
             total = _masked_lse(q_HGTD @ k2_HDn[:, None, :, :reach2], seen2)
             if int(seen2[0]) == 0:
@@ -95,20 +106,26 @@ def select_tile(
         best = p.amax(2)
         torch.maximum(best[..., 1:], p[:, :, ratio - 1, :-1], out=best[..., 1:])
         pooled[..., :near] = best.clamp_(max=_LARGEST)
-        pooled[..., near] = p[:, :, ratio - 1, near - 1].clamp(max=_LARGEST)  # the window before a block reaches into it
+        pooled[..., near] = p[:, :, ratio - 1, near - 1].clamp(
+            max=_LARGEST
+        )  # the window before a block reaches into it
     return pick_blocks(pooled, positions, spec)
 
 
 def pick_blocks(scores: Tensor, positions: Tensor, spec: BlockSpec) -> Tensor:
-    """Forced blocks and the best of the others: scores `[Hkv, T, N]`, modified, -> `[Hkv, T, num_blocks]`, ascending."""
+    """Forced blocks and the best of the others: scores `[Hkv, T, N]`, modified, -> `[Hkv, T, num_blocks]`,
+    ascending."""
     own = positions.div(spec.block_size, rounding_mode="floor")[:, None]
     block = torch.arange(scores.shape[-1], device=scores.device)
-    forced = (block < spec.init_blocks) | (own - block <= spec.window_blocks)  # later blocks are cut off in _top
+    forced = (block < spec.init_blocks) | (
+        own - block <= spec.window_blocks
+    )  # later blocks are cut off in _top
     return _top(scores.masked_fill_(forced, math.inf), positions, spec)
 
 
 def take_all(q: Tensor, kv_heads: int, length: int, spec: BlockSpec) -> tuple[Tensor, int]:
-    """The result `[T, Hkv, num_blocks]` int32 with the rows filled for which there is room for all blocks, and their number."""
+    """The result `[T, Hkv, num_blocks]` int32 with the rows filled for which there is room for all blocks,
+    and their number."""
     first = length - q.shape[0]
     result = torch.full((q.shape[0], kv_heads, spec.num_blocks), -1, dtype=torch.int32, device=q.device)
     cut = max(0, min(q.shape[0], spec.num_blocks * spec.block_size - first))

@@ -1,9 +1,10 @@
 """The Triton forms of compression, selection and block-sparse attention, as `opensala.ops.sparse` calls them.
 
-Nothing here waits for the GPU: lengths and document boundaries stay where they are, and every shape follows from shapes.
+Nothing here waits for the GPU: lengths and document boundaries stay where they are, and every shape follows
+    from shapes.
 
-Attention goes block by block where many queries share a block (`shared_enough`), else query by query. The choice is made
-by counting bytes and has not been measured on a GPU yet.
+Attention goes block by block where many queries share a block (`shared_enough`), else query by query. The
+choice is made by counting bytes and has not been measured on a GPU yet.
 """
 
 import math
@@ -26,7 +27,9 @@ __all__ = ["triton_extend_compressed", "triton_select_blocks", "triton_sparse_at
 
 class _SparseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows, scale: float
+    ) -> Tensor:
         factor = scale * math.log2(math.e)
         ctx.size, ctx.rows, ctx.scale, ctx.dtypes = size, rows, scale, (q.dtype, k.dtype, v.dtype)
         common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -40,13 +43,15 @@ class _SparseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, blocks, out, lse = ctx.saved_tensors
-        grads = attention_gradients(grad.to(q.dtype), q, k, v, blocks, out, lse, ctx.size, ctx.rows, ctx.scale)
+        grads = attention_gradients(
+            grad.to(q.dtype), q, k, v, blocks, out, lse, ctx.size, ctx.rows, ctx.scale
+        )
         return *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None, None, None
 
 
 def triton_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, lengths: Tensor | int | None, scale: float,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, lengths: Tensor | int | None,
+    scale: float, cu_seqlens: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See `sparse_attention`."""
     rows = rows_of(q, k.shape[1], lengths, cu_seqlens)

@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs
-# mypy: allow-untyped-defs
-"""Block-sparse attention in Triton, query by query: one program walks the block list of one query and kv head.
+"""Block-sparse attention in Triton, query by query: one program walks the block list of one query and kv
+head.
 
-The G query heads that share a list are the rows of its products (padded to 16). It is the path of decoding and of short
-calls: a list can be cut among several programs, whose partial results `merge_kernel` joins by their log-sum-exp, so that a
-single query keeps the GPU busy. Long calls, in which many queries share a key block, go block by block (`triton_pairs`).
+The G query heads that share a list are the rows of its products (padded to 16). It is the path of decoding
+and of short calls. A list can be cut among several programs, whose partial results `merge_kernel` joins by
+their log-sum-exp, so that a single query keeps the GPU busy. Long calls, in which many queries share a key
+block, go block by block (`triton_pairs`).
 
 Scores are kept in base 2: softmax(scale * q.k) is exp2(factor * q.k - lse) with factor = scale * log2(e).
 
@@ -35,13 +36,21 @@ def list_config(group: int, size: int, dim: int, value_dim: int, itemsize: int, 
     fits = 3 * part * (wide + deep) * itemsize <= 96 * 1024 and itemsize == 2
     if triton_interpreted():
         part = 256  # fewer steps: it is their number that takes the interpreter's time
-    return {"PAD": pad, "GP": padded(group), "DP": wide, "EP": deep, "SP": part,
-            "num_warps": 8 if itemsize == 4 and max(wide, deep) > 64 else 4, "num_stages": 3 if fits else 2}
+    return {
+        "PAD": pad,
+        "GP": padded(group),
+        "DP": wide,
+        "EP": deep,
+        "SP": part,
+        "num_warps": 8 if itemsize == 4 and max(wide, deep) > 64 else 4,
+        "num_stages": 3 if fits else 2,
+    }
 
 
 @triton.jit
 def listed_tokens(listed, first, stop, i, SIZE: tl.constexpr, PAD: tl.constexpr, SP: tl.constexpr):
-    """Tokens i ... i + SP - 1 of the list, each of its blocks widened to PAD tokens: numbers in the sequence, or negative."""
+    """Tokens i ... i + SP - 1 of the list, each of its blocks widened to PAD tokens: numbers in the sequence,
+    or negative."""
     if PAD >= SP:  # part of one block: a single number is fetched ahead more easily
         slot = first + i // PAD
         inside = i % PAD + tl.arange(0, SP)
@@ -54,12 +63,13 @@ def listed_tokens(listed, first, stop, i, SIZE: tl.constexpr, PAD: tl.constexpr,
 
 @triton.jit(do_not_specialize=COUNTS)
 def attend_kernel(
-    q, k, v, blocks, lengths, cu, number, out, lse, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens, length, capacity,
-    factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
-    E: tl.constexpr, SPLITS: tl.constexpr, PAD: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
-    SP: tl.constexpr,
+    q, k, v, blocks, lengths, cu, number, out, lse, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens,
+    length, capacity, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, PAD: tl.constexpr,
+    GP: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """out `[SPLITS, B, T, Hq, E]` and lse `[SPLITS, B, T, Hq]` of one query and kv head over its share of the list."""
+    """out `[SPLITS, B, T, Hq, E]` and lse `[SPLITS, B, T, Hq]` of one query and kv head over its share of the
+    list."""
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1) // HEADS
     h = (tl.program_id(1) % HEADS).to(tl.int64)
@@ -96,7 +106,11 @@ def attend_kernel(
     place = ((part * tl.num_programs(2) + b) * tokens + t) * (HEADS * GROUP) + row
     tl.store(lse + place, peak + tl.log2(mass), mask=g < GROUP)
     e = tl.arange(0, EP)
-    tl.store(out + place[:, None] * E + e[None, :], total.to(out.dtype.element_ty), mask=(g < GROUP)[:, None] & (e < E)[None, :])
+    tl.store(
+        out + place[:, None] * E + e[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(g < GROUP)[:, None] & (e < E)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -106,14 +120,17 @@ def merge_kernel(
 ):  # fmt: skip
     """Join `count` partial attentions of R rows each: a weighted mean, weights exp2(lse - total lse).
 
-    Part p of row r stands at row (r // inner) * outer + r % inner + p * step of `parts`; parts whose lse is -inf were
-    never written.
+    Part p of row r stands at row (r // inner) * outer + r % inner + p * step of `parts`; parts whose lse is
+    -inf were never written.
     """
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     base = (r // inner) * outer + r % inner
     many = tl.arange(0, MANY)
-    all_lse = tl.load(part_lse + base[:, None] + many[None, :].to(tl.int64) * step,
-                      mask=(r < rows)[:, None] & (many < count)[None, :], other=float("-inf"))
+    all_lse = tl.load(
+        part_lse + base[:, None] + many[None, :].to(tl.int64) * step,
+        mask=(r < rows)[:, None] & (many < count)[None, :],
+        other=float("-inf"),
+    )
     peak = tl.max(all_lse, axis=1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     total = peak + tl.log2(tl.sum(tl.exp2(all_lse - peak[:, None]), axis=1))
@@ -122,17 +139,30 @@ def merge_kernel(
     for first in range(0, count, TOGETHER):
         p = first + tl.arange(0, TOGETHER)
         place = base[:, None] + p[None, :].to(tl.int64) * step
-        share = tl.load(part_lse + place, mask=(r < rows)[:, None] & (p < count)[None, :], other=float("-inf"))
+        share = tl.load(
+            part_lse + place, mask=(r < rows)[:, None] & (p < count)[None, :], other=float("-inf")
+        )
         there = share > float("-inf")
-        x = tl.load(parts + place[:, :, None] * E + e[None, None, :], mask=there[:, :, None] & (e < E)[None, None, :], other=0.0)
+        x = tl.load(
+            parts + place[:, :, None] * E + e[None, None, :],
+            mask=there[:, :, None] & (e < E)[None, None, :],
+            other=0.0,
+        )
         weight = tl.where(there, tl.exp2(share - total[:, None]), 0.0)
         result += tl.sum(x.to(tl.float32) * weight[:, :, None], axis=1)
-    tl.store(out + r[:, None] * E + e[None, :], result.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (e < E)[None, :])
+    tl.store(
+        out + r[:, None] * E + e[None, :],
+        result.to(out.dtype.element_ty),
+        mask=(r < rows)[:, None] & (e < E)[None, :],
+    )
     tl.store(lse + r, total, mask=r < rows)
 
 
-def merge(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, count: int, outer: int, inner: int, step: int) -> None:
-    """Join partial attentions (see `merge_kernel`) into out `[..., E]` and its lse `[...]`, both contiguous."""
+def merge(
+    parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, count: int, outer: int, inner: int, step: int
+) -> None:
+    """Join partial attentions (see `merge_kernel`) into out `[..., E]` and its lse `[...]`, both
+    contiguous."""
     config = merge_config(lse.numel(), count, out.shape[-1])
     with on_device(out):
         merge_kernel[(cdiv(lse.numel(), config["R"]),)](
@@ -144,12 +174,18 @@ def merge_config(rows: int, count: int, width: int) -> dict[str, int]:
     wide = padded(width)
     together = min(8, 1 << (count - 1).bit_length())
     few = 1 if rows <= 1024 else 16  # few rows: spread them over the multiprocessors
-    return {"R": max(1, min(few, MERGED // (together * wide))), "TOGETHER": together, "MANY": 1 << (count - 1).bit_length(),
-            "EP": wide, "num_warps": 4}
+    return {
+        "R": max(1, min(few, MERGED // (together * wide))),
+        "TOGETHER": together,
+        "MANY": 1 << (count - 1).bit_length(),
+        "EP": wide,
+        "num_warps": 4,
+    }
 
 
 def split_list(chosen: int, wanted: int) -> int:
-    """Programs that share a list: at most `wanted`, and one of few numbers, as each is a kernel of its own."""
+    """Programs that share a list: at most `wanted`, and one of few numbers, as each is a kernel of its
+    own."""
     splits = max(1, chosen // LEAST_SHARE)
     while splits > max(1, wanted):
         splits = splits // 2
@@ -168,9 +204,9 @@ def attend_by_query(
     config = list_config(heads // kv_heads, size, dim, width, q.element_size(), arch_of(q.device))
     with on_device(q):
         attend_kernel[(tokens, kv_heads * splits, batch)](
-            q, k, v, blocks, rows.lengths, rows.cu, rows.number, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            tokens, rows.length, k.shape[1], factor, HEADS=kv_heads, GROUP=heads // kv_heads, LIST=chosen, SIZE=size, D=dim,
-            E=width, SPLITS=splits, **config,
+            q, k, v, blocks, rows.lengths, rows.cu, rows.number, out, lse, *q.stride()[:3], *k.stride()[:3],
+            *v.stride()[:3], tokens, rows.length, k.shape[1], factor, HEADS=kv_heads,
+            GROUP=heads // kv_heads, LIST=chosen, SIZE=size, D=dim, E=width, SPLITS=splits, **config,
         )  # fmt: skip
     if splits == 1:
         return out[0], lse[0]
@@ -181,34 +217,64 @@ def attend_by_query(
 
 
 INTEGERS = ("q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h", "tokens", "length", "capacity")
-KINDS = {"blocks": "*i32", "lengths": "*i32", "cu": "*i32", "number": "*i32", "lse": "*fp32", "delta": "*fp32", "factor": "fp32",
-         "scale": "fp32"}
+KINDS = {
+    "blocks": "*i32",
+    "lengths": "*i32",
+    "cu": "*i32",
+    "number": "*i32",
+    "lse": "*fp32",
+    "delta": "*fp32",
+    "factor": "fp32",
+    "scale": "fp32",
+}
 
 
 def case_types(kernel: Any, dtype: str, constants: Mapping[str, Any], **kinds: str) -> dict[str, str]:
-    """Types of a kernel's run-time arguments: all that are not constants; integers and pointers to `dtype` by default."""
+    """Types of a kernel's run-time arguments: all that are not constants; integers and pointers to `dtype` by
+    default."""
     known = {**KINDS, **dict.fromkeys(INTEGERS, "i32"), **kinds}
     return {name: known.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constants}
 
 
 # name, dtype, query heads a kv head, block size, head dim: the release, a wide head, odd ones in float32
-SIZES = (("", "bf16", 16, 64, 128), (" wide", "bf16", 8, 64, 256), (" large blocks", "fp16", 2, 128, 128),
-         (" float", "fp32", 3, 64, 60), (" float 128", "fp32", 16, 64, 128), (" float wide", "fp32", 2, 64, 256))
+SIZES = (
+    ("", "bf16", 16, 64, 128),
+    (" wide", "bf16", 8, 64, 256),
+    (" large blocks", "fp16", 2, 128, 128),
+    (" float", "fp32", 3, 64, 60),
+    (" float 128", "fp32", 16, 64, 128),
+    (" float wide", "fp32", 2, 64, 256),
+)
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Whole lists of packed documents in all sizes, split ones of the release; merging the parts of a decoding step."""
+    """Whole lists of packed documents in all sizes, split ones of the release; merging the parts of a
+    decoding step."""
     for name, dtype, group, size, dim in SIZES:
         for splits, absent in ((1, ("lengths",)), (48, ("cu", "number")))[: 1 if name else 2]:
             config = list_config(group, size, dim, dim, 4 if dtype == "fp32" else 2, arch)
             options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
-            constants = {"HEADS": 2, "GROUP": group, "LIST": 96, "SIZE": size, "D": dim, "E": dim, "SPLITS": splits, **config,
-                         **dict.fromkeys(absent)}
+            constants = {
+                "HEADS": 2,
+                "GROUP": group,
+                "LIST": 96,
+                "SIZE": size,
+                "D": dim,
+                "E": dim,
+                "SPLITS": splits,
+                **config,
+                **dict.fromkeys(absent),
+            }
             types = case_types(attend_kernel, dtype, constants)
             yield CompileCase(f"attend_kernel{name} {splits}", attend_kernel, types, constants, options)
     for rows, count, width in ((32, 48, 128), (1 << 16, 97, 128)):
         config = merge_config(rows, count, width)
         options = {"num_warps": config.pop("num_warps")}
         constants = {"E": width, **config}
-        types = case_types(merge_kernel, "fp32", constants, **dict.fromkeys(("rows", "count", "outer", "inner", "step"), "i32"))
+        types = case_types(
+            merge_kernel,
+            "fp32",
+            constants,
+            **dict.fromkeys(("rows", "count", "outer", "inner", "step"), "i32"),
+        )
         yield CompileCase(f"merge_kernel {rows} {width}", merge_kernel, types, constants, options)

@@ -1,12 +1,13 @@
 # mypy: allow-untyped-defs
-"""Gradients of block-sparse attention in Triton, without atomic operations: the same sums in the same order every time.
+"""Gradients of block-sparse attention in Triton, without atomic operations: the same sums in the same order
+every time.
 
-The queries' gradients walk the block lists again (as `attend_kernel`); those of keys and values go block by block over the
-queries that chose a block (`triton_index`). A block that very many queries chose (the first one is everybody's) is shared
-among programs, whose parts are added in order afterwards.
+The queries' gradients walk the block lists again (as `attend_kernel`); those of keys and values go block by
+block over the queries that chose a block (`triton_index`). A block that very many queries chose (the first
+one is everybody's) is shared among programs, whose parts are added in order afterwards.
 
-With S = factor * q.k and P = exp2(S - lse): dV = P^T dO, dS = P (dO V^T - delta), dQ = scale * dS K, dK = scale * dS^T Q,
-delta = sum(O dO).
+With S = factor * q.k and P = exp2(S - lse): dV = P^T dO, dS = P (dO V^T - delta), dQ = scale * dS K, dK =
+scale * dS^T Q, delta = sum(O dO).
 
 Shapes: B rows, T queries, K blocks of a list, G query heads a kv head, D/E key/value dim, S keys of a block.
 """
@@ -30,10 +31,10 @@ ADDED = 32  # keys whose parts one program adds up
 
 @triton.jit(do_not_specialize=COUNTS)
 def query_grad_kernel(
-    q, k, v, blocks, lengths, cu, number, out, d_out, lse, delta, d_q, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t,
-    do_h, tokens, length, capacity, factor, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr,
-    SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, PAD: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr,
-    EP: tl.constexpr, SP: tl.constexpr,
+    q, k, v, blocks, lengths, cu, number, out, d_out, lse, delta, d_q, q_b, q_t, q_h, k_b, k_t, k_h, v_b,
+    v_t, v_h, do_b, do_t, do_h, tokens, length, capacity, factor, scale, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    PAD: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """dq `[B, T, Hq, D]` and delta `[B, T, Hq]` of one query and kv head."""
     t = tl.program_id(0).to(tl.int64)
@@ -65,18 +66,23 @@ def query_grad_kernel(
         d_s = p * (d_p - product[:, None])
         d_query = tl.dot(d_s.to(x.dtype), x, d_query, input_precision="ieee")
     d = tl.arange(0, DP)
-    tl.store(d_q + place[:, None] * D + d[None, :], (d_query * scale).to(d_q.dtype.element_ty),
-             mask=(g < GROUP)[:, None] & (d < D)[None, :])
+    tl.store(
+        d_q + place[:, None] * D + d[None, :],
+        (d_query * scale).to(d_q.dtype.element_ty),
+        mask=(g < GROUP)[:, None] & (d < D)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def key_grad_kernel(
-    q, k, v, d_out, lse, delta, order, bounds, firsts, bin_of, lengths, cu, d_k, d_v, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t,
-    v_h, do_b, do_t, do_h, tokens, length, documents, slots, bins, factor, scale, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, STEPS: tl.constexpr,
-    GP: tl.constexpr, PQ: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
+    q, k, v, d_out, lse, delta, order, bounds, firsts, bin_of, lengths, cu, d_k, d_v, q_b, q_t, q_h, k_b,
+    k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, tokens, length, documents, slots, bins, factor, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, LENGTH: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr, PQ: tl.constexpr,
+    DP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """Parts dk `[segments, S, D]` and dv `[segments, S, E]` (float32): SP keys of a block against a segment of its queries."""
+    """Parts dk `[segments, S, D]` and dv `[segments, S, E]` (float32): SP keys of a block against a segment
+    of its queries."""
     mine, first_pair, last_pair = segment_of(bin_of, bounds, firsts, bins, LENGTH)
     if mine >= bins:
         return
@@ -111,14 +117,20 @@ def key_grad_kernel(
     place = tl.program_id(0).to(tl.int64) * SIZE + inside
     d = tl.arange(0, DP)
     e = tl.arange(0, EP)
-    tl.store(d_k + place[:, None] * D + d[None, :], d_keys * scale, mask=(inside < SIZE)[:, None] & (d < D)[None, :])
-    tl.store(d_v + place[:, None] * E + e[None, :], d_values, mask=(inside < SIZE)[:, None] & (e < E)[None, :])
+    tl.store(
+        d_k + place[:, None] * D + d[None, :],
+        d_keys * scale,
+        mask=(inside < SIZE)[:, None] & (d < D)[None, :],
+    )
+    tl.store(
+        d_v + place[:, None] * E + e[None, :], d_values, mask=(inside < SIZE)[:, None] & (e < E)[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def add_kernel(
-    parts, out, firsts, cu, slots, documents, capacity, HEADS: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
-    STEPS: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
+    parts, out, firsts, cu, slots, documents, capacity, HEADS: tl.constexpr, SIZE: tl.constexpr,
+    D: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """out `[B, L, Hkv, D]`: the parts of each block added up in order; zero where nobody chose the block."""
     mine = tl.program_id(0)
@@ -143,24 +155,46 @@ def key_grad_config(group: int, size: int, dim: int, value_dim: int, itemsize: i
     keys = min(padded(size), (32 if large else 64) if itemsize == 2 else (16 if large else 32))
     if triton_interpreted():
         columns, keys = 256, padded(size)
-    return {"GP": heads, "PQ": max(1, columns // heads), "DP": wide, "EP": deep, "SP": keys, "num_warps": 8,
-            "num_stages": 1 if large and itemsize == 4 else 2}
+    return {
+        "GP": heads,
+        "PQ": max(1, columns // heads),
+        "DP": wide,
+        "EP": deep,
+        "SP": keys,
+        "num_warps": 8,
+        "num_stages": 1 if large and itemsize == 4 else 2,
+    }
 
 
 def attention_gradients(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, out: Tensor, lse: Tensor, size: int, rows: Rows, scale: float
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    size: int,
+    rows: Rows,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtypes of q, k, v; lse in base 2, as the forward pass left it."""
     (batch, tokens, heads, dim), (kv_heads, width), chosen = q.shape, v.shape[2:], blocks.shape[3]
-    group, factor, d_out, out = heads // kv_heads, scale * math.log2(math.e), inner_contiguous(d_out), out.contiguous()
+    group, factor, d_out, out = (
+        heads // kv_heads,
+        scale * math.log2(math.e),
+        inner_contiguous(d_out),
+        out.contiguous(),
+    )
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     delta = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
     config = list_config(group, size, dim, width, q.element_size(), arch_of(q.device))
     with on_device(q):
         query_grad_kernel[(tokens, kv_heads, batch)](
-            q, k, v, blocks, rows.lengths, rows.cu, rows.number, out, d_out, lse, delta, d_q, *strides, tokens, rows.length,
-            k.shape[1], factor, scale, HEADS=kv_heads, GROUP=group, LIST=chosen, SIZE=size, D=dim, E=width, **config,
+            q, k, v, blocks, rows.lengths, rows.cu, rows.number, out, d_out, lse, delta, d_q, *strides,
+            tokens, rows.length, k.shape[1], factor, scale, HEADS=kv_heads, GROUP=group, LIST=chosen,
+            SIZE=size, D=dim, E=width, **config,
         )  # fmt: skip
     index = invert(blocks, size, rows, SEGMENT)
     segments = index.bin_of.numel()
@@ -170,17 +204,18 @@ def attention_gradients(
     pieces = cdiv(size, config["SP"])
     with on_device(q):
         key_grad_kernel[(segments, pieces)](
-            q, k, v, d_out, lse, delta, index.order, index.bounds, index.firsts, index.bin_of, rows.lengths, rows.cu, parts_k,
-            parts_v, *strides, tokens, rows.length, rows.documents, index.slots, index.bins, factor, scale, HEADS=kv_heads,
-            GROUP=group, LIST=chosen, SIZE=size, D=dim, E=width, LENGTH=index.length, STEPS=rows.steps, **config,
+            q, k, v, d_out, lse, delta, index.order, index.bounds, index.firsts, index.bin_of, rows.lengths,
+            rows.cu, parts_k, parts_v, *strides, tokens, rows.length, rows.documents, index.slots,
+            index.bins, factor, scale, HEADS=kv_heads, GROUP=group, LIST=chosen, SIZE=size, D=dim, E=width,
+            LENGTH=index.length, STEPS=rows.steps, **config,
         )  # fmt: skip
     grads, added = [], min(padded(size), ADDED)
     for x, parts in ((k, parts_k), (v, parts_v)):
         grad = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with on_device(q):
             add_kernel[(index.bins, cdiv(size, added))](
-                parts, grad, index.firsts, rows.cu, index.slots, rows.documents, k.shape[1], HEADS=kv_heads, SIZE=size,
-                D=x.shape[3], STEPS=rows.steps, DP=padded(x.shape[3]), SP=added, num_warps=4,
+                parts, grad, index.firsts, rows.cu, index.slots, rows.documents, k.shape[1], HEADS=kv_heads,
+                SIZE=size, D=x.shape[3], STEPS=rows.steps, DP=padded(x.shape[3]), SP=added, num_warps=4,
             )  # fmt: skip
         grads.append(grad)
     return d_q, grads[0], grads[1]
@@ -192,7 +227,16 @@ def compile_cases(arch: int) -> CompileCases:
     indices = ("order", "bounds", "firsts", "bin_of")
     for name, dtype, group, size, dim in SIZES:
         item = 4 if dtype == "fp32" else 2
-        common = {"HEADS": 2, "GROUP": group, "LIST": 96, "SIZE": size, "D": dim, "E": dim, "STEPS": 4, "LENGTH": SEGMENT}
+        common = {
+            "HEADS": 2,
+            "GROUP": group,
+            "LIST": 96,
+            "SIZE": size,
+            "D": dim,
+            "E": dim,
+            "STEPS": 4,
+            "LENGTH": SEGMENT,
+        }
         kinds = {**dict.fromkeys(integers, "i32"), **dict.fromkeys(indices, "*i64"), "parts": "*fp32"}
         absent = ("lengths",) if name else ("cu", "number")
         for kernel, config in (
@@ -201,7 +245,17 @@ def compile_cases(arch: int) -> CompileCases:
             (add_kernel, {"DP": padded(dim), "SP": ADDED, "num_warps": 4, "num_stages": 2}),
         ):
             options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
-            constants = {n: x for n, x in {**common, **config, **dict.fromkeys(absent)}.items() if n in kernel.arg_names}
+            constants = {
+                n: x
+                for n, x in {**common, **config, **dict.fromkeys(absent)}.items()
+                if n in kernel.arg_names
+            }
             if kernel is key_grad_kernel:
                 kinds.update(d_k="*fp32", d_v="*fp32")
-            yield CompileCase(f"{kernel.__name__}{name}", kernel, case_types(kernel, dtype, constants, **kinds), constants, options)
+            yield CompileCase(
+                f"{kernel.__name__}{name}",
+                kernel,
+                case_types(kernel, dtype, constants, **kinds),
+                constants,
+                options,
+            )

@@ -1,10 +1,12 @@
 # mypy: allow-untyped-defs
-"""Block lists turned around: for each key block the queries that chose it, made on the device with shapes known beforehand.
+"""Block lists turned around: for each key block the queries that chose it, made on the device with shapes
+known beforehand.
 
-A pair is one entry of `blocks [B, T, Hkv, K]` (T queries from `begin` on), numbered as it lies in memory. A bin is one block of one kv head and row (or
-one slot of packed documents, see `triton_rows`). Pairs are sorted by bin, stably, so that the queries of a bin ascend and
-sums over them always run in the same order. Bins are cut into segments of at most SEG pairs, the unit of work of a program;
-since nobody on the host knows how full the bins are, there are as many segments as there could be, and some stay empty.
+A pair is one entry of `blocks [B, T, Hkv, K]` (T queries from `begin` on), numbered as it lies in memory. A
+bin is one block of one kv head and row (or one slot of packed documents, see `triton_rows`). Pairs are sorted
+by bin, stably, so that the queries of a bin ascend and sums over them always run in the same order. Bins are
+cut into segments of at most SEG pairs, the unit of work of a program; since nobody on the host knows how full
+the bins are, there are as many segments as there could be, and some stay empty.
 """
 
 from typing import NamedTuple
@@ -37,8 +39,8 @@ def bin_kernel(
     blocks, key, lows, lengths, cu, number, tokens, length, begin, count, tiles, slots, none,
     HEADS: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The bin of each pair; `none` for entries without a block, wholly in the future of their query, or, with `lows`
-    `[B, tiles, Hkv]`, among the blocks from there on, which the tile of the query sees together."""
+    """The bin of each pair; `none` for entries without a block, wholly in the future of their query, or, with
+    `lows` `[B, tiles, Hkv]`, among the blocks from there on, which the tile of the query sees together."""
     b = tl.program_id(1).to(tl.int64)
     pair = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     t = pair // (LIST * HEADS)
@@ -64,9 +66,16 @@ def bin_kernel(
 
 
 def invert(
-    blocks: Tensor, size: int, rows: Rows, segment: int, begin: int = 0, lows: Tensor | None = None, tile: int = 1
+    blocks: Tensor,
+    size: int,
+    rows: Rows,
+    segment: int,
+    begin: int = 0,
+    lows: Tensor | None = None,
+    tile: int = 1,
 ) -> Index:
-    """The index of `blocks [B, T, Hkv, K]` (contiguous) of queries from `begin` on, in segments of at most `segment` pairs.
+    """The index of `blocks [B, T, Hkv, K]` (contiguous) of queries from `begin` on, in segments of at most
+    `segment` pairs.
 
     `lows [B, tiles, Hkv]`: leave out the blocks from there on, for each tile of `tile` queries.
     """
@@ -77,8 +86,8 @@ def invert(
     with on_device(blocks):
         bin_kernel[(cdiv(pairs // batch, KEYED), batch)](
             blocks, key, lows, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, count,
-            1 if lows is None else lows.shape[1], slots, bins, HEADS=heads, LIST=chosen, SIZE=size, BQ=tile, N=KEYED,
-            num_warps=4,
+            1 if lows is None else lows.shape[1], slots, bins, HEADS=heads, LIST=chosen, SIZE=size, BQ=tile,
+            N=KEYED, num_warps=4,
         )  # fmt: skip
     key, order = torch.sort(key, stable=True)
     bounds = torch.searchsorted(key, torch.arange(bins + 1, dtype=torch.int32, device=device))
@@ -108,7 +117,8 @@ def place_of(mine, slots, HEADS: tl.constexpr):
 
 @triton.jit
 def block_of(slot, b, lengths, length, cu, documents, tokens, SIZE: tl.constexpr, STEPS: tl.constexpr):
-    """What a slot stands for: block of its sequence, where that begins in storage, its keys, position of query 0."""
+    """What a slot stands for: block of its sequence, where that begins in storage, its keys, position of
+    query 0."""
     if cu is not None:
         n, block = find_document(cu, slot, documents, SIZE, STEPS)
         start = tl.load(cu + n).to(tl.int64)
@@ -121,7 +131,8 @@ def block_of(slot, b, lengths, length, cu, documents, tokens, SIZE: tl.constexpr
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Batches with lengths on the device, and packed documents of which tiles see the last blocks together."""
+    """Batches with lengths on the device, and packed documents of which tiles see the last blocks
+    together."""
     integers = ("tokens", "length", "begin", "count", "tiles", "slots", "none")
     pointers = ("blocks", "key", "lows", "lengths", "cu", "number")
     for name, absent in (("batch", ("cu", "number", "lows")), ("packed", ("lengths",))):

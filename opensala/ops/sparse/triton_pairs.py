@@ -1,17 +1,21 @@
 # mypy: allow-untyped-defs
 """Block-sparse attention in Triton, block by block: the forward pass of long calls.
 
-Walking the list of one query moves a block's keys and values (32 KB at the released sizes) through the L2 cache for 16 rows
+Walking the list of one query moves a block's keys and values (32 KB at the released sizes) through the L2
+cache for 16 rows
 of a product, far too little work for the bytes: 1.6 TB a layer at 256K tokens. So the work is turned around:
 
-1. The blocks just before a query are in every list (the local window). A tile of neighbouring queries sees those that all of
-   them list, without a gap up to their own, by ordinary flash attention: `low_kernel` finds them, `band_kernel` attends.
-2. The other (query, block) pairs are sorted by block (`triton_index`); `pair_kernel` loads a block once and attends with all
-   queries that chose it. Each pair leaves a partial result of its own, normalised, in the dtype of the queries.
+1. The blocks just before a query are in every list (the local window). A tile of neighbouring queries sees
+   those that all of them list, without a gap up to their own, by ordinary flash attention: `low_kernel` finds
+       them, `band_kernel` attends.
+2. The other (query, block) pairs are sorted by block (`triton_index`); `pair_kernel` loads a block once and
+   attends with all queries that chose it. Each pair leaves a partial result of its own, normalised, in the
+   dtype of the queries.
 3. `merge_kernel` joins the partial results of each query by their log-sum-exp.
 
-The partial results take 1/8 of the bytes of 32 KB a pair, written and read once. Queries go through in chunks whose partial
-results fit PART_BYTES; nothing is added to shared memory locations, so results do not depend on timing.
+The partial results take 1/8 of the bytes of 32 KB a pair, written and read once. Queries go through in chunks
+whose partial results fit PART_BYTES; nothing is added to shared memory locations, so results do not depend on
+timing.
 
 Shapes: B rows, T queries, K blocks of a list, G query heads a kv head, D/E key/value dim, S keys of a block.
 """
@@ -38,24 +42,32 @@ REACH = 62  # blocks before its own that a query's band can have: they are bits 
 
 @triton.jit(do_not_specialize=COUNTS)
 def low_kernel(
-    blocks, lows, lengths, cu, number, tokens, length, begin, end, documents, HEADS: tl.constexpr, LIST: tl.constexpr,
-    LIST_P: tl.constexpr, SIZE: tl.constexpr, REACH: tl.constexpr, BQ: tl.constexpr, STEPS: tl.constexpr,
+    blocks, lows, lengths, cu, number, tokens, length, begin, end, documents, HEADS: tl.constexpr,
+    LIST: tl.constexpr, LIST_P: tl.constexpr, SIZE: tl.constexpr, REACH: tl.constexpr, BQ: tl.constexpr,
+    STEPS: tl.constexpr,
 ):  # fmt: skip
-    """lows `[B, tiles, Hkv]`: the first block of which all queries of a tile list every block from there to their own."""
+    """lows `[B, tiles, Hkv]`: the first block of which all queries of a tile list every block from there to
+    their own."""
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     index = tl.program_id(0).to(tl.int64)
-    first, last, position0, _, _ = tile_of(lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS)
+    first, last, position0, _, _ = tile_of(
+        lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS
+    )
     t = first + tl.arange(0, BQ)
     there = (t < last) & (t >= begin)
     j = tl.arange(0, LIST_P)
     place = ((b * (end - begin) + t - begin) * HEADS + h) * LIST
-    block = tl.load(blocks + place[:, None] + j[None, :], mask=there[:, None] & (j < LIST)[None, :], other=-1).to(tl.int32)
+    block = tl.load(
+        blocks + place[:, None] + j[None, :], mask=there[:, None] & (j < LIST)[None, :], other=-1
+    ).to(tl.int32)
     own = (position0.to(tl.int32) + tl.arange(0, BQ)) // SIZE
     back = own[:, None] - block
     near = (block >= 0) & (back >= 0) & (back <= REACH)
     one = tl.full((BQ, LIST_P), 1, tl.int64)
-    listed = tl.sum(tl.where(near, one << tl.where(near, back, 0).to(tl.int64), 0), axis=1)  # bit i: the block i before its own
+    listed = tl.sum(
+        tl.where(near, one << tl.where(near, back, 0).to(tl.int64), 0), axis=1
+    )  # bit i: the block i before its own
     run = tl.arange(0, 64)
     full = (tl.full((64,), 1, tl.int64) << run.to(tl.int64)) - 1
     fits = (listed[:, None] & full[None, :]) == full[None, :]
@@ -65,8 +77,26 @@ def low_kernel(
 
 
 @triton.jit
-def add_keys(peak, mass, total, query, keys, values, k_t, v_t, lo, hi, position, factor, D: tl.constexpr, DP: tl.constexpr,
-             E: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr):
+def add_keys(
+    peak,
+    mass,
+    total,
+    query,
+    keys,
+    values,
+    k_t,
+    v_t,
+    lo,
+    hi,
+    position,
+    factor,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    BN: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """Online softmax over tokens lo ... hi - 1; with MASK each query sees those up to its position."""
     for first in range(lo, hi, BN):
         token = first + tl.arange(0, BN)
@@ -88,16 +118,18 @@ def add_keys(peak, mass, total, query, keys, values, k_t, v_t, lo, hi, position,
 
 @triton.jit(do_not_specialize=COUNTS)
 def band_kernel(
-    q, k, v, lows, parts, part_lse, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens, length, begin, end,
-    documents, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
-    E: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
-    BN: tl.constexpr,
+    q, k, v, lows, parts, part_lse, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens, length,
+    begin, end, documents, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr,
+    SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr,
+    BQ: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Part LIST of each query: attention of a tile of queries over the blocks they list together."""
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     index = tl.program_id(0).to(tl.int64)
-    first, last, position0, _, start = tile_of(lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS)
+    first, last, position0, _, start = tile_of(
+        lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS
+    )
     if last <= first:
         return
     highest = (position0 + last - 1 - first).to(tl.int32)
@@ -110,29 +142,73 @@ def band_kernel(
     keys = k + b * k_b + h * k_h + start * k_t
     values = v + b * v_b + h * v_h + start * v_t
     lo = tl.load(lows + (b * tl.num_programs(0) + index) * HEADS + h) * SIZE
-    middle = tl.maximum(lo, lo + (position0.to(tl.int32) + 1 - lo) // BN * BN)  # up to here every query sees every key
+    middle = tl.maximum(
+        lo, lo + (position0.to(tl.int32) + 1 - lo) // BN * BN
+    )  # up to here every query sees every key
     peak = tl.full((GP * BQ,), float("-inf"), tl.float32)
     mass = tl.zeros((GP * BQ,), tl.float32)
     total = tl.zeros((GP * BQ, EP), tl.float32)
-    peak, mass, total = add_keys(peak, mass, total, query, keys, values, k_t, v_t, lo, middle, position, factor, D, DP, E, EP,
-                                 BN, False)
-    peak, mass, total = add_keys(peak, mass, total, query, keys, values, k_t, v_t, middle, highest + 1, position, factor, D, DP,
-                                 E, EP, BN, True)
+    peak, mass, total = add_keys(
+        peak,
+        mass,
+        total,
+        query,
+        keys,
+        values,
+        k_t,
+        v_t,
+        lo,
+        middle,
+        position,
+        factor,
+        D,
+        DP,
+        E,
+        EP,
+        BN,
+        False,
+    )
+    peak, mass, total = add_keys(
+        peak,
+        mass,
+        total,
+        query,
+        keys,
+        values,
+        k_t,
+        v_t,
+        middle,
+        highest + 1,
+        position,
+        factor,
+        D,
+        DP,
+        E,
+        EP,
+        BN,
+        True,
+    )
     place = (((b * (end - begin) + t - begin) * HEADS + h) * (LIST + 1) + LIST) * GROUP + g
     tl.store(part_lse + place, peak + tl.log2(mass), mask=there)
     e = tl.arange(0, EP)
     total = total / tl.where(mass > 0, mass, 1.0)[:, None]
-    tl.store(parts + place[:, None] * E + e[None, :], total.to(parts.dtype.element_ty), mask=there[:, None] & (e < E)[None, :])
+    tl.store(
+        parts + place[:, None] * E + e[None, :],
+        total.to(parts.dtype.element_ty),
+        mask=there[:, None] & (e < E)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def pair_kernel(
-    q, k, v, parts, part_lse, order, bounds, firsts, bin_of, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens,
-    length, begin, count, documents, slots, bins, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr,
-    SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr,
-    PQ: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
+    q, k, v, parts, part_lse, order, bounds, firsts, bin_of, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b,
+    v_t, v_h, tokens, length, begin, count, documents, slots, bins, factor, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    LENGTH: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr, PQ: tl.constexpr, DP: tl.constexpr,
+    EP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
-    """parts `[B, count, Hkv, LIST + 1, G, E]` and part_lse: a block against a segment of the queries that chose it."""
+    """parts `[B, count, Hkv, LIST + 1, G, E]` and part_lse: a block against a segment of the queries that
+    chose it."""
     mine, first_pair, last_pair = segment_of(bin_of, bounds, firsts, bins, LENGTH)
     if mine >= bins:
         return
@@ -161,11 +237,18 @@ def pair_kernel(
         result = tl.dot(p.to(y.dtype), y, input_precision="ieee") / tl.where(mass > 0, mass, 1.0)[:, None]
         place = (((b * count + local) * HEADS + h) * (LIST + 1) + pair % LIST) * GROUP + g
         tl.store(part_lse + place, peak + tl.log2(mass), mask=used)
-        tl.store(parts + place[:, None] * E + e[None, :], result.to(parts.dtype.element_ty), mask=used[:, None] & (e < E)[None, :])
+        tl.store(
+            parts + place[:, None] * E + e[None, :],
+            result.to(parts.dtype.element_ty),
+            mask=used[:, None] & (e < E)[None, :],
+        )
 
 
-def band_config(tokens: int, group: int, dim: int, value_dim: int, itemsize: int, arch: int) -> dict[str, int]:
-    """Tile of `band_kernel`: by compilation, the largest whose sums stay in registers on each architecture."""
+def band_config(
+    tokens: int, group: int, dim: int, value_dim: int, itemsize: int, arch: int
+) -> dict[str, int]:
+    """Tile of `band_kernel`: by compilation, the largest whose sums stay in registers on each
+    architecture."""
     wide, deep, heads = padded(dim), padded(value_dim), 1 << (group - 1).bit_length()
     widest = max(wide, deep)
     if itemsize == 4:
@@ -175,12 +258,20 @@ def band_config(tokens: int, group: int, dim: int, value_dim: int, itemsize: int
     if triton_interpreted():
         rows = 256
     queries = max(16 // heads, min(rows // heads, 1 << (tokens - 1).bit_length()), 1)
-    return {"GP": heads, "BQ": queries, "DP": wide, "EP": deep, "BN": 64 if itemsize == 2 and widest <= 128 and arch == 90 else 32,
-            "num_warps": 8 if queries * heads > 32 or itemsize == 4 else 4, "num_stages": 2}
+    return {
+        "GP": heads,
+        "BQ": queries,
+        "DP": wide,
+        "EP": deep,
+        "BN": 64 if itemsize == 2 and widest <= 128 and arch == 90 else 32,
+        "num_warps": 8 if queries * heads > 32 or itemsize == 4 else 4,
+        "num_stages": 2,
+    }
 
 
 def pair_config(group: int, size: int, dim: int, value_dim: int, itemsize: int, arch: int) -> dict[str, int]:
-    """Tile of `pair_kernel`, chosen likewise; a block stays in registers or shared memory beside it (`BLOCK_BYTES`)."""
+    """Tile of `pair_kernel`, chosen likewise; a block stays in registers or shared memory beside it
+    (`BLOCK_BYTES`)."""
     wide, deep, heads = padded(dim), padded(value_dim), 1 << (group - 1).bit_length()
     large = max(wide, deep) > 128 or size > 64
     if itemsize == 4:
@@ -191,15 +282,26 @@ def pair_config(group: int, size: int, dim: int, value_dim: int, itemsize: int, 
         rows, warps, stages = (32, 4, 2) if large else (64, 4, 2)
     if triton_interpreted():
         rows = 256
-    return {"GP": heads, "PQ": max(1, rows // heads), "DP": wide, "EP": deep, "SP": padded(size), "num_warps": warps,
-            "num_stages": stages}
+    return {
+        "GP": heads,
+        "PQ": max(1, rows // heads),
+        "DP": wide,
+        "EP": deep,
+        "SP": padded(size),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def shared_enough(q: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows) -> bool:
     """Whether many queries share each key block, and the kernels can hold one."""
     tokens, width = q.shape[1], v.shape[3]
     pairs = min(tokens, _chunk(q, blocks, width)) * blocks.shape[3]
-    return tokens >= LEAST_QUERIES and pairs >= SHARED * cdiv(rows.capacity, size) and _fits(q.shape[3], width, size, q.element_size())
+    return (
+        tokens >= LEAST_QUERIES
+        and pairs >= SHARED * cdiv(rows.capacity, size)
+        and _fits(q.shape[3], width, size, q.element_size())
+    )
 
 
 def _fits(dim: int, value_dim: int, size: int, itemsize: int) -> bool:
@@ -232,7 +334,16 @@ def attend_by_block(
 
 
 def _attend_chunk(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows, factor: float, begin: int, out: Tensor, lse: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: Tensor,
+    size: int,
+    rows: Rows,
+    factor: float,
+    begin: int,
+    out: Tensor,
+    lse: Tensor,
 ) -> None:
     (batch, count, kv_heads, chosen), (heads, dim), width = blocks.shape, q.shape[2:], v.shape[3]
     group, end, item = heads // kv_heads, begin + count, q.element_size()
@@ -246,19 +357,21 @@ def _attend_chunk(
     lows = torch.empty(batch, tiles, kv_heads, dtype=torch.int32, device=q.device)
     with on_device(q):
         low_kernel[(tiles, kv_heads, batch)](
-            blocks, lows, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, end, rows.documents,
-            LIST_P=1 << (chosen - 1).bit_length(), REACH=REACH, BQ=band["BQ"], num_warps=4, **common,
+            blocks, lows, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, end,
+            rows.documents, LIST_P=1 << (chosen - 1).bit_length(), REACH=REACH, BQ=band["BQ"], num_warps=4,
+            **common,
         )  # fmt: skip
         band_kernel[(tiles, kv_heads, batch)](
-            q, k, v, lows, parts, part_lse, rows.lengths, rows.cu, *strides, rows.tokens, rows.length, begin, end,
-            rows.documents, factor, GROUP=group, D=dim, E=width, **common, **band,
+            q, k, v, lows, parts, part_lse, rows.lengths, rows.cu, *strides, rows.tokens, rows.length, begin,
+            end, rows.documents, factor, GROUP=group, D=dim, E=width, **common, **band,
         )  # fmt: skip
     index = invert(blocks, size, rows, SEGMENT, begin, lows, band["BQ"])
     with on_device(q):
         pair_kernel[(index.bin_of.numel(),)](
-            q, k, v, parts, part_lse, index.order, index.bounds, index.firsts, index.bin_of, rows.lengths, rows.cu, *strides,
-            rows.tokens, rows.length, begin, count, rows.documents, index.slots, index.bins, factor, GROUP=group, D=dim,
-            E=width, LENGTH=index.length, **common, **pair_config(group, size, dim, width, item, arch),
+            q, k, v, parts, part_lse, index.order, index.bounds, index.firsts, index.bin_of, rows.lengths,
+            rows.cu, *strides, rows.tokens, rows.length, begin, count, rows.documents, index.slots,
+            index.bins, factor, GROUP=group, D=dim, E=width, LENGTH=index.length, **common,
+            **pair_config(group, size, dim, width, item, arch),
         )  # fmt: skip
     merge(parts, part_lse, out, lse, chosen + 1, (chosen + 1) * group, group, group)
 
@@ -266,21 +379,42 @@ def _attend_chunk(
 def compile_cases(arch: int) -> CompileCases:
     """All sizes; the first with lengths on the device, the others with packed documents."""
     integers = ("begin", "end", "count", "documents", "slots", "bins")
-    kinds = {**dict.fromkeys(integers, "i32"), **dict.fromkeys(("order", "bounds", "firsts", "bin_of"), "*i64"), "lows": "*i32",
-             "part_lse": "*fp32"}
+    kinds = {
+        **dict.fromkeys(integers, "i32"),
+        **dict.fromkeys(("order", "bounds", "firsts", "bin_of"), "*i64"),
+        "lows": "*i32",
+        "part_lse": "*fp32",
+    }
     for name, dtype, group, size, dim in SIZES:
         item = 4 if dtype == "fp32" else 2
         if not _fits(dim, dim, size, item):
             continue
         band = band_config(4096, group, dim, dim, item, arch)
-        common = {"HEADS": 2, "GROUP": group, "LIST": 96, "SIZE": size, "D": dim, "E": dim, "STEPS": 4, "LENGTH": SEGMENT,
-                  "LIST_P": 128, "REACH": REACH}
+        common = {
+            "HEADS": 2,
+            "GROUP": group,
+            "LIST": 96,
+            "SIZE": size,
+            "D": dim,
+            "E": dim,
+            "STEPS": 4,
+            "LENGTH": SEGMENT,
+            "LIST_P": 128,
+            "REACH": REACH,
+        }
         absent = ("lengths",) if name else ("cu", "number")
         for kernel, config in (
-            (low_kernel, {"BQ": band["BQ"], "num_warps": 4, "num_stages": 2}), (band_kernel, dict(band)),
+            (low_kernel, {"BQ": band["BQ"], "num_warps": 4, "num_stages": 2}),
+            (band_kernel, dict(band)),
             (pair_kernel, pair_config(group, size, dim, dim, item, arch)),
         ):
             options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
             constants = {**common, **config, **dict.fromkeys(absent)}
             constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
-            yield CompileCase(f"{kernel.__name__}{name}", kernel, case_types(kernel, dtype, constants, **kinds), constants, options)
+            yield CompileCase(
+                f"{kernel.__name__}{name}",
+                kernel,
+                case_types(kernel, dtype, constants, **kinds),
+                constants,
+                options,
+            )

@@ -1,12 +1,14 @@
 # mypy: allow-untyped-defs
-"""Where the tokens of a call stand: what the Triton kernels of selection and attention share about lengths and documents.
+"""Where the tokens of a call stand: what the Triton kernels of selection and attention share about lengths
+and documents.
 
-The T queries of row b are the last T of its `lengths[b]` tokens, or, for packed documents, every token of the row. The
-numbers may live on the GPU and never come to the host, so grids follow from shapes alone and kernels find out by
-themselves how much of their range exists.
+The T queries of row b are the last T of its `lengths[b]` tokens, or, for packed documents, every token of the
+row. The numbers may live on the GPU and never come to the host, so grids follow from shapes alone and kernels
+find out by themselves how much of their range exists.
 
-Packed documents share one storage of derived things (windows, blocks), in which document n owns the slots from
-`cu[n] // size + n` on: enough for it whatever its length, and nobody has to sum over documents (see `find_document`).
+Packed documents share one storage of derived things (windows, blocks), in which document n owns the slots
+from `cu[n] // size + n` on: enough for it whatever its length, and nobody has to sum over documents (see
+`find_document`).
 """
 
 from typing import NamedTuple
@@ -18,11 +20,32 @@ from torch import Tensor
 
 from ..triton_common import cdiv, find_document, search_steps
 
-# Numbers that change from call to call. Kernels take them as they come: else a chat would wait for a kernel of its own to be
-# compiled whenever one of them is 1, or a multiple of 16 for the first time.
+# Numbers that change from call to call. Kernels take them as they come: else a chat would wait for a kernel
+# of its own to be compiled whenever one of them is 1, or a multiple of 16 for the first time.
 COUNTS = [
-    "tokens", "length", "capacity", "room", "room1", "room2", "begin", "end", "count", "documents", "slots", "bins", "tiles", "none",
-    "past_all", "new_tokens", "keep", "shares", "splits", "rows", "outer", "inner", "step",
+    "tokens",
+    "length",
+    "capacity",
+    "room",
+    "room1",
+    "room2",
+    "begin",
+    "end",
+    "count",
+    "documents",
+    "slots",
+    "bins",
+    "tiles",
+    "none",
+    "past_all",
+    "new_tokens",
+    "keep",
+    "shares",
+    "splits",
+    "rows",
+    "outer",
+    "inner",
+    "step",
 ]
 
 
@@ -46,7 +69,8 @@ class Rows(NamedTuple):
         return search_steps(self.documents)
 
     def slots(self, size: int) -> int:
-        """Places for pieces of `size` keys that cover all there is room for, whatever the lengths turn out to be."""
+        """Places for pieces of `size` keys that cover all there is room for, whatever the lengths turn out to
+        be."""
         return cdiv(self.capacity, size) if self.cu is None else self.capacity // size + self.documents
 
     def tiles(self, size: int, begin: int, end: int) -> int:
@@ -57,7 +81,8 @@ class Rows(NamedTuple):
 
 
 def rows_of(q: Tensor, capacity: int, lengths: Tensor | int | None, cu_seqlens: Tensor | None) -> Rows:
-    """Put the numbers that describe a call where the kernels can read them, and check those already known here.
+    """Put the numbers that describe a call where the kernels can read them, and check those already known
+    here.
 
     Raises:
         ValueError: lengths known on the host that do not fit the queries or the keys.
@@ -73,7 +98,10 @@ def rows_of(q: Tensor, capacity: int, lengths: Tensor | int | None, cu_seqlens: 
     if not (isinstance(lengths, Tensor) and lengths.is_cuda):
         known = lengths.tolist() if isinstance(lengths, Tensor) else [lengths] * q.shape[0]
         if len(known) != q.shape[0] or min(known) < tokens or max(known) > capacity:
-            raise ValueError(f"lengths must be {q.shape[0]} numbers from {tokens} (the queries) to {capacity} (the keys), got {known}")
+            raise ValueError(
+                f"lengths must be {q.shape[0]} numbers from {tokens} (the queries) to {capacity} (the "
+                f"keys), got {known}"
+            )
     if isinstance(lengths, Tensor):
         return Rows(tokens, capacity, capacity, lengths.to(q.device, non_blocking=True), None, None)
     return Rows(tokens, capacity, lengths, None, None, None)
@@ -86,7 +114,8 @@ def inner_contiguous(x: Tensor) -> Tensor:
 
 @triton.jit
 def locate(lengths, length, cu, number, b, t, tokens):
-    """For token(s) t of row b: the position in its sequence, and where in the row's storage the sequence begins."""
+    """For token(s) t of row b: the position in its sequence, and where in the row's storage the sequence
+    begins."""
     if cu is not None:
         start = tl.load(cu + tl.load(number + t)).to(tl.int64)
         position = t - start
@@ -100,11 +129,15 @@ def locate(lengths, length, cu, number, b, t, tokens):
 
 
 @triton.jit
-def tile_of(lengths, length, cu, documents, index, b, tokens, begin, end, BQ: tl.constexpr, STEPS: tl.constexpr):
-    """Tile number `index` of the queries [begin, end): its first query and the query behind its last one, the position of
-    its first query, and the number and the first token of its document (0 and 0 without documents)."""
+def tile_of(
+    lengths, length, cu, documents, index, b, tokens, begin, end, BQ: tl.constexpr, STEPS: tl.constexpr
+):
+    """Tile number `index` of the queries [begin, end): its first query and the query behind its last one, the
+    position of its first query, and the number and the first token of its document (0 and 0 without
+    documents)."""
     if cu is not None:
-        # The first tile that can reach `begin` is at slot begin // BQ - 1: both divisions there may round down.
+        # The first tile that can reach `begin` is at slot begin // BQ - 1: both divisions there may
+        # round down.
         n, i = find_document(cu, tl.maximum(begin // BQ - 1, 0) + index, documents, BQ, STEPS)
         start = tl.load(cu + n).to(tl.int64)
         first = start + i * BQ
@@ -137,5 +170,6 @@ def load_rows(x, offsets, there, DIM: tl.constexpr, WIDE: tl.constexpr):
 
 
 def cores(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a token number of them for the interpreter, which runs programs one by one."""
+    """Multiprocessors of a GPU; a token number of them for the interpreter, which runs programs one by
+    one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,19 +1,24 @@
 # mypy: allow-untyped-defs
-"""Block selection in Triton, in three steps whose costs are those of reading the compressed keys against every query.
+"""Block selection in Triton, in three steps whose costs are those of reading the compressed keys against
+every query.
 
-1. `lse_kernel`: the softmax denominators, by a running log-sum-exp over the second level (the first where asked).
-2. `score_kernel`: probabilities of the first level, summed over the G heads of a kv head and max-pooled to block scores.
+1. `lse_kernel`: the softmax denominators, by a running log-sum-exp over the second level (the first where
+    asked).
+2. `score_kernel`: probabilities of the first level, summed over the G heads of a kv head and max-pooled to
+    block scores.
 3. `top_kernel` (`triton_top`): the best blocks of each query.
 
-Between 2 and 3 the pooled scores of a tile of queries, 1 / (G * ratio) of the scores computed, pass through a scratch buffer
-of SCRATCH elements at most, so memory is linear in length. Keeping a running top-k in registers instead needs a merge for
-nearly every panel of blocks up to some millions of tokens, which costs more than writing and reading the scores; and with
-the scores in memory any number of programs can share one query, so a decoding step is the same three kernels with the keys
-cut among programs.
+Between 2 and 3 the pooled scores of a tile of queries, 1 / (G * ratio) of the scores computed, pass through a
+scratch buffer of SCRATCH elements at most, so memory is linear in length. Keeping a running top-k in
+registers instead needs a merge for nearly every panel of blocks up to some millions of tokens, which costs
+more than writing and reading the scores; and with the scores in memory any number of programs can share one
+query, so a decoding step is the same three kernels with the keys cut among programs.
 
-The product of step 2 is K1 q^T: its columns are (head, query) pairs with the queries side by side, so that each thread
-holds all heads of its queries and the sum over heads needs no exchange between threads. Its rows are windows, one phase at a
-time: row r of phase c is window c of block r of the panel, so pooling is an elementwise maximum over `ratio` products.
+The product of step 2 is K1 q^T: its columns are (head, query) pairs with the queries side by side, so that
+each thread holds all heads of its queries and the sum over heads needs no exchange between threads. Its rows
+are windows, one phase at a
+time: row r of phase c is window c of block r of the panel, so pooling is an elementwise maximum over `ratio`
+    products.
 The window before a block also touches it: that is the last phase moved down by one row.
 
 Scores are in base 2: p = exp2(factor * q.k - lse), factor = scale * log2(e).
@@ -41,9 +46,23 @@ LSE_PROGRAMS = 2  # the same of the log-sum-exp kernel
 
 
 @triton.jit
-def add_panels(peak, mass, query, keys, k_n, lo, hi, visible, factor, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
-               MASK: tl.constexpr):
-    """Running log-sum-exp of windows lo ... hi - 1 (rounded up to panels of BN); with MASK of the `visible` ones only."""
+def add_panels(
+    peak,
+    mass,
+    query,
+    keys,
+    k_n,
+    lo,
+    hi,
+    visible,
+    factor,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BN: tl.constexpr,
+    MASK: tl.constexpr,
+):
+    """Running log-sum-exp of windows lo ... hi - 1 (rounded up to panels of BN); with MASK of the `visible`
+    ones only."""
     for first in range(lo, hi, BN):
         window = first + tl.arange(0, BN)
         x = load_rows(keys, window.to(tl.int64) * k_n, window < hi, D, DP)
@@ -58,9 +77,26 @@ def add_panels(peak, mass, query, keys, k_n, lo, hi, visible, factor, D: tl.cons
 
 
 @triton.jit
-def add_visible(peak, mass, query, keys, k_n, room, position, last, part, parts, factor, D: tl.constexpr, DP: tl.constexpr,
-                BN: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):
-    """Running log-sum-exp of the windows of one level that each query sees: share `part` of `parts` of the panels."""
+def add_visible(
+    peak,
+    mass,
+    query,
+    keys,
+    k_n,
+    room,
+    position,
+    last,
+    part,
+    parts,
+    factor,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BN: tl.constexpr,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """Running log-sum-exp of the windows of one level that each query sees: share `part` of `parts` of the
+    panels."""
     visible = windows_in(position + 1, SIZE, STRIDE)
     all_see = windows_in(tl.min(position, axis=0) + 1, SIZE, STRIDE) // BN * BN
     reach = tl.minimum(windows_in(last + 1, SIZE, STRIDE), room)
@@ -74,12 +110,13 @@ def add_visible(peak, mass, query, keys, k_n, room, position, last, part, parts,
 
 @triton.jit(do_not_specialize=COUNTS)
 def lse_kernel(
-    q, k1, k2, lse, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, k2_b, k2_n, k2_h, room1, room2, tokens, length, documents,
-    keep, block_size, shares, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
-    STRIDE: tl.constexpr, COARSE: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr,
-    BN: tl.constexpr,
+    q, k1, k2, lse, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, k2_b, k2_n, k2_h, room1, room2, tokens,
+    length, documents, keep, block_size, shares, factor, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, COARSE: tl.constexpr, STEPS: tl.constexpr,
+    DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """lse `[shares, B, T, Hq]`: log2 of the softmax denominator of each query and head over a share of the panels.
+    """lse `[shares, B, T, Hq]`: log2 of the softmax denominator of each query and head over a share of the
+    panels.
 
     Tiles of which every query takes all its blocks (at most `keep`) are left out: nobody reads their scores.
     """
@@ -87,7 +124,9 @@ def lse_kernel(
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     index = tl.num_programs(0) // shares - 1 - tl.program_id(0) // shares  # the longest first
-    first, last, position0, n, start = tile_of(lengths, length, cu, documents, index.to(tl.int64), b, tokens, 0, tokens, BQ, STEPS)
+    first, last, position0, n, start = tile_of(
+        lengths, length, cu, documents, index.to(tl.int64), b, tokens, 0, tokens, BQ, STEPS
+    )
     highest = (position0 + last - 1 - first).to(tl.int32)
     if (last <= first) | (highest // block_size < keep):
         return
@@ -102,36 +141,89 @@ def lse_kernel(
     keys1 = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
     if COARSE:
         keys2 = k2 + b * k2_b + h * k2_h + (start // (4 * STRIDE) + n) * k2_n
-        peak2, mass2 = add_visible(peak, mass, query, keys2, k2_n, room2, position, highest, part, shares, factor, D, DP, BN,
-                                   4 * SIZE, 4 * STRIDE)
+        peak2, mass2 = add_visible(
+            peak,
+            mass,
+            query,
+            keys2,
+            k2_n,
+            room2,
+            position,
+            highest,
+            part,
+            shares,
+            factor,
+            D,
+            DP,
+            BN,
+            4 * SIZE,
+            4 * STRIDE,
+        )
         if position0 + 1 < 4 * SIZE:  # no window of the second level: the first one serves
-            peak, mass = add_visible(peak, mass, query, keys1, k1_n, room1, position, highest, part, shares, factor, D, DP, BN,
-                                     SIZE, STRIDE)
+            peak, mass = add_visible(
+                peak,
+                mass,
+                query,
+                keys1,
+                k1_n,
+                room1,
+                position,
+                highest,
+                part,
+                shares,
+                factor,
+                D,
+                DP,
+                BN,
+                SIZE,
+                STRIDE,
+            )
         coarse = position + 1 >= 4 * SIZE
         peak, mass = tl.where(coarse, peak2, peak), tl.where(coarse, mass2, mass)
     else:
-        peak, mass = add_visible(peak, mass, query, keys1, k1_n, room1, position, highest, part, shares, factor, D, DP, BN, SIZE, STRIDE)
+        peak, mass = add_visible(
+            peak,
+            mass,
+            query,
+            keys1,
+            k1_n,
+            room1,
+            position,
+            highest,
+            part,
+            shares,
+            factor,
+            D,
+            DP,
+            BN,
+            SIZE,
+            STRIDE,
+        )
     place = ((part * tl.num_programs(2) + b) * tokens + t) * (HEADS * GROUP) + h * GROUP + g
     tl.store(lse + place, peak + tl.log2(mass), mask=there)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def score_kernel(
-    q, k1, lse, scores, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, room1, tokens, length, begin, end, width, documents, shares,
-    splits, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
-    RATIO: tl.constexpr, WINDOW: tl.constexpr, KEEP: tl.constexpr, MASK: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr,
-    GP: tl.constexpr, BQ: tl.constexpr, PB: tl.constexpr,
+    q, k1, lse, scores, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, room1, tokens, length, begin, end,
+    width, documents, shares, splits, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, WINDOW: tl.constexpr, KEEP: tl.constexpr,
+    MASK: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr,
+    PB: tl.constexpr,
 ):  # fmt: skip
-    """scores `[B, end - begin, Hkv, width]` of the blocks that are not forced by the window, for queries begin ... end - 1.
+    """scores `[B, end - begin, Hkv, width]` of the blocks that are not forced by the window, for queries
+    begin ... end - 1.
 
-    A block without a visible window scores -1. The blocks a query sees in full need no mask; MASK is set where the window
-    of forced blocks is too small to cover the others.
+    A block without a visible window scores -1. The blocks a query sees in full need no mask; MASK is set
+    where the window of forced blocks is too small to cover the others.
     """
     part = tl.program_id(0) % splits
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
     index = tl.num_programs(0) // splits - 1 - tl.program_id(0) // splits
-    first, last, position0, n, start = tile_of(lengths, length, cu, documents, index.to(tl.int64), b, tokens, begin, end, BQ, STEPS)
+    first, last, position0, n, start = tile_of(
+        lengths, length, cu, documents, index.to(tl.int64), b, tokens, begin, end, BQ, STEPS
+    )
     highest = (position0 + last - 1 - first).to(tl.int32)
     own = highest // (RATIO * STRIDE)
     panels = tl.cdiv(tl.minimum(own - WINDOW, width), PB)
@@ -145,8 +237,14 @@ def score_kernel(
     t = first + column % BQ
     there = (g < GROUP) & (t < last) & (t >= begin)
     query = tl.trans(load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, there, D, DP))
-    total = joined_lse(lse, (b * tokens + t) * (HEADS * GROUP) + h * GROUP + g, there,
-                       tl.num_programs(2).to(tl.int64) * tokens * (HEADS * GROUP), shares, GP * BQ)
+    total = joined_lse(
+        lse,
+        (b * tokens + t) * (HEADS * GROUP) + h * GROUP + g,
+        there,
+        tl.num_programs(2).to(tl.int64) * tokens * (HEADS * GROUP),
+        shares,
+        GP * BQ,
+    )
     total = tl.where(g < GROUP, total, float("inf"))  # heads of the padding weigh nothing
     keys = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
     visible = tl.minimum(windows_in(highest + 1, SIZE, STRIDE), room1)
@@ -174,7 +272,11 @@ def score_kernel(
             pooled = tl.maximum(best, tl.where(row[:, None] == 0, carried, moved))
             carried = moved
             block = panel * PB + row
-            tl.store(target + panel.to(tl.int64) * PB, pooled, mask=here & ((block < width) & (block >= lo * PB))[:, None])
+            tl.store(
+                target + panel.to(tl.int64) * PB,
+                pooled,
+                mask=here & ((block < width) & (block >= lo * PB))[:, None],
+            )
 
 
 @triton.jit
@@ -184,7 +286,11 @@ def joined_lse(lse, place, there, step, shares, COLUMNS: tl.constexpr):
     mass = tl.zeros((COLUMNS,), tl.float32)
     for first in range(0, shares, 8):
         n = first + tl.arange(0, 8)
-        each = tl.load(lse + place[None, :] + n[:, None] * step, mask=there[None, :] & (n < shares)[:, None], other=float("-inf"))
+        each = tl.load(
+            lse + place[None, :] + n[:, None] * step,
+            mask=there[None, :] & (n < shares)[:, None],
+            other=float("-inf"),
+        )
         higher = tl.maximum(peak, tl.max(each, axis=0))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(each - base[None, :]), axis=0)
@@ -208,19 +314,28 @@ def score_config(tokens: int, group: int, dim: int, itemsize: int) -> dict[str, 
 
 
 def lse_config(tokens: int, group: int, dim: int, itemsize: int) -> dict[str, int]:
-    return {**tile_config(tokens, group, dim, itemsize), "BN": 64 if itemsize == 2 else 32, "num_warps": 4 if itemsize == 2 else 8, "num_stages": 2}
+    return {
+        **tile_config(tokens, group, dim, itemsize),
+        "BN": 64 if itemsize == 2 else 32,
+        "num_warps": 4 if itemsize == 2 else 8,
+        "num_stages": 2,
+    }
 
 
 def _compressed(k: Tensor, size: int, stride: int, rows: Rows) -> Tensor:
     """All windows of k; those of packed documents in the documents' slots."""
     if rows.cu is not None:
         return compress_packed(k, size, stride, rows)
-    out = torch.empty(k.shape[0], max(1, cdiv(k.shape[1], stride)), *k.shape[2:], dtype=k.dtype, device=k.device)
+    out = torch.empty(
+        k.shape[0], max(1, cdiv(k.shape[1], stride)), *k.shape[2:], dtype=k.dtype, device=k.device
+    )
     triton_extend_compressed(k, out, 0, k.shape[1], size, stride)
     return out
 
 
-def _denominators(q: Tensor, k1: Tensor, k2: Tensor, spec: BlockSpec, rows: Rows, factor: float, coarse: bool) -> Tensor:
+def _denominators(
+    q: Tensor, k1: Tensor, k2: Tensor, spec: BlockSpec, rows: Rows, factor: float, coarse: bool
+) -> Tensor:
     """Shares of the softmax denominators, `[shares, B, T, Hq]` in base 2."""
     (batch, tokens, heads, dim), kv_heads = q.shape, k1.shape[2]
     config = lse_config(tokens, heads // kv_heads, dim, q.element_size())
@@ -231,39 +346,56 @@ def _denominators(q: Tensor, k1: Tensor, k2: Tensor, spec: BlockSpec, rows: Rows
     with on_device(q):
         lse_kernel[(tiles * shares, kv_heads, batch)](
             q, k1, k2, lse, rows.lengths, rows.cu, *q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3],
-            k1.shape[1], k2.shape[1], tokens, rows.length, rows.documents, spec.num_blocks, spec.block_size, shares, factor,
-            HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, SIZE=spec.kernel_size, STRIDE=spec.kernel_stride, COARSE=coarse,
-            STEPS=rows.steps, **config,
+            k1.shape[1], k2.shape[1], tokens, rows.length, rows.documents, spec.num_blocks, spec.block_size,
+            shares, factor, HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, SIZE=spec.kernel_size,
+            STRIDE=spec.kernel_stride, COARSE=coarse, STEPS=rows.steps, **config,
         )  # fmt: skip
     return lse
 
 
 def _scores(
-    q: Tensor, k1: Tensor, lse: Tensor, spec: BlockSpec, rows: Rows, factor: float, begin: int, end: int, width: int
+    q: Tensor,
+    k1: Tensor,
+    lse: Tensor,
+    spec: BlockSpec,
+    rows: Rows,
+    factor: float,
+    begin: int,
+    end: int,
+    width: int,
 ) -> Tensor:
-    """Block scores `[B, end - begin, Hkv, width]` of queries begin ... end - 1; entries that nobody reads are not written."""
+    """Block scores `[B, end - begin, Hkv, width]` of queries begin ... end - 1; entries that nobody reads are
+    not written."""
     (batch, tokens, heads, dim), kv_heads = q.shape, k1.shape[2]
     config = score_config(end - begin, heads // kv_heads, dim, q.element_size())
     tiles = rows.tiles(config["BQ"], begin, end)
-    splits = max(1, min(cdiv(width, config["PB"]), cdiv(PROGRAMS * cores(q.device), batch * kv_heads * tiles)))
+    splits = max(
+        1, min(cdiv(width, config["PB"]), cdiv(PROGRAMS * cores(q.device), batch * kv_heads * tiles))
+    )
     scores = torch.empty(batch, end - begin, kv_heads, width, dtype=torch.float32, device=q.device)
-    # Windows of the blocks that are not forced end before the first query that has them so: then nothing needs a mask.
-    masked = spec.block_size - spec.kernel_stride + spec.kernel_size - 1 > (spec.window_blocks + 1) * spec.block_size
+    # Windows of the blocks that are not forced end before the first query that has them so: then
+    # nothing needs a mask.
+    masked = (
+        spec.block_size - spec.kernel_stride + spec.kernel_size - 1
+        > (spec.window_blocks + 1) * spec.block_size
+    )
     with on_device(q):
         score_kernel[(tiles * splits, kv_heads, batch)](
             q, k1, lse, scores, rows.lengths, rows.cu, *q.stride()[:3], *k1.stride()[:3], k1.shape[1], tokens,
-            rows.length, begin, end, width, rows.documents, lse.shape[0], splits, factor, HEADS=kv_heads, GROUP=heads // kv_heads,
-            D=dim, SIZE=spec.kernel_size, STRIDE=spec.kernel_stride, RATIO=spec.ratio, WINDOW=spec.window_blocks,
-            KEEP=spec.num_blocks, MASK=masked, STEPS=rows.steps, **config,
+            rows.length, begin, end, width, rows.documents, lse.shape[0], splits, factor, HEADS=kv_heads,
+            GROUP=heads // kv_heads, D=dim, SIZE=spec.kernel_size, STRIDE=spec.kernel_stride,
+            RATIO=spec.ratio, WINDOW=spec.window_blocks, KEEP=spec.num_blocks, MASK=masked, STEPS=rows.steps,
+            **config,
         )  # fmt: skip
     return scores
 
 
 def triton_select_blocks(
-    q: Tensor, k: Tensor | None, spec: BlockSpec, compressed: tuple[Tensor, Tensor] | None, lengths: Tensor | int | None,
-    scale: float, lse: str, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor | None, spec: BlockSpec, compressed: tuple[Tensor, Tensor] | None,
+    lengths: Tensor | int | None, scale: float, lse: str, cu_seqlens: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """See `select_blocks`. Compressed keys that are not given are made here, those of packed documents one by one."""
+    """See `select_blocks`. Compressed keys that are not given are made here, those of packed documents one by
+    one."""
     if k is not None:
         capacity = k.shape[1]
     else:  # what the windows given can have come from, and the keys of the unfinished one
@@ -273,8 +405,10 @@ def triton_select_blocks(
     if compressed is None or cu_seqlens is not None:
         assert k is not None, "checked by select_blocks"
         keys = inner_contiguous(computable(k))
-        compressed = (_compressed(keys, spec.kernel_size, spec.kernel_stride, rows),
-                      _compressed(keys, spec.coarse_size, spec.coarse_stride, rows))
+        compressed = (
+            _compressed(keys, spec.kernel_size, spec.kernel_stride, rows),
+            _compressed(keys, spec.coarse_size, spec.coarse_stride, rows),
+        )
     common = torch.promote_types(q.dtype, compressed[0].dtype)
     queries, k1, k2 = (inner_contiguous(computable(x.to(common))) for x in (q, *compressed))
     batch, tokens, kv_heads = *q.shape[:2], k1.shape[2]
@@ -291,14 +425,22 @@ def triton_select_blocks(
     return out
 
 
-def _case_types(dtype: str, pointers: tuple[str, ...], integers: tuple[str, ...], given: dict[str, None]) -> dict[str, str]:
+def _case_types(
+    dtype: str, pointers: tuple[str, ...], integers: tuple[str, ...], given: dict[str, None]
+) -> dict[str, str]:
     types = dict.fromkeys(integers, "i32")
-    types.update({p: "*fp32" if p in ("lse", "scores") else "*i32" if p in ("lengths", "cu") else f"*{dtype}" for p in pointers})
+    types.update(
+        {
+            p: "*fp32" if p in ("lse", "scores") else "*i32" if p in ("lengths", "cu") else f"*{dtype}"
+            for p in pointers
+        }
+    )
     return {"factor": "fp32", **{name: kind for name, kind in types.items() if name not in given}}
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Prefill and decoding at the released sizes, wide heads, and float32: exact denominators, a small window, documents."""
+    """Prefill and decoding at the released sizes, wide heads, and float32: exact denominators, a small
+    window, documents."""
     spec = BlockSpec()
     for name, dtype, tokens, group, dim, given in (
         ("prefill", "bf16", 4096, 16, 128, {"lengths": None, "cu": None}),
@@ -307,18 +449,73 @@ def compile_cases(arch: int) -> CompileCases:
         ("float", "fp32", 4096, 2, 64, {"lengths": None}),
         ("float wide", "fp32", 4096, 2, 256, {"lengths": None}),
     ):
-        common = {"HEADS": 2, "GROUP": group, "D": dim, "SIZE": spec.kernel_size, "STRIDE": spec.kernel_stride, "STEPS": 4,
-                  **given}
+        common = {
+            "HEADS": 2,
+            "GROUP": group,
+            "D": dim,
+            "SIZE": spec.kernel_size,
+            "STRIDE": spec.kernel_stride,
+            "STEPS": 4,
+            **given,
+        }
         size = 4 if dtype == "fp32" else 2
         for config, kernel, pointers, integers, more in (
-            (lse_config(tokens, group, dim, size), lse_kernel, ("q", "k1", "k2", "lse", "lengths", "cu"),
-             ("q_b", "q_t", "q_h", "k1_b", "k1_n", "k1_h", "k2_b", "k2_n", "k2_h", "room1", "room2", "tokens", "length",
-              "documents", "keep", "block_size", "shares"), {"COARSE": name != "float"}),
-            (score_config(tokens, group, dim, size), score_kernel, ("q", "k1", "lse", "scores", "lengths", "cu"),
-             ("q_b", "q_t", "q_h", "k1_b", "k1_n", "k1_h", "room1", "tokens", "length", "begin", "end", "width", "documents",
-              "shares", "splits"),
-             {"RATIO": spec.ratio, "WINDOW": spec.window_blocks, "KEEP": spec.num_blocks, "MASK": name == "float"}),
+            (
+                lse_config(tokens, group, dim, size),
+                lse_kernel,
+                ("q", "k1", "k2", "lse", "lengths", "cu"),
+                (
+                    "q_b",
+                    "q_t",
+                    "q_h",
+                    "k1_b",
+                    "k1_n",
+                    "k1_h",
+                    "k2_b",
+                    "k2_n",
+                    "k2_h",
+                    "room1",
+                    "room2",
+                    "tokens",
+                    "length",
+                    "documents",
+                    "keep",
+                    "block_size",
+                    "shares",
+                ),
+                {"COARSE": name != "float"},
+            ),
+            (
+                score_config(tokens, group, dim, size),
+                score_kernel,
+                ("q", "k1", "lse", "scores", "lengths", "cu"),
+                (
+                    "q_b",
+                    "q_t",
+                    "q_h",
+                    "k1_b",
+                    "k1_n",
+                    "k1_h",
+                    "room1",
+                    "tokens",
+                    "length",
+                    "begin",
+                    "end",
+                    "width",
+                    "documents",
+                    "shares",
+                    "splits",
+                ),
+                {
+                    "RATIO": spec.ratio,
+                    "WINDOW": spec.window_blocks,
+                    "KEEP": spec.num_blocks,
+                    "MASK": name == "float",
+                },
+            ),
         ):
             options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
             types = _case_types(dtype, pointers, integers, given)
-            yield CompileCase(f"{kernel.__name__} {name}", kernel, types, {**common, **more, **config}, options)
+            yield CompileCase(
+                f"{kernel.__name__} {name}", kernel, types, {**common, **more, **config}, options
+            )

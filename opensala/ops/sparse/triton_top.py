@@ -1,10 +1,11 @@
 # mypy: allow-untyped-defs
 """The best blocks of each query from their scores, in Triton, without sorting.
 
-The k-th largest score is found by bisection over the bits of the scores (non-negative floats order as their bits do),
-which stops as soon as a bound leaves exactly k above it; a running count of the chosen then gives every chosen block its
-place, so numbers come out ascending, and among equal scores at the edge the lower ones are taken. It works for any k, holds
-a row of scores in registers (longer rows are read again in every step), and its result does not depend on tiles.
+The k-th largest score is found by bisection over the bits of the scores (non-negative floats order as their
+bits do), which stops as soon as a bound leaves exactly k above it; a running count of the chosen then gives
+every chosen block its place, so numbers come out ascending, and among equal scores at the edge the lower ones
+are taken. It works for any k, holds a row of scores in registers (longer rows are read again in every step),
+and its result does not depend on tiles.
 
 Shapes: B rows, T queries, Hkv kv heads, N blocks.
 """
@@ -24,9 +25,20 @@ INFINITE = tl.constexpr(0x7F800000)  # the bits of +inf: forced blocks
 
 
 @triton.jit
-def keys_of(scores, here, own, first, width, INIT: tl.constexpr, WINDOW: tl.constexpr, KEEP: tl.constexpr, R: tl.constexpr,
-            C: tl.constexpr):
-    """Sortable keys `[R, C]` of blocks first ... first + C - 1: +inf if forced, -1 without a visible window, -2 if not there."""
+def keys_of(
+    scores,
+    here,
+    own,
+    first,
+    width,
+    INIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KEEP: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Sortable keys `[R, C]` of blocks first ... first + C - 1: +inf if forced, -1 without a visible window,
+    -2 if not there."""
     block = first + tl.arange(0, C)
     mine = block[None, :] <= own[:, None]
     forced = (block < INIT)[None, :] | (own[:, None] - block[None, :] <= WINDOW)
@@ -43,7 +55,8 @@ def top_kernel(
     HEADS: tl.constexpr, SIZE: tl.constexpr, INIT: tl.constexpr, WINDOW: tl.constexpr, KEEP: tl.constexpr,
     KEEP_P: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """out `[B, end - begin, Hkv, KEEP]` from scores `[B, end - begin, Hkv, width]` of queries begin ... end - 1, R rows a program.
+    """out `[B, end - begin, Hkv, KEEP]` from scores `[B, end - begin, Hkv, width]` of queries begin ... end -
+    1, R rows a program.
 
     With WHOLE, C columns hold a whole row; else rows are walked in pieces of C.
     """
@@ -79,8 +92,11 @@ def top_kernel(
         above += tl.sum((other >= high[:, None]).to(tl.int32), axis=1)
     target = out + (tl.arange(0, R) * KEEP)[:, None]
     place = tl.arange(0, KEEP_P)
-    tl.store(target + place[None, :], tl.full((R, KEEP_P), -1, tl.int32),
-             mask=(here[:, None] & (place[None, :] > own[:, None]) & (place < KEEP)[None, :]))
+    tl.store(
+        target + place[None, :],
+        tl.full((R, KEEP_P), -1, tl.int32),
+        mask=(here[:, None] & (place[None, :] > own[:, None]) & (place < KEEP)[None, :]),
+    )
     taken = tl.zeros((R,), tl.int32)  # chosen above the edge so far
     tied = tl.zeros((R,), tl.int32)  # at the edge so far, chosen or not; no more than matter
     room = KEEP - above
@@ -90,7 +106,10 @@ def top_kernel(
         over = key >= high[:, None]
         edge = (key >= low[:, None]) & (key < high[:, None])
         # Both running counts in one: those at the edge, at most KEEP + C, in the lower 16 bits.
-        counts = tl.cumsum(tl.where(over, 1 << 16, tl.where(edge, 1, 0)), axis=1) + (taken * (1 << 16) + tied)[:, None]
+        counts = (
+            tl.cumsum(tl.where(over, 1 << 16, tl.where(edge, 1, 0)), axis=1)
+            + (taken * (1 << 16) + tied)[:, None]
+        )
         edges = counts & 0xFFFF
         place_of = (counts >> 16) + tl.minimum(edges, room[:, None]) - 1
         chosen = here[:, None] & (over | (edge & (edges <= room[:, None]))) & (place_of < KEEP)
@@ -105,7 +124,13 @@ def top_config(width: int, keep: int) -> dict[str, int]:
     columns = min(max(16, 1 << (width - 1).bit_length()), WIDEST)
     rows = max(1, ELEMENTS // columns)
     warps = min(32, max(4, columns * rows // 512))
-    return {"R": rows, "C": columns, "WHOLE": int(columns >= width), "KEEP_P": 1 << (keep - 1).bit_length(), "num_warps": warps}
+    return {
+        "R": rows,
+        "C": columns,
+        "WHOLE": int(columns >= width),
+        "KEEP_P": 1 << (keep - 1).bit_length(),
+        "num_warps": warps,
+    }
 
 
 def top_blocks(scores: Tensor, out: Tensor, spec: BlockSpec, rows: Rows, begin: int, end: int) -> None:
@@ -117,8 +142,9 @@ def top_blocks(scores: Tensor, out: Tensor, spec: BlockSpec, rows: Rows, begin: 
     config = top_config(width, spec.num_blocks)
     with on_device(scores):
         top_kernel[(cdiv(count, config["R"]),)](
-            scores, target, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, end, width, count, HEADS=heads,
-            SIZE=spec.block_size, INIT=spec.init_blocks, WINDOW=spec.window_blocks, KEEP=spec.num_blocks, **config,
+            scores, target, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, end, width,
+            count, HEADS=heads, SIZE=spec.block_size, INIT=spec.init_blocks, WINDOW=spec.window_blocks,
+            KEEP=spec.num_blocks, **config,
         )  # fmt: skip
     if target is not part:
         part.copy_(target)
@@ -130,7 +156,20 @@ def compile_cases(arch: int) -> CompileCases:
     for width in (1 << 8, 1 << 13, 1 << 14):
         config = top_config(width, spec.num_blocks)
         options = {"num_warps": config.pop("num_warps")}
-        types = {"scores": "*fp32", "out": "*i32", **dict.fromkeys(("tokens", "length", "begin", "end", "width", "count"), "i32")}
-        constants = {"lengths": None, "cu": None, "number": None, "HEADS": 2, "SIZE": spec.block_size, "INIT": spec.init_blocks,
-                     "WINDOW": spec.window_blocks, "KEEP": spec.num_blocks, **config}
+        types = {
+            "scores": "*fp32",
+            "out": "*i32",
+            **dict.fromkeys(("tokens", "length", "begin", "end", "width", "count"), "i32"),
+        }
+        constants = {
+            "lengths": None,
+            "cu": None,
+            "number": None,
+            "HEADS": 2,
+            "SIZE": spec.block_size,
+            "INIT": spec.init_blocks,
+            "WINDOW": spec.window_blocks,
+            "KEEP": spec.num_blocks,
+            **config,
+        }
         yield CompileCase(f"top_kernel {width}", top_kernel, types, constants, options)

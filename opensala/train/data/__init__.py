@@ -1,6 +1,8 @@
-"""Training data: documents from files, texts or generators, in weighted mixtures, packed into sequences, with a position.
+"""Training data: documents from files, texts or generators, in weighted mixtures, packed into sequences, with
+a position.
 
-Every stream has `state_dict` and `load_state_dict`; a stream that goes on from a state gives exactly what it would have given.
+Every stream has `state_dict` and `load_state_dict`; a stream that goes on from a state gives exactly what it
+would have given.
 """
 
 from .batches import PackedSequence, StageData

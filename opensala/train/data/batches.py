@@ -1,8 +1,9 @@
 """Sequences of a stage: the mixture of its sources, packed, with a position that a checkpoint holds.
 
-The next document comes from the source that is farthest behind its share of tokens, so shares are exact at every point and
-need no chance. Documents of ordinary text are cut where a sequence ends (what is left waits to begin another one, as a document
-of its own); conversations stay whole, the end of a sequence is padded, and those longer than a sequence are left out and counted.
+The next document comes from the source that is farthest behind its share of tokens, so shares are exact at
+every point and need no chance. Documents of ordinary text are cut where a sequence ends (what is left waits
+to begin another one, as a document of its own); conversations stay whole, the end of a sequence is padded,
+and those longer than a sequence are left out and counted.
 """
 
 import base64
@@ -27,8 +28,8 @@ _TRIES = 2000  # documents looked at before a source is said to have none that f
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """`ids` and `labels` `[length]` (labels are the next token within the document, -100 where there is no loss); `bounds`
-    of the documents, from 0 to length."""
+    """`ids` and `labels` `[length]` (labels are the next token within the document, -100 where there is no
+    loss); `bounds` of the documents, from 0 to length."""
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -38,13 +39,18 @@ class PackedSequence:
 def check_source(source: Source) -> None:
     """Raise ValueError for a source without path, or whose path leads to no file."""
     if not source.path:
-        raise ValueError(f"data: the recipe's source {source.name!r} has no path: give one with --data {source.name}=PATH")
+        raise ValueError(
+            f"data: the recipe's source {source.name!r} has no path: give one with --data {source.name}=PATH"
+        )
     if not source.path.startswith(("python:", "synthetic:")):
         find_files(source.path)
 
 
-def open_source(source: Source, stage: Stage, tokenizer: Any, seed: int, skip_bad: bool, probe: bool = False) -> DocumentSource:
-    """The stream of a source's documents; with `probe` others: held-out texts, tasks of their own, files in another order."""
+def open_source(
+    source: Source, stage: Stage, tokenizer: Any, seed: int, skip_bad: bool, probe: bool = False
+) -> DocumentSource:
+    """The stream of a source's documents; with `probe` others: held-out texts, tasks of their own, files in
+    another order."""
     check_source(source)
     key = f"{seed} {stage.name} {source.name}{' probe' * probe}"
     kind, _, rest = source.path.partition(":")
@@ -68,11 +74,17 @@ class StageData:
         ValueError: see `Files`, `Encoder` and `Synthetic`.
     """
 
-    def __init__(self, stage: Stage, tokenizer: Any, seed: int, skip_bad: bool = False, probe: bool = False) -> None:
+    def __init__(
+        self, stage: Stage, tokenizer: Any, seed: int, skip_bad: bool = False, probe: bool = False
+    ) -> None:
         self.stage, self.seed, self.skip_bad = stage, seed, skip_bad
-        self.sources = [open_source(source, stage, tokenizer, seed, skip_bad, probe) for source in stage.mixture]
+        self.sources = [
+            open_source(source, stage, tokenizer, seed, skip_bad, probe) for source in stage.mixture
+        ]
         self.encode = Encoder(tokenizer, stage.chat)
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        self.pad = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        )
         self.tokens = [0] * len(self.sources)
         self.drawn = [0] * len(self.sources)
         self.too_long = self.unfit = 0
@@ -85,7 +97,9 @@ class StageData:
 
     def _draw(self) -> Example:
         """The next example of the mixture."""
-        behind = [tokens / source.weight for tokens, source in zip(self.tokens, self.stage.mixture, strict=True)]
+        behind = [
+            tokens / source.weight for tokens, source in zip(self.tokens, self.stage.mixture, strict=True)
+        ]
         n = behind.index(min(behind))
         source, stream = self.stage.mixture[n], self.sources[n]
         for _ in range(_TRIES):
@@ -101,8 +115,11 @@ class StageData:
             if len(example.ids) > 1 and self._kept(source, n, len(example.ids)):
                 self.tokens[n] += len(example.ids)
                 return example
-        raise ValueError(f"data: of {_TRIES:,} documents of {source.name!r} ({source.path}) none could be used in {self.stage.name} "
-                         f"({self.unfit} malformed, {self.too_long} longer than a sequence)")
+        raise ValueError(
+            f"data: of {_TRIES:,} documents of {source.name!r} ({source.path}) none could be used in "
+            f"{self.stage.name} "
+            f"({self.unfit} malformed, {self.too_long} longer than a sequence)"
+        )
 
     def _kept(self, source: Source, n: int, length: int) -> bool:
         if self.stage.chat and length > self.stage.sequence:
@@ -110,7 +127,10 @@ class StageData:
             return False
         if length >= source.long_from or source.long_factor <= 1:
             return True
-        return random.Random(f"{self.seed} {self.stage.name} {source.name} {self.drawn[n]}").random() < 1 / source.long_factor
+        return (
+            random.Random(f"{self.seed} {self.stage.name} {source.name} {self.drawn[n]}").random()
+            < 1 / source.long_factor
+        )
 
     def next(self) -> PackedSequence:
         """The next packed sequence."""
@@ -131,7 +151,8 @@ class StageData:
         return self.waiting.pop(0) if len(self.waiting) >= _OPEN else self._draw()
 
     def _fitting(self, room: int) -> Example | None:
-        """The first waiting conversation at the start of a sequence (none waits forever), else the longest that fits."""
+        """The first waiting conversation at the start of a sequence (none waits forever), else the longest
+        that fits."""
         while len(self.waiting) < _WAITING:
             self.waiting.append(self._draw())
         if room == self.stage.sequence:
@@ -141,15 +162,27 @@ class StageData:
 
     def state_dict(self) -> dict[str, Any]:
         """The position: everything that decides what comes next, as JSON can hold it."""
-        return {"tokens": list(self.tokens), "drawn": list(self.drawn), "too_long": self.too_long, "unfit": self.unfit,
-                "sources": [source.state_dict() for source in self.sources],
-                "waiting": [(_text(e.ids), _text(e.learnt)) for e in self.waiting]}
+        return {
+            "tokens": list(self.tokens),
+            "drawn": list(self.drawn),
+            "too_long": self.too_long,
+            "unfit": self.unfit,
+            "sources": [source.state_dict() for source in self.sources],
+            "waiting": [(_text(e.ids), _text(e.learnt)) for e in self.waiting],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.tokens, self.drawn, self.too_long, self.unfit = list(state["tokens"]), list(state["drawn"]), state["too_long"], state["unfit"]
+        self.tokens, self.drawn, self.too_long, self.unfit = (
+            list(state["tokens"]),
+            list(state["drawn"]),
+            state["too_long"],
+            state["unfit"],
+        )
         for source, kept in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(kept)
-        self.waiting = [Example(_array(ids, np.int32), _array(learnt, np.bool_)) for ids, learnt in state["waiting"]]
+        self.waiting = [
+            Example(_array(ids, np.int32), _array(learnt, np.bool_)) for ids, learnt in state["waiting"]
+        ]
 
 
 def _text(x: np.ndarray) -> str:

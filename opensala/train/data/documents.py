@@ -1,8 +1,10 @@
-"""Documents from files (JSONL, Parquet, text) through `datasets` streaming, and from the texts of the Python installation.
+"""Documents from files (JSONL, Parquet, text) through `datasets` streaming, and from the texts of the Python
+installation.
 
-A JSONL line or Parquet row holds `text`, or `messages` (a conversation, with `tools` if there are any), or `input_ids`
-(tokenized already). A text file is one document. Files are taken in an order drawn for each epoch, documents shuffled
-within blocks that are read whole, so that a position is a place in a file and an offset in its block.
+A JSONL line or Parquet row holds `text`, or `messages` (a conversation, with `tools` if there are any), or
+`input_ids` (tokenized already). A text file is one document. Files are taken in an order drawn for each
+epoch, documents shuffled within blocks that are read whole, so that a position is a place in a file and an
+offset in its block.
 """
 
 import json
@@ -58,20 +60,26 @@ def installed_texts(kind: str, characters: int = _CHARACTERS, part: str = "train
 
 
 class InstalledTexts:
-    """One kind of text of the Python installation, each epoch in another order; `part` as in `opensala.data.text`."""
+    """One kind of text of the Python installation, each epoch in another order; `part` as in
+    `opensala.data.text`."""
 
     def __init__(self, kind: str, seed: str, part: str = "train") -> None:
         check_choice("python:", kind, KINDS)
         self.texts = installed_texts(kind, _CHARACTERS if part == "train" else _CHARACTERS // 10, part)
         if not self.texts:
-            raise ValueError(f"python:{kind}: this Python installation carries no such texts; give files instead")
+            raise ValueError(
+                f"python:{kind}: this Python installation carries no such texts; give files instead"
+            )
         self.seed, self.kind, self.position, self.skipped = seed, kind, 0, 0
         self._epoch, self._order = -1, list(range(len(self.texts)))
 
     def next(self) -> Document:
         epoch, place = divmod(self.position, len(self.texts))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, random.Random(f"{self.seed} {epoch}").sample(range(len(self.texts)), len(self.texts))
+            self._epoch, self._order = (
+                epoch,
+                random.Random(f"{self.seed} {epoch}").sample(range(len(self.texts)), len(self.texts)),
+            )
         self.position += 1
         return Document(f"python:{self.kind} {self._order[place]}", text=self.texts[self._order[place]])
 
@@ -91,9 +99,20 @@ def find_files(path: str) -> list[str]:
         found = [given]
     else:
         anchor = Path(given.anchor or ".")
-        found = [p for p in anchor.glob(str(given.relative_to(given.anchor)) if given.anchor else path) if p.is_file()] if path else []
+        found = (
+            [
+                p
+                for p in anchor.glob(str(given.relative_to(given.anchor)) if given.anchor else path)
+                if p.is_file()
+            ]
+            if path
+            else []
+        )
     if not found:
-        raise ValueError(f"data: {path} holds no documents: give a JSONL, Parquet or text file, a folder of them, or a pattern")
+        raise ValueError(
+            f"data: {path} holds no documents: give a JSONL, Parquet or text file, a folder of them, or a "
+            "pattern"
+        )
     kinds = {"parquet" if p.suffix == ".parquet" else "lines" for p in found}
     if len(kinds) > 1:
         raise ValueError(f"data: {path} mixes Parquet with other files: give them as two sources")
@@ -172,7 +191,9 @@ class Files:
         else:
             if not block:
                 if not self._good:
-                    raise ValueError(f"data: {self.path} holds no documents ({self.skipped} bad ones skipped)")
+                    raise ValueError(
+                        f"data: {self.path} holds no documents ({self.skipped} bad ones skipped)"
+                    )
                 self.epoch, self.rows, self._good, self._block, self.offset = self.epoch + 1, 0, 0, None, 0
                 self._open(None)
                 self._counts = self._now()
@@ -183,20 +204,31 @@ class Files:
 
     def _document(self, row: dict[str, Any]) -> Document | None:
         """A row as a document; None for a bad one that is skipped."""
-        place = f"{row['file']} line {row['line']}" if "line" in row and "file" in row else f"{self.path} row {self.rows}"
+        place = (
+            f"{row['file']} line {row['line']}"
+            if "line" in row and "file" in row
+            else f"{self.path} row {self.rows}"
+        )
         if place.endswith(" line 0"):
             place = row["file"]
         try:
             return parse(row, place)
         except ValueError as error:
             if not self.skip_bad:
-                raise ValueError(f"data: {error}; correct it, or leave such documents out with --skip-bad-data") from error
+                raise ValueError(
+                    f"data: {error}; correct it, or leave such documents out with --skip-bad-data"
+                ) from error
             self.skipped += 1
             logger.info("skipped: %s", error)
             return None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "start": self._start, "offset": self.offset, "counts": list(self._counts)}
+        return {
+            "epoch": self.epoch,
+            "start": self._start,
+            "offset": self.offset,
+            "counts": list(self._counts),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self._block = state["epoch"], None
@@ -223,12 +255,21 @@ def parse(row: dict[str, Any], place: str) -> Document:
         raise ValueError(f"{place} must be a JSON object, got {type(record).__name__}")
     if isinstance(record.get("messages"), list):
         for n, message in enumerate(record["messages"]):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-                raise ValueError(f"{place}: messages[{n}] must have role and content, got {str(message)[:80]}")
+            if (
+                not isinstance(message, dict)
+                or not isinstance(message.get("role"), str)
+                or "content" not in message
+            ):
+                raise ValueError(
+                    f"{place}: messages[{n}] must have role and content, got {str(message)[:80]}"
+                )
         return Document(place, messages=record["messages"], tools=record.get("tools"))
     if isinstance(record.get("text"), str):
         return Document(place, text=record["text"])
     ids = record.get("input_ids")
     if isinstance(ids, list) and all(isinstance(t, int) and t >= 0 for t in ids):
         return Document(place, ids=ids)
-    raise ValueError(f"{place} must have text (a string), messages (a list) or input_ids (numbers), it has {', '.join(map(str, record)) or 'nothing'}")
+    raise ValueError(
+        f"{place} must have text (a string), messages (a list) or input_ids (numbers), it has "
+        f"{', '.join(map(str, record)) or 'nothing'}"
+    )

@@ -1,7 +1,7 @@
 """Documents to token ids, with a mark on the tokens that are learnt.
 
-A conversation is tokenized turn by turn as a server would see it: the template up to the prompt for an answer, then the
-answer alone, so that what is learnt follows exactly what will be given.
+A conversation is tokenized turn by turn as a server would see it: the template up to the prompt for an
+answer, then the answer alone, so that what is learnt follows exactly what will be given.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class Encoder:
     """Turns documents into examples.
 
     Args:
-        chat: conversations in the tokenizer's chat template with loss on the assistant's turns; without, everything is
-            learnt, and a conversation is written as plain text with questions and answers.
+        chat: conversations in the tokenizer's chat template with loss on the assistant's turns; without,
+            everything is learnt, and a conversation is written as plain text with questions and answers.
 
     Raises:
-        ValueError: chat without a template; a document without messages in a chat stage; a template that rewrites earlier
-            turns, or token ids beyond the vocabulary.
+        ValueError: chat without a template; a document without messages in a chat stage; a template that
+            rewrites earlier turns, or token ids beyond the vocabulary.
     """
 
     def __init__(self, tokenizer: Any, chat: bool) -> None:
@@ -44,7 +44,10 @@ class Encoder:
             return self._conversation(document)
         if document.ids is not None:
             if document.ids and max(document.ids) >= self.vocabulary:
-                raise ValueError(f"{document.place}: token {max(document.ids)} is beyond the vocabulary of {self.vocabulary}")
+                raise ValueError(
+                    f"{document.place}: token {max(document.ids)} is beyond the vocabulary of "
+                    f"{self.vocabulary}"
+                )
             ids = list(document.ids)
         else:
             ids = self._tokens(document.text if document.text is not None else plain(document.messages or []))
@@ -65,25 +68,37 @@ class Encoder:
             asked = self._render(document, n, True)
             answered = self._render(document, n + 1, False)
             if not asked.startswith(done) or not answered.startswith(asked):
-                raise ValueError(f"{document.place}: the chat template rewrites turns before an answer (messages[{n}]): loss on answers "
-                                 "needs a template that only appends; give one with --chat-template FILE")
+                raise ValueError(
+                    f"{document.place}: the chat template rewrites turns before an answer "
+                    f"(messages[{n}]): loss on answers "
+                    "needs a template that only appends; give one with --chat-template FILE"
+                )
             for text, mark in ((asked[len(done) :], False), (answered[len(asked) :], True)):
                 tokens = self._tokens(text)
                 ids += tokens
                 learnt += [mark] * len(tokens)
             done = answered
         if not any(learnt):
-            raise ValueError(f"{document.place}: the conversation has no answer (a message of role assistant)")
+            raise ValueError(
+                f"{document.place}: the conversation has no answer (a message of role assistant)"
+            )
         return Example(np.array(ids, dtype=np.int32), np.array(learnt))
 
     def _render(self, document: Document, turns: int, prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(document.messages[:turns] if document.messages else [], tools=document.tools or None,
-                                                  tokenize=False, add_generation_prompt=prompt)
+        return self.tokenizer.apply_chat_template(
+            document.messages[:turns] if document.messages else [],
+            tools=document.tools or None,
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
 
 
 def plain(messages: list[dict[str, Any]]) -> str:
-    """A conversation as text for a model without chat template: documents and questions, `Answer:` and the answers."""
+    """A conversation as text for a model without chat template: documents and questions, `Answer:` and the
+    answers."""
     parts = []
     for message in messages:
-        parts.append(f"\nAnswer: {message['content']}" if message["role"] == "assistant" else str(message["content"]))
+        parts.append(
+            f"\nAnswer: {message['content']}" if message["role"] == "assistant" else str(message["content"])
+        )
     return "".join(parts)

@@ -1,7 +1,8 @@
-"""Long-context tasks made as they are needed, at any length: retrieval, multi-hop tracing, questions across documents.
+"""Long-context tasks made as they are needed, at any length: retrieval, multi-hop tracing, questions across
+documents.
 
-Number n of a source is the same whenever it is asked for. Each is a conversation: a document with a question, the answer,
-further questions about the same document.
+Number n of a source is the same whenever it is asked for. Each is a conversation: a document with a question,
+the answer, further questions about the same document.
 """
 
 import math
@@ -28,7 +29,8 @@ class Synthetic:
     """Endless conversations of one task.
 
     Args:
-        task: `facts` (retrieval), `tracing` (variables handed on), `cross` (a question that joins two entries).
+        task: `facts` (retrieval), `tracing` (variables handed on), `cross` (a question that joins two
+            entries).
         tokenizer: a transformers tokenizer.
         longest: tokens of the longest conversation; lengths are spread evenly in their logarithm below it.
         chat: lengths are measured in the tokenizer's chat template.
@@ -37,10 +39,16 @@ class Synthetic:
     def __init__(self, task: str, tokenizer: Any, longest: int, seed: str, chat: bool) -> None:
         check_choice("synthetic:", task, TASKS)
         if longest < _SHORTEST[task]:
-            raise ValueError(f"synthetic:{task} needs sequences of at least {_SHORTEST[task]} tokens, got {longest}")
+            raise ValueError(
+                f"synthetic:{task} needs sequences of at least {_SHORTEST[task]} tokens, got {longest}"
+            )
         self.task, self.tokenizer, self.longest, self.seed, self.chat = task, tokenizer, longest, seed, chat
         self.position, self.skipped = 0, 0
-        texts = [text for kind in ("code", "prose") for text in installed_texts(kind, _CHARACTERS)] if task == "facts" else []
+        texts = (
+            [text for kind in ("code", "prose") for text in installed_texts(kind, _CHARACTERS)]
+            if task == "facts"
+            else []
+        )
         self.haystack = Haystack(tokenizer, 2 * _CHARACTERS, texts=texts) if texts else None
 
     def next(self) -> Document:
@@ -70,10 +78,15 @@ class Synthetic:
 
     def _ruler(self, number: int, length: int) -> list[dict[str, Any]]:
         form = PromptFormat(self.tokenizer, self.chat and bool(self.tokenizer.chat_template))
-        made = ruler_task(_RULER[self.task]).document(length, form, index=number, seed=int.from_bytes(self.seed.encode()[-6:], "big"))
+        made = ruler_task(_RULER[self.task]).document(
+            length, form, index=number, seed=int.from_bytes(self.seed.encode()[-6:], "big")
+        )
         question = made.document.questions[0]
         answer = ", ".join(question.references) if self.task == "tracing" else question.references[0]
-        return [{"role": "user", "content": f"{made.document.text}\n\n{question.text}"}, {"role": "assistant", "content": answer}]
+        return [
+            {"role": "user", "content": f"{made.document.text}\n\n{question.text}"},
+            {"role": "assistant", "content": answer},
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}

@@ -1,6 +1,7 @@
 """From a batch of whole rows to this rank's stretch of it.
 
-Every rank of a cp group reads the same rows (its dp rank decides which) and keeps its own part. Targets are shifted first:
+Every rank of a cp group reads the same rows (its dp rank decides which) and keeps its own part. Targets are
+shifted first:
 the target of a stretch's last token is the first token of the next rank.
 """
 
@@ -23,19 +24,22 @@ def shard_sequence(batch: Mapping[str, Tensor], mesh: ParallelMesh) -> dict[str,
 
     Args:
         batch: `input_ids` `[B, L]` and, as wanted:
-            `labels` `[B, L]`: the token at each place as a target, -100 for none (transformers' convention; `input_ids` if
-            absent); or `targets` `[B, L]`, shifted already: what each place is to predict;
-            `weights` `[B, L]`: of the token at each place as a target with `labels`, of its prediction with `targets`;
-            `cu_seqlens` `[N + 1]`: boundaries of documents packed in one row, or `position_ids` `[B, L]` that fall back to
-            0 at each of them (or are rotary positions, if each row is one document).
+            `labels` `[B, L]`: the token at each place as a target, -100 for none (transformers' convention;
+            `input_ids` if absent); or `targets` `[B, L]`, shifted already: what each place is to predict;
+            `weights` `[B, L]`: of the token at each place as a target with `labels`, of its prediction with
+            `targets`; `cu_seqlens` `[N + 1]`: boundaries of documents packed in one row, or `position_ids`
+            `[B, L]` that fall back to 0 at each of them (or are rotary positions, if each row is one
+            document).
 
     Returns:
-        `input_ids`, `targets` and `weights` (float32; 0 where there is no target) `[B, L / cp]`, `position_ids` (positions in
-        the document) and, for a single row, `cu_seqlens` of the whole row. The model takes all but targets and weights.
+        `input_ids`, `targets` and `weights` (float32; 0 where there is no target) `[B, L / cp]`,
+        `position_ids` (positions in the document) and, for a single row, `cu_seqlens` of the whole row. The
+        model takes all but targets and weights.
 
     Raises:
-        ValueError: L that cp does not divide, shapes that do not agree, an unknown key, or ranks of one cp group that were
-            given different batches. Sequences are not padded here: pack them to a length that cp divides.
+        ValueError: L that cp does not divide, shapes that do not agree, an unknown key, or ranks of one cp
+            group that were given different batches. Sequences are not padded here: pack them to a length that
+                cp divides.
     """
     for key in batch:
         check_choice("a key of the batch", key, KEYS)
@@ -44,7 +48,12 @@ def shard_sequence(batch: Mapping[str, Tensor], mesh: ParallelMesh) -> dict[str,
     _check(batch, mesh.cp)
     bounds = _bounds(batch, rows, length)
     targets, weights = _targets(batch)
-    whole = {"input_ids": ids, "targets": targets, "weights": weights, "position_ids": _positions(batch, rows, length, bounds)}
+    whole = {
+        "input_ids": ids,
+        "targets": targets,
+        "weights": weights,
+        "position_ids": _positions(batch, rows, length, bounds),
+    }
     if mesh.cp > 1:
         _check_same(whole, bounds, mesh)
     part = length // mesh.cp
@@ -60,11 +69,16 @@ def _check(batch: Mapping[str, Tensor], ranks: int) -> None:
     if ids.dim() != 2:
         raise ValueError(f"input_ids must be [B, L], got {list(ids.shape)}")
     if ids.shape[1] % ranks:
-        raise ValueError(f"a sequence of {ids.shape[1]} tokens cannot be split over cp = {ranks} ranks: choose a length that "
-                         f"{ranks} divides (the next is {-(-ids.shape[1] // ranks) * ranks}) or another cp")
+        raise ValueError(
+            f"a sequence of {ids.shape[1]} tokens cannot be split over cp = {ranks} ranks: choose a "
+            "length that "
+            f"{ranks} divides (the next is {-(-ids.shape[1] // ranks) * ranks}) or another cp"
+        )
     for name in ("labels", "targets", "weights", "position_ids"):
         if name in batch and batch[name].shape != ids.shape:
-            raise ValueError(f"{name} must have input_ids' shape {list(ids.shape)}, got {list(batch[name].shape)}")
+            raise ValueError(
+                f"{name} must have input_ids' shape {list(ids.shape)}, got {list(batch[name].shape)}"
+            )
     if "labels" in batch and "targets" in batch:
         raise ValueError("give labels (shifted here) or targets (shifted already), not both")
 
@@ -108,5 +122,8 @@ def _check_same(whole: Mapping[str, Tensor], bounds: list[int] | None, mesh: Par
     every = own.new_empty(mesh.cp, own.shape[1])
     all_gather(every, own, group=mesh.cp_group)
     if bool((every != own).any()):
-        raise ValueError("the ranks of one cp group were given different batches: every rank with the same mesh.dp_rank must "
-                         "read the same sequences")
+        raise ValueError(
+            "the ranks of one cp group were given different batches: every rank with the same "
+            "mesh.dp_rank must "
+            "read the same sequences"
+        )

@@ -1,9 +1,11 @@
 """Checkpoints of sharded training: every rank writes its shards, any number of ranks reads them back.
 
-A checkpoint is a folder in the format of torch.distributed.checkpoint, plus `state.json`. It appears under its name only
-when it is whole: it is written beside it and renamed, so that a crash leaves the checkpoints before it as they were. Its
-index is a pickle, as that format has it: load only checkpoints you trust. All ranks must see the same file system, and all
-must call these functions.
+A checkpoint is a folder in the format of torch.distributed.checkpoint, plus `state.json`. It appears under
+its name only
+when it is whole: it is written beside it and renamed, so that a crash leaves the checkpoints before it as
+    they were. Its
+index is a pickle, as that format has it: load only checkpoints you trust. All ranks must see the same file
+system, and all must call these functions.
 """
 
 import json
@@ -31,9 +33,15 @@ STATE_FILE = "state.json"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: groups may be made anew
 
 
-def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, mesh: ParallelMesh,
-                    extra: dict[str, Any] | None = None) -> None:
-    """Write weights, optimizer state and `extra` (what JSON can hold: step, position in the data) to a new folder.
+def save_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    mesh: ParallelMesh,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write weights, optimizer state and `extra` (what JSON can hold: step, position in the data) to a new
+    folder.
 
     An optimizer that has not made a step yet has no state to write.
 
@@ -49,7 +57,10 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     note = json.dumps({"optimizer": "optimizer" in state, "world": mesh.world, "extra": extra or {}})
 
     taken = mesh.rank == 0 and folder.exists()
-    _agree(mesh, ValueError(f"checkpoint {folder} exists: remove it, or save under another name") if taken else None)
+    _agree(
+        mesh,
+        ValueError(f"checkpoint {folder} exists: remove it, or save under another name") if taken else None,
+    )
     _agree(mesh, _attempt(_begin, partial) if mesh.rank == 0 else None)
     try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(partial))
@@ -63,20 +74,29 @@ def save_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     _agree(mesh, done)
 
 
-def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Read a checkpoint into a model (sharded or not, over any number of ranks) and its optimizer; returns `extra`.
+def load_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> dict[str, Any]:
+    """Read a checkpoint into a model (sharded or not, over any number of ranks) and its optimizer; returns
+    `extra`.
 
     Raises:
-        ValueError: no whole checkpoint there, or one of another model: tensors named, with both shapes; the weights are as they
-            were. Or a file in it is damaged.
+        ValueError: no whole checkpoint there, or one of another model: tensors named, with both shapes; the
+            weights are as they were. Or a file in it is damaged.
         OSError: a file cannot be read.
     """
     folder = Path(folder)
     if not (folder / STATE_FILE).is_file():
-        raise ValueError(f"{folder} holds no checkpoint ({STATE_FILE} is missing): give a folder that save_checkpoint wrote")
+        raise ValueError(
+            f"{folder} holds no checkpoint ({STATE_FILE} is missing): give a folder that save_checkpoint "
+            "wrote"
+        )
     note = json.loads((folder / STATE_FILE).read_text())
     reader = dcp.FileSystemReader(folder)
-    saved = {name: getattr(entry, "size", None) for name, entry in reader.read_metadata().state_dict_metadata.items()}
+    saved = {
+        name: getattr(entry, "size", None)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+    }
     weights = get_model_state_dict(model)
     _check(folder, "model.", weights, saved)
     state: dict[str, Any] = {"model": weights}
@@ -88,7 +108,9 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         kind = OSError if isinstance(cause, OSError) else ValueError
-        raise kind(f"checkpoint {folder} cannot be read on rank {rank}: {cause}. Load an earlier one") from None
+        raise kind(
+            f"checkpoint {folder} cannot be read on rank {rank}: {cause}. Load an earlier one"
+        ) from None
     set_model_state_dict(model, state["model"])
     if optimizer is not None and note["optimizer"]:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
@@ -99,12 +121,17 @@ def _check(folder: Path, prefix: str, wanted: dict[str, Any], saved: dict[str, A
     there = {name.removeprefix(prefix): size for name, size in saved.items() if name.startswith(prefix)}
     problems = [f"{name} is missing" for name in wanted if name not in there]
     problems += [f"{name} is not part of this run" for name in there if name not in wanted]
-    problems += [f"{name} has shape {list(there[name])}, not {list(x.shape)}" for name, x in wanted.items()
-                 if isinstance(x, torch.Tensor) and there.get(name) is not None and there[name] != x.shape]
+    problems += [
+        f"{name} has shape {list(there[name])}, not {list(x.shape)}"
+        for name, x in wanted.items()
+        if isinstance(x, torch.Tensor) and there.get(name) is not None and there[name] != x.shape
+    ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"checkpoint {folder} is of another {'model' if prefix == 'model.' else 'optimizer'}: "
-                         f"{'; '.join(problems[:4])}{more}. Use the configuration it was written with")
+        raise ValueError(
+            f"checkpoint {folder} is of another {'model' if prefix == 'model.' else 'optimizer'}: "
+            f"{'; '.join(problems[:4])}{more}. Use the configuration it was written with"
+        )
 
 
 def _begin(partial: Path) -> None:

@@ -1,8 +1,9 @@
 """What ranks that share a sequence tell each other: keys and values whole, Lightning states by a scan.
 
-Both are autograd Functions: the backward pass of a gather adds up what every rank made of a token's key and value and
-returns it to the rank that holds the token; that of the scan is a scan from the last rank to the first. Every rank of a
-group must call them in the same order, forward and backward, with tensors of the same shape.
+Both are autograd Functions: the backward pass of a gather adds up what every rank made of a token's key and
+value and returns it to the rank that holds the token; that of the scan is a scan from the last rank to the
+first. Every rank of a group must call them in the same order, forward and backward, with tensors of the same
+shape.
 
 Shapes: B rows, T tokens a rank, H heads, D/E key/value dim, R ranks.
 """
@@ -45,7 +46,8 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The stretches `[B, T, ...]` of all ranks, one behind the other: `[B, R * T, ...]`. Differentiable once."""
+    """The stretches `[B, T, ...]` of all ranks, one behind the other: `[B, R * T, ...]`. Differentiable
+    once."""
     return _Gather.apply(x, group)
 
 
@@ -57,7 +59,8 @@ def _rates(slopes: list[float]) -> Tensor:
 def decays_between(slopes: list[float], tokens: int, reach: tuple[int, ...]) -> Tensor:
     """How much of the state rank j leaves arrives at rank r: `[R, R, H]` float64, first r, then j.
 
-    exp(-slope * tokens) for each rank between them; 0 if the sequence that enters rank r begins behind rank j.
+    exp(-slope * tokens) for each rank between them; 0 if the sequence that enters rank r begins behind rank
+    j.
     """
     rank = torch.arange(len(reach))
     between = (rank[:, None] - 1 - rank).double()
@@ -67,7 +70,8 @@ def decays_between(slopes: list[float], tokens: int, reach: tuple[int, ...]) -> 
 
 
 def _tiles(slopes: list[float], tokens: int, like: Tensor) -> list[tuple[int, int, Tensor]]:
-    """Stretches of the last `tokens` tokens that still count at their end, counted from it, and weights `[b - a, H, 1]`."""
+    """Stretches of the last `tokens` tokens that still count at their end, counted from it, and weights `[b -
+    a, H, 1]`."""
     least = min(slopes)
     near = min(tokens, math.ceil(_FARTHEST / least)) if least > 0 else tokens
     tiles = []
@@ -85,15 +89,24 @@ def _tile(x: Tensor, first: int, stop: int) -> Tensor:
 
 class _StateBefore(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, slopes: list[float], tokens: int, between: Tensor,
-                group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any,
+        k: Tensor,
+        v: Tensor,
+        slopes: list[float],
+        tokens: int,
+        between: Tensor,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
         wide = torch.float64 if k.dtype == torch.float64 else torch.float32
         ctx.save_for_backward(k, v)
         ctx.slopes, ctx.tokens, ctx.group, ctx.wide = slopes, tokens, group, wide
         ctx.between = between = between.to(k.device, wide)
         local = k.new_zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=wide)
         for first, stop, weights in _tiles(slopes, tokens, local):
-            local += torch.einsum("bthd,bthe->bhde", _tile(k, first, stop) * weights, _tile(v, first, stop).to(wide))
+            local += torch.einsum(
+                "bthd,bthe->bhde", _tile(k, first, stop) * weights, _tile(v, first, stop).to(wide)
+            )
         return torch.einsum("jh,jbhde->bhde", between[dist.get_rank(group)], _everywhere(local, group))
 
     @staticmethod
@@ -118,9 +131,17 @@ def _everywhere(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out.unflatten(0, (ranks, x.shape[0]))
 
 
-def state_before(k: Tensor, v: Tensor, slopes: list[float], tokens: int, reach: tuple[int, ...], length: int,
-                 group: dist.ProcessGroup) -> Tensor:
-    """The Lightning state in which the sequence at this rank's first token arrives: an exclusive scan over ranks.
+def state_before(
+    k: Tensor,
+    v: Tensor,
+    slopes: list[float],
+    tokens: int,
+    reach: tuple[int, ...],
+    length: int,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """The Lightning state in which the sequence at this rank's first token arrives: an exclusive scan over
+    ranks.
 
     Args:
         k, v: `[B, T, H, D]`, `[B, T, H, E]` of this rank.

@@ -1,7 +1,7 @@
 """Which process holds what: a grid of ranks, dp x cp, over all processes of the run.
 
-Ranks next to each other share a sequence (cp), so that its traffic stays inside a machine; parameters are sharded over
-all ranks of the grid, whichever way it is cut.
+Ranks next to each other share a sequence (cp), so that its traffic stays inside a machine; parameters are
+sharded over all ranks of the grid, whichever way it is cut.
 """
 
 import os
@@ -40,9 +40,13 @@ class ParallelConfig:
         shard = self.dp_shard or max(1, world // self.cp)
         if shard * self.cp != world:
             allowed = [n for n in range(1, world + 1) if world % n == 0]
-            asked = f"cp = {self.cp}" if self.dp_shard is None else f"dp_shard * cp = {self.dp_shard} * {self.cp}"
-            raise ValueError(f"{asked} does not fit {world} process{'es' * (world > 1)}: dp_shard * cp must be {world}. "
-                             f"Choose cp among {', '.join(map(str, allowed))}, or start another number of processes")
+            asked = (
+                f"cp = {self.cp}" if self.dp_shard is None else f"dp_shard * cp = {self.dp_shard} * {self.cp}"
+            )
+            raise ValueError(
+                f"{asked} does not fit {world} process{'es' * (world > 1)}: dp_shard * cp must be {world}. "
+                f"Choose cp among {', '.join(map(str, allowed))}, or start another number of processes"
+            )
         return replace(self, dp_shard=shard)
 
 
@@ -92,7 +96,9 @@ class ParallelMesh:
         return self.devices.get_group("cp")
 
 
-def init_parallel(config: ParallelConfig, *, device: str | None = None, timeout_s: float = 600) -> ParallelMesh:
+def init_parallel(
+    config: ParallelConfig, *, device: str | None = None, timeout_s: float = 600
+) -> ParallelMesh:
     """Join the processes that torchrun started (or be the only one) and lay out the grid.
 
     Args:
@@ -110,8 +116,11 @@ def init_parallel(config: ParallelConfig, *, device: str | None = None, timeout_
     local = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. "
-                             "Start as many processes a machine as it has GPUs (torchrun --nproc-per-node)")
+            raise ValueError(
+                f"process {local} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}. "
+                "Start as many processes a machine as it has GPUs (torchrun --nproc-per-node)"
+            )
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         # CPU tensors go through gloo even then: a checkpoint's bookkeeping is on the CPU
@@ -125,8 +134,14 @@ def init_parallel(config: ParallelConfig, *, device: str | None = None, timeout_
     assert config.dp_shard is not None, "filled by resolve"
     devices = init_device_mesh(kind, (config.dp_shard, config.cp), mesh_dim_names=("dp", "cp"))
     shard = init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    return ParallelMesh(config, torch.device(kind, local) if kind == "cuda" else torch.device(kind), devices, shard,
-                        dist.get_rank(), world)
+    return ParallelMesh(
+        config,
+        torch.device(kind, local) if kind == "cuda" else torch.device(kind),
+        devices,
+        shard,
+        dist.get_rank(),
+        world,
+    )
 
 
 def _world() -> int:

@@ -1,6 +1,7 @@
 """One loss for all ranks: the sum over their tokens, divided by the number of tokens of all of them.
 
-FSDP averages gradients over ranks, so each rank's sum is divided by the tokens of all ranks and multiplied by their number.
+FSDP averages gradients over ranks, so each rank's sum is divided by the tokens of all ranks and multiplied by
+their number.
 Dividing by a rank's own tokens would weigh the answers of a rank that has few of them more.
 """
 
@@ -22,8 +23,8 @@ def share_of_loss(loss_sum: Tensor, tokens: float, mesh: ParallelMesh) -> Tensor
     """What a rank calls `backward` on: its sum of losses as a share of the mean over all ranks' tokens.
 
     Args:
-        loss_sum: sum of weight * loss over this rank's tokens, of one micro-batch. A rank without any target must go
-            through the model all the same: the others wait for it.
+        loss_sum: sum of weight * loss over this rank's tokens, of one micro-batch. A rank without any target
+            must go through the model all the same: the others wait for it.
         tokens: sum of the weights over all ranks and all micro-batches of the step (`total_over_ranks`).
 
     Raises:

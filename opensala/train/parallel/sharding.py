@@ -1,7 +1,8 @@
 """Parameters, gradients and optimizer state sharded over all ranks, by FSDP2.
 
-A decoder layer is one unit: its weights are gathered when it runs, forward and backward, and freed behind it. Embedding,
-last norm and head belong to the root, which stays gathered from the forward pass to the backward pass.
+A decoder layer is one unit: its weights are gathered when it runs, forward and backward, and freed behind it.
+Embedding, last norm and head belong to the root, which stays gathered from the forward pass to the backward
+pass.
 """
 
 from collections.abc import Callable
@@ -19,33 +20,44 @@ from ...model.modeling import MiniCPMSALADecoderLayer
 from .mesh import ParallelMesh
 
 
-def shard_model(model: nn.Module, mesh: ParallelMesh, *, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """Shard the model in place and return it. Make the optimizer afterwards: it must hold the sharded parameters.
+def shard_model(
+    model: nn.Module, mesh: ParallelMesh, *, compute_dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Shard the model in place and return it. Make the optimizer afterwards: it must hold the sharded
+    parameters.
 
     Args:
         model: on any device; its parameters become shards on the mesh's device.
-        compute_dtype: dtype of weights and activations in forward and backward (torch.bfloat16); the shards, which the
-            optimizer updates, keep the dtype they have, and gradients are summed in float32.
+        compute_dtype: dtype of weights and activations in forward and backward (torch.bfloat16); the shards,
+            which the optimizer updates, keep the dtype they have, and gradients are summed in float32.
 
     Raises:
         RuntimeError: parameters that stayed whole.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32,
-                                  cast_forward_inputs=False)  # activations follow the embedding; loss weights stay float32
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32, cast_forward_inputs=False
+    )  # activations follow the embedding; loss weights stay float32
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, MiniCPMSALADecoderLayer)]
     for layer in [*layers, model]:
         fully_shard(layer, mesh=mesh.shard, mp_policy=policy)
     whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     if whole or not layers:
-        raise RuntimeError(f"sharding left {len(whole)} parameters whole ({', '.join(whole[:3])}) and found {len(layers)} decoder layers")
+        raise RuntimeError(
+            f"sharding left {len(whole)} parameters whole ({', '.join(whole[:3])}) and found "
+            f"{len(layers)} decoder layers"
+        )
     return model
 
 
-def on_whole_weights(model: nn.Module, function: Callable[..., Any], name: str = "run_on_whole_weights") -> Callable[..., Any]:
-    """`function(model, ...)` as a call during which the root's weights (embedding, head) are whole, as in `model(...)`.
+def on_whole_weights(
+    model: nn.Module, function: Callable[..., Any], name: str = "run_on_whole_weights"
+) -> Callable[..., Any]:
+    """`function(model, ...)` as a call during which the root's weights (embedding, head) are whole, as in
+    `model(...)`.
 
-    A loss in chunks reads `model.lm_head.weight` itself, outside of the model's forward; on a sharded model that is a
-    shard. Outputs must be tensors, or tuples, lists or dicts of them. A model that is not sharded needs none of this.
+    A loss in chunks reads `model.lm_head.weight` itself, outside of the model's forward; on a sharded model
+    that is a shard. Outputs must be tensors, or tuples, lists or dicts of them. A model that is not sharded
+    needs none of this.
     """
     setattr(model, name, MethodType(function, model))
     if isinstance(model, FSDPModule):
@@ -68,6 +80,7 @@ def clip_gradients(model: nn.Module, most: float) -> float:
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight in full, on the CPU of rank 0 (empty on the others); all ranks must call it. For `save_pretrained`."""
+    """Every weight in full, on the CPU of rank 0 (empty on the others); all ranks must call it. For
+    `save_pretrained`."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: x for name, x in weights.items() if isinstance(x, Tensor)}

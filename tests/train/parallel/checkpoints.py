@@ -1,4 +1,5 @@
-"""What the processes of a group do about checkpoints: save on four, go on with two and one, refuse what does not fit."""
+"""What the processes of a group do about checkpoints: save on four, go on with two and one, refuse what does
+not fit."""
 
 import copy
 import os
@@ -69,8 +70,12 @@ def save_on_four(folder):
     weights = whole_weights(model)
     if mesh.rank == 0:
         torch.save({"loss": loss, "weights": weights}, folder / "wanted.pt")
-    return {"exists": str(exists.value), "full": full, "left": there,
-            "inside": sorted(p.name for p in (folder / "saved").iterdir())}
+    return {
+        "exists": str(exists.value),
+        "full": full,
+        "left": there,
+        "inside": sorted(p.name for p in (folder / "saved").iterdir()),
+    }
 
 
 def disk_full(folder, model, optimizer, mesh):
@@ -106,10 +111,19 @@ def load_on(folder, sharded=True):
     save_checkpoint(folder / f"again {world} {sharded}", model, optimizer, mesh)
     again, restored = build(mesh, sharded)
     load_checkpoint(folder / f"again {world} {sharded}", again, restored)
-    same = all(torch.equal(a, b) for a, b in zip(numbers(model, optimizer), numbers(again, restored), strict=True))
+    same = all(
+        torch.equal(a, b) for a, b in zip(numbers(model, optimizer), numbers(again, restored), strict=True)
+    )
     pretrained = exported(folder / f"pretrained {world} {sharded}", model, mesh)
-    return {"extra": extra, "same": same, "pretrained": pretrained, "loss": abs(loss - wanted["loss"]) / wanted["loss"], "weights": max(gaps.values(), default=-1),
-            "named": len(gaps), "unused": len(unused.state)}
+    return {
+        "extra": extra,
+        "same": same,
+        "pretrained": pretrained,
+        "loss": abs(loss - wanted["loss"]) / wanted["loss"],
+        "weights": max(gaps.values(), default=-1),
+        "named": len(gaps),
+        "unused": len(unused.state),
+    }
 
 
 def exported(folder, model, mesh):
@@ -120,11 +134,18 @@ def exported(folder, model, mesh):
     ids = rows(1, 9)["input_ids"]
     part = shard_sequence({"input_ids": ids}, mesh)
     with torch.no_grad():
-        got = model(part["input_ids"], position_ids=part["position_ids"], cu_seqlens=part["cu_seqlens"], use_cache=False).logits
+        got = model(
+            part["input_ids"],
+            position_ids=part["position_ids"],
+            cu_seqlens=part["cu_seqlens"],
+            use_cache=False,
+        ).logits
         got = gather_tokens(got, mesh.cp_group)
         if mesh.rank:
             return None
-        wanted = MiniCPMSALAForCausalLM.from_pretrained(folder, dtype=torch.float64)(ids, use_cache=False).logits
+        wanted = MiniCPMSALAForCausalLM.from_pretrained(folder, dtype=torch.float64)(
+            ids, use_cache=False
+        ).logits
     return difference(got, wanted)
 
 
@@ -136,11 +157,15 @@ def load_the_wrong(folder):
     said = {}
     (folder / "damaged").mkdir()
     for file in (folder / "saved").iterdir():
-        (folder / "damaged" / file.name).write_bytes(file.read_bytes()[: 5000 if file.suffix == ".distcp" else None])
-    for name, trial in {"damaged": lambda: load_checkpoint(folder / "damaged", model, optimizer),
-                        "shape": lambda: load_checkpoint(folder / "saved", other, None),
-                        "names": lambda: load_checkpoint(folder / "saved", tiny_model(attn_qk_norm=True), None),
-                        "nothing": lambda: load_checkpoint(folder / "absent", model, optimizer)}.items():
+        (folder / "damaged" / file.name).write_bytes(
+            file.read_bytes()[: 5000 if file.suffix == ".distcp" else None]
+        )
+    for name, trial in {
+        "damaged": lambda: load_checkpoint(folder / "damaged", model, optimizer),
+        "shape": lambda: load_checkpoint(folder / "saved", other, None),
+        "names": lambda: load_checkpoint(folder / "saved", tiny_model(attn_qk_norm=True), None),
+        "nothing": lambda: load_checkpoint(folder / "absent", model, optimizer),
+    }.items():
         with pytest.raises(ValueError) as caught:
             trial()
         said[name] = str(caught.value)

@@ -1,4 +1,5 @@
-"""What the processes of a group do: the same work as one process, in parts, and by how much the results differ.
+"""What the processes of a group do: the same work as one process, in parts, and by how much the results
+differ.
 
 Differences are relative to the largest element of what one process computes.
 """
@@ -32,7 +33,14 @@ from ...conftest import tiny_model
 from .group import report
 
 LENGTH = 320  # tokens a row; borders between 4 ranks at 80, 160, 240
-PACKED = [0, 37, 80, 90, 300, 320]  # a border that is a boundary, documents inside a rank, one over three ranks
+PACKED = [
+    0,
+    37,
+    80,
+    90,
+    300,
+    320,
+]  # a border that is a boundary, documents inside a rank, one over three ranks
 AT_BORDERS = [0, 160, 240, 250, 320]
 
 
@@ -49,7 +57,9 @@ def rows(count, seed, bounds=None):
 def loss_sum(model, batch):
     """Weighted sum of losses, by the plain formula."""
     logits = model(batch["input_ids"], cu_seqlens=batch.get("cu_seqlens"), use_cache=False).logits
-    losses = cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="none")
+    losses = cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="none"
+    )
     return (losses * batch["weights"][:, 1:].flatten()).sum()
 
 
@@ -84,7 +94,12 @@ def head_alone(model, part):
     part = dict(part)
     targets, weights = part.pop("targets"), part.pop("weights")
     hidden = model.model(**part, use_cache=False).last_hidden_state / model.config.logit_divisor
-    losses = cross_entropy(linear(hidden, model.lm_head.weight).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    losses = cross_entropy(
+        linear(hidden, model.lm_head.weight).flatten(0, 1),
+        targets.flatten(),
+        ignore_index=-100,
+        reduction="none",
+    )
     return (losses * weights.flatten()).sum()
 
 
@@ -109,7 +124,16 @@ CASES = {  # name: (dp, cp, sharded, dtype, boundaries, rows, mode, options)
     "cp": (1, 4, False, "float32", None, 1, "sparse", {}),
     "cp exact": (1, 4, False, "float64", None, 1, "sparse", {"lightning_nh": 6, "lightning_nkv": 2}),
     "cp dense": (1, 4, False, "float64", None, 2, "dense", {}),
-    "cp packed": (1, 4, False, "float64", PACKED, 1, "sparse", {"attn_use_rope": True, "attn_scale_base": 500}),
+    "cp packed": (
+        1,
+        4,
+        False,
+        "float64",
+        PACKED,
+        1,
+        "sparse",
+        {"attn_use_rope": True, "attn_scale_base": 500},
+    ),
     "cp packed auto": (1, 4, True, "float32", PACKED, 1, "auto", {}),
     "cp packed at borders": (1, 4, True, "float64", AT_BORDERS, 1, "sparse", {}),
     "cp documents inside": (1, 4, False, "float64", [0, 80, 160, 240, 320], 1, "sparse", {}),
@@ -126,12 +150,16 @@ def equality(name):
     dp, cp, sharded, dtype, bounds, count, mode, options = CASES[name]
     mesh = init_parallel(ParallelConfig(dp, cp), device="cpu")
     batches = [rows(count, 100 * len(name) + n, bounds) for n in range(dp)]
-    model = context_parallel(tiny_model(seed=len(name), attention_mode=mode, **options).to(getattr(torch, dtype)).train(), mesh)
+    model = context_parallel(
+        tiny_model(seed=len(name), attention_mode=mode, **options).to(getattr(torch, dtype)).train(), mesh
+    )
     model = shard_model(model, mesh) if sharded else model
     if "checkpointing" in name:
         model.gradient_checkpointing_enable()
     function = on_whole_weights(model, head_alone) if "head alone" in name else None
-    loss = backward(model, batches[mesh.dp_rank], mesh, (lambda m, part: function(part)) if function else sharded_loss_sum)
+    loss = backward(
+        model, batches[mesh.dp_rank], mesh, (lambda m, part: function(part)) if function else sharded_loss_sum
+    )
     if not sharded:
         average_gradients(model, mesh)
     got = {n: p.grad.full_tensor() if sharded else p.grad for n, p in model.named_parameters()}
@@ -142,12 +170,18 @@ def equality(name):
     gaps = {n: difference(x, wanted[n]) for n, x in got.items()}
     worst = max(gaps, key=gaps.get)
     left_out = difference(*(whole_logits(whole, batches[0], m) for m in ("dense", mode)))
-    return {"loss": abs(loss - wanted_loss) / wanted_loss, "gradient": gaps[worst], "worst": worst, "parameters": len(gaps),
-            "left out": left_out}
+    return {
+        "loss": abs(loss - wanted_loss) / wanted_loss,
+        "gradient": gaps[worst],
+        "worst": worst,
+        "parameters": len(gaps),
+        "left out": left_out,
+    }
 
 
 def scan_alone(bounds, slopes=None):
-    """Lightning attention over 4 ranks against one, and its gradients, in float64; keys in tiles that do not divide."""
+    """Lightning attention over 4 ranks against one, and its gradients, in float64; keys in tiles that do not
+    divide."""
     mesh = init_parallel(ParallelConfig(1, 4), device="cpu")
     g = torch.Generator().manual_seed(len(bounds))
     whole = [torch.randn(1, LENGTH, 6, d, dtype=torch.float64, generator=g) for d in (8, 8, 5, 5)]
@@ -168,7 +202,10 @@ def scan_alone(bounds, slopes=None):
         state = torch.cat([state, state.new_zeros(len(local) - 2, *state.shape[1:])])
         mine, _ = lightning_attention(*own, decay, initial_state=state, cu_seqlens=local)
         got = torch.autograd.grad((mine * whole[3][:, first:end]).sum(), own)
-    gaps = [difference(mine, o.detach()[:, first:end]), *(difference(a, b[:, first:end]) for a, b in zip(got, wanted, strict=True))]
+    gaps = [
+        difference(mine, o.detach()[:, first:end]),
+        *(difference(a, b[:, first:end]) for a, b in zip(got, wanted, strict=True)),
+    ]
     return {"worst": total_over_ranks(max(gaps), mesh)}
 
 
@@ -180,30 +217,55 @@ def gather_alone():
     got = gather_tokens(own, mesh.cp_group)
     (got * (mesh.cp_rank + 1)).sum().backward()
     half = torch.zeros(1, 4, 1, dtype=torch.bfloat16, requires_grad=True)
-    # 1 + 3 * 2^-9 rounds to 1.0078 in bf16 if it is added up first; each of the three would be lost if it met the 1 alone.
-    # In what order ranks are added is not ours: each of them has the 1 for some token.
+    # 1 + 3 * 2^-9 rounds to 1.0078 in bf16 if it is added up first; each of the three would be lost if
+    # it met the 1 alone. In what order ranks are added is not ours: each of them has the 1 for some
+    # token.
     shares = torch.where(torch.arange(16) % 4 == mesh.cp_rank, 1.0, 2.0**-9)
     gather_tokens(half, mesh.cp_group).flatten().mul(shares).sum().backward()
     exact = total_over_ranks((half.grad == 1.0078125).sum(), mesh)
-    return {"values": difference(got.detach(), whole), "gradient": difference(own.grad, torch.full_like(own, 10.0)),
-            "half": exact}
+    return {
+        "values": difference(got.detach(), whole),
+        "gradient": difference(own.grad, torch.full_like(own, 10.0)),
+        "half": exact,
+    }
 
 
 def batch_alone():
-    """A batch put together again from the parts of all ranks: targets shifted over their borders, positions, boundaries."""
+    """A batch put together again from the parts of all ranks: targets shifted over their borders, positions,
+    boundaries."""
     mesh = init_parallel(ParallelConfig(1, 4), device="cpu")
     batch = rows(1, 4)
     starts = torch.cat([torch.arange(b - a) for a, b in zip(PACKED, PACKED[1:], strict=False)])[None]
     shifted = torch.cat([batch["labels"][:, 1:], torch.full((1, 1), -100)], 1)
     by_labels = shard_sequence({**batch, "position_ids": starts}, mesh)
     weights = torch.cat([batch["weights"][:, 1:], torch.zeros(1, 1)], 1)
-    by_targets = shard_sequence({"input_ids": batch["input_ids"], "targets": shifted, "weights": weights,
-                                 "cu_seqlens": torch.tensor(PACKED)}, mesh)
-    wanted = {"input_ids": batch["input_ids"], "targets": shifted, "weights": weights * (shifted != -100), "position_ids": starts}
-    same = [torch.equal(gather_tokens(part[name], mesh.cp_group), x) for part in (by_labels, by_targets) for name, x in wanted.items()]
+    by_targets = shard_sequence(
+        {
+            "input_ids": batch["input_ids"],
+            "targets": shifted,
+            "weights": weights,
+            "cu_seqlens": torch.tensor(PACKED),
+        },
+        mesh,
+    )
+    wanted = {
+        "input_ids": batch["input_ids"],
+        "targets": shifted,
+        "weights": weights * (shifted != -100),
+        "position_ids": starts,
+    }
+    same = [
+        torch.equal(gather_tokens(part[name], mesh.cp_group), x)
+        for part in (by_labels, by_targets)
+        for name, x in wanted.items()
+    ]
     plain = shard_sequence({"input_ids": batch["input_ids"].expand(2, -1)}, mesh)  # every token a target
     same += [torch.equal(part["cu_seqlens"], torch.tensor(PACKED)) for part in (by_labels, by_targets)]
-    return {"same": all(same), "targets": total_over_ranks(plain["weights"].sum(), mesh), "keys": sorted(plain)}
+    return {
+        "same": all(same),
+        "targets": total_over_ranks(plain["weights"].sum(), mesh),
+        "keys": sorted(plain),
+    }
 
 
 def half_precision():
@@ -223,9 +285,17 @@ def half_precision():
     shares = torch.where(torch.arange(32) % 4 == mesh.rank, 1.0, 2.0**-9).bfloat16()
     on_whole_weights(model, lambda m: (m.lm_head.weight * shares).sum())().backward()
     exact = difference(model.lm_head.weight.grad, torch.full((97, 32), (1 + 3 * 2.0**-9) / 4))
-    return {"loss": abs(loss - wanted) / wanted, "seen": str(seen[0]), "gradients": str(dtypes),
-            "shards": sum(p.to_local().numel() for p in model.parameters()), "norm": norm, "after": after, "exact": exact,
-            "whole": sum(p.numel() for p in tiny_model().parameters()), "named": len(whole_weights(model))}
+    return {
+        "loss": abs(loss - wanted) / wanted,
+        "seen": str(seen[0]),
+        "gradients": str(dtypes),
+        "shards": sum(p.to_local().numel() for p in model.parameters()),
+        "norm": norm,
+        "after": after,
+        "exact": exact,
+        "whole": sum(p.numel() for p in tiny_model().parameters()),
+        "named": len(whole_weights(model)),
+    }
 
 
 def bad_input():

@@ -11,12 +11,23 @@ import socket
 import torch
 import torch.multiprocessing
 
-PRELOADED = ["opensala", "opensala.train.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint", "tests.train.parallel.checkpoints"]
+PRELOADED = [
+    "opensala",
+    "opensala.train.parallel",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "tests.train.parallel.checkpoints",
+]
 
 
 def _member(rank, world, port, function, args):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     torch.set_num_threads(1)
     from opensala.train.parallel import close_parallel
 
@@ -30,7 +41,9 @@ def run_group(world, function, *args):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(_member, (world, port, function, args), nprocs=world, start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        _member, (world, port, function, args), nprocs=world, start_method="forkserver"
+    )
 
 
 def report(folder, name, values):

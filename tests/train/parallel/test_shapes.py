@@ -1,4 +1,5 @@
-"""What needs no second process: grids, decays between ranks, and the table of traffic in the documentation."""
+"""What needs no second process: grids, decays between ranks, and the table of traffic in the
+documentation."""
 
 import re
 from pathlib import Path
@@ -13,28 +14,38 @@ from opensala.train.parallel.exchange import decays_between
 PAGE = Path(__file__).parents[3] / "docs" / "parallel.md"
 
 
-@pytest.mark.parametrize(("asked", "world", "shard"), [((None, 1), 1, 1), ((None, 2), 8, 4), ((4, 2), 8, 4), ((1, 8), 8, 1)])
+@pytest.mark.parametrize(
+    ("asked", "world", "shard"), [((None, 1), 1, 1), ((None, 2), 8, 4), ((4, 2), 8, 4), ((1, 8), 8, 1)]
+)
 def test_a_grid_that_fits(asked, world, shard):
     assert ParallelConfig(*asked).resolve(world).dp_shard == shard
 
 
-@pytest.mark.parametrize(("asked", "world", "words"), [
-    ((None, 3), 8, "cp = 3 does not fit 8 processes.*1, 2, 4, 8"), ((3, 2), 8, r"3 \* 2 does not fit 8"),
-    ((None, 4), 2, "cp = 4 does not fit 2"), ((1, 1), 2, r"1 \* 1 does not fit 2"),
-])
+@pytest.mark.parametrize(
+    ("asked", "world", "words"),
+    [
+        ((None, 3), 8, "cp = 3 does not fit 8 processes.*1, 2, 4, 8"),
+        ((3, 2), 8, r"3 \* 2 does not fit 8"),
+        ((None, 4), 2, "cp = 4 does not fit 2"),
+        ((1, 1), 2, r"1 \* 1 does not fit 2"),
+    ],
+)
 def test_a_grid_that_does_not_fit(asked, world, words):
     with pytest.raises(ValueError, match=words):
         ParallelConfig(*asked).resolve(world)
 
 
-@pytest.mark.parametrize(("field", "value"), [("cp", 0), ("cp", 1.5), ("cp", None), ("dp_shard", -1), ("dp_shard", True)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("cp", 0), ("cp", 1.5), ("cp", None), ("dp_shard", -1), ("dp_shard", True)]
+)
 def test_numbers_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"{field} must be a whole number of at least 1, got {value}"):
         ParallelConfig(**{field: value})
 
 
 def test_decays_between_ranks():
-    """Rank 3's sequence began on rank 1, rank 2's too; rank 0 and 1 begin their own. 10 tokens a rank, rates 0.5 and 0."""
+    """Rank 3's sequence began on rank 1, rank 2's too; rank 0 and 1 begin their own. 10 tokens a rank, rates
+    0.5 and 0."""
     got = decays_between([0.5, 0.0], 10, (0, 0, 1, 2))
     wanted = torch.zeros(4, 4, 2, dtype=torch.float64)
     wanted[2, 1] = wanted[3, 2] = 1.0
@@ -44,7 +55,9 @@ def test_decays_between_ranks():
 
 
 def test_the_table_of_traffic():
-    rows = re.findall(r"^\| (\d+)K \| (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$", PAGE.read_text(), re.M)
+    rows = re.findall(
+        r"^\| (\d+)K \| (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$", PAGE.read_text(), re.M
+    )
     assert len(rows) == 4
     for length, ranks, keys, states, everything in rows:
         volume = context_volume(MiniCPMSALAConfig(), int(ranks), int(length) * 1024, checkpointing=True)
