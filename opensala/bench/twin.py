@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ..model import MiniCPMSALAConfig
+from ..model.compat import CACHE_ARGUMENT
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def time_twin(
     first = time.perf_counter() - start
     for hook in hooks:
         hook.remove()
-    cache = output.past_key_values
+    cache = output[CACHE_ARGUMENT]
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     start = time.perf_counter()
     for _ in range(new_tokens):
-        output = twin(output.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+        output = twin(output.logits[:, -1:].argmax(-1), use_cache=True, **{CACHE_ARGUMENT: cache})
     return TwinTiming(first, new_tokens / (time.perf_counter() - start), size)

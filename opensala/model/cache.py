@@ -232,6 +232,34 @@ class SALACache(Cache):
         self._announced = [a + b for a, b in zip(past, lengths, strict=True)]
         self._reserve = max(self._announced) + new_tokens
 
+    def announce(
+        self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, new_tokens: int
+    ) -> None:
+        """`begin_prompt` for what `generate` is given: token ids `[B, T]` or embeddings `[B, T, hidden]`, and
+        a mask.
+
+        The rows may be repeated afterwards (beams, several answers): the announcement is repeated with them.
+
+        Raises:
+            ValueError: the cache holds all of the prompt, so that there is no token left to predict from.
+        """
+        given = ids if ids is not None else embeds
+        if given is None:
+            return
+        batch, length = given.shape[:2]
+        whole = length if mask is None else max(length, mask.shape[1])
+        if whole <= self.columns:
+            raise ValueError(
+                f"the cache already holds {self.columns} tokens and the prompt has {whole}: give the "
+                "whole text, "
+                "at least one token longer than what the cache holds"
+            )
+        if mask is not None:
+            new = [int(n) for n in mask[:, self.columns :].sum(1).tolist()]
+        else:
+            new = [whole - self.columns] * batch
+        self.begin_prompt(new, new_tokens)
+
     def past_lengths(self, batch: int) -> list[int]:
         """Tokens held for each of `batch` rows; ValueError if the cache holds another number of rows."""
         self._check_rows(batch)
@@ -240,6 +268,9 @@ class SALACache(Cache):
     def decisive_lengths(self, ends: list[int]) -> list[int]:
         """The lengths that decide between dense and sparse when a call ends at `ends`."""
         announced = self._announced or [0] * len(ends)
+        if len(announced) != len(ends) and len(ends) % len(announced) == 0:  # beams, several answers
+            announced = [n for n in announced for _ in range(len(ends) // len(announced))]
+            self._announced = announced
         return [max(a, b) for a, b in zip(announced, ends, strict=True)]
 
     @property
@@ -308,13 +339,14 @@ class SALACache(Cache):
         fresh = SALACache(self.config, record_past=self.record_past)
         self.__dict__.update(fresh.__dict__)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Undo the last tokens of every row: `crop(-n)` removes n, as transformers counts.
 
         Lightning states cannot be run backwards. It works for everything (all tokens), for nothing (0), and,
         with `record_past=True`, for any part of the last call of a batch without padding in it. Otherwise
         ValueError, and the cache is unchanged: take a `snapshot` at points you want to return to.
         """
+        tokens_to_remove = int(tokens_to_remove)  # prompt lookup of transformers 5.17 brings a tensor
         if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
             raise ValueError(
                 f"crop takes {-self.columns} (all tokens held) to 0, got {tokens_to_remove}: "

@@ -122,27 +122,40 @@ class SequenceLayout:
         return [(a, b) for a, b in whole] + pieces[taken:]
 
 
-def packed_bounds(position_ids: Tensor | None, cu_seqlens: Tensor | None, length: int) -> list[int] | None:
+def packed_bounds(
+    position_ids: Tensor | None, cu_seqlens: Tensor | None, length: int, valid: Tensor | None = None
+) -> list[int] | None:
     """Boundaries of packed documents in a single row, or None.
 
     Documents are announced by `cu_seqlens`, or (as transformers' flattening collator does) by
-    `position_ids` that fall back to 0.
+    `position_ids` that fall back to 0. Real tokens are those that `valid` `[B, T]` marks, all if None.
+
+    Raises:
+        ValueError: boundaries that do not rise from 0 to the length, documents packed in one of several rows
+            or beside padding: they would see each other.
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        if (
-            bounds[0] != 0
-            or bounds[-1] != length
-            or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False))
-        ):
+        rising = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
+        if not rising or bounds[0] != 0 or bounds[-1] != length:
             raise ValueError(f"cu_seqlens must rise from 0 to {length} (the tokens given), got {bounds}")
         return bounds
-    if position_ids is None or position_ids.shape[0] != 1 or length == 1:
+    if position_ids is None or length == 1:
         return None
-    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
-    if starts[:1] == [0] and len(starts) > 1:
-        return [*starts, length]
-    return None
+    starts = (position_ids == 0) if valid is None else (position_ids == 0) & valid
+    again = starts.sum(1) > 1
+    if not bool(again.any()):
+        return None
+    if position_ids.shape[0] != 1 or valid is not None:
+        raise ValueError(
+            "position_ids start again at 0 within a row: packed documents need a single row without padding "
+            f"(got {position_ids.shape[0]} "
+            f"rows{'' if valid is None else ' and an attention_mask with zeros'})"
+        )
+    found = starts[0].nonzero()[:, 0].tolist()
+    if found[0] != 0:
+        raise ValueError(f"position_ids of packed documents must begin with 0, got {int(position_ids[0, 0])}")
+    return [*found, length]
 
 
 def documents_layout(bounds: list[int], sparse: list[bool], device: torch.device) -> SequenceLayout:

@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from ..ops.backends import planned_backend
 from ..ops.sparse import SEARCHES
 from .attention import LightningMixer, SparseMixer
 from .cache import SALACache
 from .checkpoint import load_strictly
+from .compat import CACHE_ARGUMENT, take_cache
 from .config import ATTENTION_MODES, MiniCPMSALAConfig, check_choice
 from .layers import RMSNorm, SwiGLU
 from .layout import (
@@ -31,12 +30,17 @@ from .layout import (
     parallel_layout,
     rows_layout,
 )
+from .replay import record_and_replay
 
 logger = logging.getLogger("opensala")
 
 
-class MiniCPMSALADecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm mixer and feed-forward, both scaled by scale_depth / sqrt(layers)."""
+class MiniCPMSALADecoderLayer(nn.Module):
+    """Pre-norm mixer and feed-forward, both scaled by scale_depth / sqrt(layers).
+
+    `gradient_checkpointing` (set by `gradient_checkpointing_enable` of transformers, or by hand) keeps the
+    layer's input only and runs it again in the backward pass, with the blocks that the first run selected.
+    """
 
     def __init__(self, config: MiniCPMSALAConfig, layer: int) -> None:
         super().__init__()
@@ -47,10 +51,21 @@ class MiniCPMSALADecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.residual_scale = config.residual_scale
+        self.gradient_checkpointing = False
 
     def forward(
         self, hidden_states: Tensor, layout: SequenceLayout, cache: SALACache | None = None
     ) -> Tensor:
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return self._run(hidden_states, layout, cache)
+        if cache is not None:
+            raise ValueError("a recomputed layer would fill the cache twice: pass use_cache=False")
+        # Inside forward, not around the call: hooks of the module (FSDP's) then run once.
+        return checkpoint(
+            self._run, hidden_states, layout, cache, use_reentrant=False, context_fn=record_and_replay
+        )
+
+    def _run(self, hidden_states: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(hidden_states), layout, cache)
         hidden_states = hidden_states + mixed * self.residual_scale
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * self.residual_scale
@@ -64,7 +79,6 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MiniCPMSALADecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"\.rotary_emb\.inv_freq$"]  # a constant that old checkpoints carry
-    _can_record_outputs = {"hidden_states": MiniCPMSALADecoderLayer}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -112,13 +126,10 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             MiniCPMSALADecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
         self.parallel: SequenceParallel | None = None  # set where rows are split over ranks
         self._said: set[str] = set()
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -128,20 +139,32 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: SALACache | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """See `MiniCPMSALAForCausalLM.forward`."""
+        cache = take_cache({**kwargs, "past_key_values": past_key_values, "cache": cache})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if past_key_values is not None and not isinstance(past_key_values, SALACache):
+        if cache is not None and not isinstance(cache, SALACache):
             raise ValueError(
-                f"past_key_values must be an opensala.SALACache, got {type(past_key_values).__name__}: "
+                f"{CACHE_ARGUMENT} must be an opensala.SALACache, got {type(cache).__name__}: "
                 "make one with SALACache(model.config)"
             )
-        cache = past_key_values
+        if cache is not None and use_cache is False:
+            raise ValueError(
+                f"use_cache=False with {CACHE_ARGUMENT}: the cache would not be used, drop one of the two"
+            )
+        if use_cache is None:
+            packed = packed_bounds(position_ids, cu_seqlens, inputs_embeds.shape[1]) is not None
+            use_cache = cache is not None or (
+                self.config.use_cache and not torch.is_grad_enabled() and not packed
+            )
         if use_cache and cache is None:
             cache = SALACache(self.config)
         shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
@@ -149,8 +172,10 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         self._say(layout, inputs_embeds)
 
         hidden_states = inputs_embeds * self.config.scale_emb
+        every: list[Tensor] = []
         try:
             for layer in self.layers:
+                every.append(hidden_states)
                 hidden_states = layer(hidden_states, layout, cache)
         except BaseException:
             if cache is not None:
@@ -158,9 +183,14 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             raise
         if cache is not None:
             cache.commit(layout.lengths, shape[1])
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=cache if use_cache else None
+        last = self.norm(hidden_states)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BaseModelOutputWithPast(
+            last_hidden_state=last,
+            hidden_states=(*every, last) if wanted else None,
+            **{CACHE_ARGUMENT: cache if use_cache else None},
         )
+        return output if return_dict is not False else output.to_tuple()
 
     def _layout(
         self,
@@ -176,36 +206,38 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
                 self.parallel, shape, attention_mask, position_ids, cache, cu_seqlens, device
             )
         batch, length = shape
-        empty = cache is None or cache.columns == 0
-        bounds = packed_bounds(position_ids, cu_seqlens, length) if empty and attention_mask is None else None
-        if cu_seqlens is not None and (bounds is None or batch != 1):
-            raise ValueError("cu_seqlens needs a single row, no attention_mask and an empty cache")
-        if bounds is not None and len(bounds) > 2:
-            if cache is not None and cu_seqlens is not None:
-                raise ValueError("packed documents cannot be cached: pass use_cache=False")
-            if cache is None:
+        valid = self._valid(attention_mask, batch, length)
+        if cu_seqlens is not None or (cache is None and position_ids is not None):
+            if cu_seqlens is not None and (valid is not None or batch != 1 or cache is not None):
+                raise ValueError(
+                    "cu_seqlens needs a single row without padding and without a cache: pass "
+                    "use_cache=False and "
+                    "no attention_mask with zeros"
+                )
+            bounds = packed_bounds(position_ids, cu_seqlens, length, valid)
+            if bounds is not None and len(bounds) > 2:
                 ends = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
                 return documents_layout(bounds, self._sparse(ends), device)
-        valid = None
-        if attention_mask is not None:
-            if (
-                attention_mask.dim() != 2
-                or attention_mask.shape[0] != batch
-                or attention_mask.shape[1] < length
-            ):
-                raise ValueError(
-                    f"attention_mask must be [batch, past + new tokens] = [{batch}, >= {length}] of 0 and 1, "
-                    f"got shape {list(attention_mask.shape)}"
-                )
-            valid = attention_mask[:, -length:].bool()
-            if bool(valid.all()):
-                valid = None
         past = cache.past_lengths(batch) if cache is not None else [0] * batch
         new = [length] * batch if valid is None else valid.sum(1).tolist()
         ends = [a + b for a, b in zip(past, new, strict=True)]
         decisive = ends if cache is None else cache.decisive_lengths(ends)
         custom = position_ids if cache is None and attention_mask is None else None
         return rows_layout(shape, valid, past, self._sparse(decisive), device, custom)
+
+    @staticmethod
+    def _valid(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+        """Which of the new tokens are real, `[B, T]`; None if all are."""
+        if attention_mask is None:
+            return None
+        fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch
+        if not fits or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"attention_mask must be [batch, past + new tokens] = [{batch}, >= {length}] of 0 and 1, "
+                f"got shape {list(attention_mask.shape)}"
+            )
+        valid = attention_mask[:, -length:].bool()
+        return None if bool(valid.all()) else valid
 
     def _split_rows(
         self,
@@ -272,7 +304,6 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -284,8 +315,11 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        cache: SALACache | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Run the model.
 
         Args:
@@ -293,7 +327,9 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
             attention_mask: `[B, past + T]` of 0 and 1; zeros (padding, on any side) are left out entirely.
             position_ids: `[B, T]`; used without a cache or mask. In a single row, a fall back to 0 starts a
                 new packed document.
-            past_key_values: a `SALACache`.
+            past_key_values, cache: a `SALACache`, under either name (`cache` is that of transformers 5.24 and
+                later). Without one, a call that needs no gradients and packs no documents makes one if
+                `use_cache` or the configuration says so.
             labels: `[B, T]`, -100 where there is no loss; shifted here.
             logits_to_keep: compute logits for the last so many positions (0: all).
             cu_seqlens: `[N + 1]` boundaries of documents packed in one row (the whole row, where it is split
@@ -313,6 +349,8 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
+            cache=cache,
+            output_hidden_states=output_hidden_states,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -322,50 +360,51 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **{CACHE_ARGUMENT: getattr(outputs, CACHE_ARGUMENT)},
         )
+        return output if return_dict is not False else output.to_tuple()
 
-    # --- generation hooks of transformers ---
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, with a `SALACache` that knows the whole prompt before its first token is read.
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        given = model_kwargs.get("past_key_values")
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        A cache that is passed must hold the beginning of the prompt: `input_ids` are then the whole text, of
+        which only what the cache lacks is read (or only the new tokens, with an `attention_mask` as long as
+        the whole).
+
+        Raises:
+            ValueError: another `cache_implementation`, a cache that holds all of the prompt or other tokens
+                than its beginning, a cache together with use_cache=False.
+            RuntimeError: transformers did not use the cache, so that the answer would have come from nothing.
+        """
+        cache = take_cache(kwargs)
+        settings = generation_config or self.generation_config
+        kind = kwargs.get("cache_implementation", settings.cache_implementation)
+        if kind not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation must be unset or 'dynamic' for MiniCPM-SALA, got "
-                f"{generation_config.cache_implementation!r}"
+                f"cache_implementation must be unset or 'dynamic' for MiniCPM-SALA, got {kind!r}"
             )
-        if given is not None:
-            given._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = SALACache(
-                self.config, record_past=bool(generation_config.is_assistant)
+        given = {
+            name: getattr(settings, name, None) for name in ("use_cache", "max_new_tokens", "is_assistant")
+        }
+        given |= {name: value for name, value in kwargs.items() if name in given}
+        if given["use_cache"] is False:
+            if cache is not None:
+                raise ValueError(f"use_cache=False with {CACHE_ARGUMENT}: drop one of the two")
+            return super().generate(inputs, generation_config, **kwargs)
+        cache = SALACache(self.config, record_past=bool(given["is_assistant"])) if cache is None else cache
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        cache.announce(
+            ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), given["max_new_tokens"] or 0
+        )
+        before = cache.columns
+        output = super().generate(inputs, generation_config, **kwargs, **{CACHE_ARGUMENT: cache})
+        if cache.columns == before:
+            raise RuntimeError(
+                "the model never saw the cache that generate was given, so its answer is worth nothing: "
+                "this version of transformers is not supported"
             )
-
-    def _prefill(
-        self,
-        input_ids: Tensor,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, SALACache):
-            mask = model_kwargs.get("attention_mask")
-            total = input_ids.shape[1]
-            embeds = model_kwargs.get("inputs_embeds")
-            total = max(total, 0 if embeds is None else embeds.shape[1])
-            if mask is not None:
-                new = mask[:, cache.columns :].sum(1).tolist()
-            else:
-                rows = input_ids.shape[0] if embeds is None else embeds.shape[0]
-                new = [total - cache.columns if total > cache.columns else total] * rows
-            cache.begin_prompt([int(n) for n in new], generation_config.max_new_tokens or 0)
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        return output

@@ -7,15 +7,12 @@ ranks, and the number of targets, which the sum of losses is divided by, is know
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from ..model.replay import record_and_replay
 from .data import PackedSequence, StageData
 from .flops import training_flops
 from .loss import IGNORED, chunked_cross_entropy
@@ -65,8 +62,7 @@ def recompute_layers(model: MiniCPMSALAForCausalLM) -> None:
     """Keep the inputs of layers only and run them again in the backward pass, with the blocks the first run
     selected."""
     for layer in model.model.layers:
-        again = partial(checkpoint, use_reentrant=False, context_fn=record_and_replay)
-        layer.__dict__ |= {"gradient_checkpointing": True, "_gradient_checkpointing_func": again}
+        layer.gradient_checkpointing = True  # type: ignore[assignment]  # an attribute of the layer
 
 
 def row_loss(model: MiniCPMSALAForCausalLM) -> LossOfRow:

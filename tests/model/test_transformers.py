@@ -1,6 +1,7 @@
 """The model as a transformers citizen: generate in its variants, Trainer, PEFT."""
 
 import logging
+from functools import partialmethod
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from opensala import MiniCPMSALAConfig, MiniCPMSALAModel, SALACache
 from opensala.model import describe_attention
+from opensala.model.compat import CACHE_ARGUMENT, CACHE_NAMES
 from opensala.ops import use_backend
 
 from ..conftest import tiny_config, tiny_model
@@ -52,6 +54,85 @@ def test_generate_continues_a_cache():
     longer = torch.cat([first, tokens(20, seed=4)], 1)
     got = model.generate(longer, past_key_values=cache, **GREEDY)
     assert torch.equal(got, model.generate(longer, **GREEDY))
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_is_used_under_every_name(name):
+    model, ids = tiny_model(), tokens(LENGTH)
+    cache = SALACache(model.config)
+    with torch.no_grad():
+        model(ids[:, :100], **{name: cache})
+        got = model(ids[:, 100:], **{name: cache}).logits
+        wanted = model(ids, use_cache=False).logits[:, 100:]
+    assert cache.columns == LENGTH
+    torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
+    fresh = SALACache(model.config)
+    assert torch.equal(model.generate(ids, **{name: fresh}, **GREEDY), greedy_by_hand(model, ids, 12))
+    assert fresh.columns == LENGTH + 11
+
+
+def test_a_cache_that_would_not_be_used_is_an_error():
+    model, ids = tiny_model(), tokens(30)
+    cache = SALACache(model.config)
+    with pytest.raises(ValueError, match="kv_cache.*which this model does not read"):
+        model(ids, kv_cache=cache)
+    with pytest.raises(ValueError, match="give the cache once"):
+        model(ids, past_key_values=cache, cache=cache)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids, past_key_values=cache, use_cache=False)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(ids, past_key_values=cache, use_cache=False, **GREEDY)
+
+
+def test_generate_refuses_a_version_that_loses_the_cache(monkeypatch):
+    """What happened under transformers 5.24: the cache arrived nowhere, and the answer came from an empty
+    one."""
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "forward", partialmethod(forget_the_cache, type(model).forward))
+    with pytest.raises(RuntimeError, match="never saw the cache"):
+        model.generate(tokens(30), **GREEDY)
+
+
+def forget_the_cache(model, forward, *args, **kwargs):
+    for name in CACHE_NAMES:
+        kwargs.pop(name, None)
+    return forward(model, *args, **kwargs)
+
+
+def test_generate_refuses_a_cache_that_holds_all_of_the_prompt():
+    model, ids = tiny_model(), tokens(LENGTH)
+    cache = SALACache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="already holds 150 tokens and the prompt has 150"):
+        model.generate(ids, past_key_values=cache, **GREEDY)
+    assert cache.columns == LENGTH
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_packed_positions_never_share_a_cache(mask):
+    """A forward that makes a cache by default must still keep packed documents apart."""
+    model, lengths = tiny_model(), (40, 90, 20)
+    ids = tokens(sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    extra = {"attention_mask": torch.ones_like(ids)} if mask else {}
+    with torch.no_grad():
+        got = model(ids, position_ids=positions, **extra)
+        alone = torch.cat([model(part, use_cache=False).logits for part in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(got.logits, alone, atol=2e-5, rtol=1e-4)
+    assert got.get(CACHE_ARGUMENT) is None
+
+
+def test_packed_positions_that_cannot_be_kept_apart_are_refused():
+    model, ids = tiny_model(), tokens(30, batch=2)
+    positions = torch.cat([torch.arange(10), torch.arange(20)]).expand(2, 30)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="single row without padding"):
+            model(ids, position_ids=positions)
+        mask = torch.ones(1, 30, dtype=torch.long)
+        mask[0, 3] = 0
+        with pytest.raises(ValueError, match="single row without padding"):
+            model(ids[:1], position_ids=positions[:1], attention_mask=mask)
 
 
 def test_beam_search_and_several_sequences():
