@@ -266,6 +266,15 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         assert self.sparse_config is not None, "filled in __post_init__"
         return self.sparse_config["dense_len"]
 
+    def attends_sparsely(self, length: int) -> bool:
+        """Whether a token of a text of `length` tokens attends to selected blocks (else to everything).
+
+        The length is that of the whole prompt, or of the whole text at the end of a later turn, for all
+        tokens of that prompt or turn; for a generated token it is its own: the tokens up to it, itself
+        included.
+        """
+        return self.attention_mode == "sparse" or (self.attention_mode == "auto" and length >= self.dense_len)
+
     @property
     def lse(self) -> str:
         assert self.sparse_config is not None, "filled in __post_init__"

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from opensala import SALACache
-from opensala.engine.memory import cache_bytes
+from opensala.model.cache import text_bytes as cache_bytes
 from opensala.model.cache import _Store
 
 from ..conftest import tiny_model
