@@ -135,6 +135,7 @@ class SALACache(Cache):
         self._held = Rows(self._store, [])
         self._announced: list[int] | None = None
         self._reserve = 0
+        self._prompt = 0  # tokens of the rectangle that `generate` announced
         self._call: _Call | None = None
         self._before: Rows | None = None  # the rows before the last call, if it was recorded
         self._recorded: list[tuple[list[Piece], dict[int, tuple[Tensor, Tensor]]]] = []
@@ -145,6 +146,11 @@ class SALACache(Cache):
     @property
     def rows(self) -> list[Row]:
         return self._held.rows
+
+    @property
+    def storage(self) -> CacheStorage | None:
+        """Where pages and states lie; None before the first token."""
+        return self._store.storage
 
     @property
     def lengths(self) -> list[int]:
@@ -195,6 +201,7 @@ class SALACache(Cache):
         else:
             new = [whole - self.columns] * batch
         self.begin_prompt(new, new_tokens)
+        self._prompt = whole
 
     def _check_beginning(self, ids: Tensor, mask: Tensor | None) -> None:
         for n, row in enumerate(self.rows[: ids.shape[0]]):
@@ -249,13 +256,20 @@ class SALACache(Cache):
 
     # --- a forward call ---
 
-    def begin_call(self, batch: int) -> None:
-        """Start a forward call for `batch` rows.
+    def begin_call(self, batch: int, columns: int) -> None:
+        """Start a forward call of `[batch, columns]` tokens.
 
         Raises:
-            ValueError: another number of rows than the cache holds.
+            ValueError: another number of rows than the cache holds; the whole of a prompt of which it holds a
+                part.
         """
         self._check_rows(batch)
+        if 0 < self.columns < self._prompt <= columns:
+            raise ValueError(
+                f"{self._prompt - self.columns} tokens of the prompt are left to read and {columns} came: "
+                "what the "
+                "cache holds would be read twice (this version of transformers is not supported)"
+            )
         self.discard()
         if not self.rows:
             self._held = Rows(self._store, [Row() for _ in range(batch)])
@@ -392,6 +406,16 @@ class SALACache(Cache):
         return False
 
     @property
+    def is_linear(self) -> list[bool]:
+        """False throughout: a prompt is cut to what the cache lacks, which transformers does not do for
+        purely linear caches."""
+        return [False] * self.config.num_hidden_layers
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self.config.num_hidden_layers
+
+    @property
     def is_croppable(self) -> bool:
         """Whether `crop` can undo tokens of the last call: only with recording on."""
         return self.record_past or not any(
@@ -413,7 +437,7 @@ class SALACache(Cache):
         """Take over rows that are held already in place of those there are."""
         self._held.close()
         self._held, self.columns, self._announced = held, columns, announced
-        self._reserve = 0
+        self._reserve = self._prompt = 0
         if self._before is not None:
             self._before.close()
         self._before, self._recorded = None, []

@@ -206,7 +206,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         self, x: Tensor, call: "_Call", cache: SALACache, ids: Tensor | None, every: list[Tensor] | None
     ) -> Tensor:
         """The next tokens of a cache's rows, without gradients: normalised hidden states `[B, T, W]`."""
-        cache.begin_call(len(call.counts))
+        cache.begin_call(len(call.counts), x.shape[1])
         steps = cache.plan(call.counts)
         positions = None if call.positions is None else call.positions.expand(call.shape).flatten()
         made: list[tuple[Tensor | None, list[Tensor]]] = []

@@ -80,7 +80,7 @@ class CacheStorage:
         config = self.config
         assert config.lightning_nh and config.lightning_head_dim, "filled by the configuration"
         shape = (slots, config.lightning_nh, config.lightning_head_dim, config.lightning_head_dim)
-        return _zeros(shape, torch.float32, device)
+        return _zeros(shape, torch.float64 if self.dtype == torch.float64 else torch.float32, device)
 
     @property
     def num_bytes(self) -> int:

@@ -10,8 +10,9 @@ from ..backends import Backend, choose_backend
 from .chunk import chunk_lightning_attention
 from .cpp import cpp_lightning_attention
 from .naive import naive_lightning_attention
+from .slots import cpp_lightning_slots, gather_lightning_slots
 
-__all__ = ["alibi_slopes", "lightning_attention"]
+__all__ = ["alibi_slopes", "lightning_attention", "lightning_attention_slots"]
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -66,6 +67,79 @@ def lightning_attention(
     name = choose_backend("lightning_attention", q, backend, {"cpp": None, "triton": head_dim_limit(q, v)})
     run = _implementation(name)
     return run(q, k, v, decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def lightning_attention_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    states: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    read_slots: Tensor,
+    write_slots: Tensor,
+    scale: float | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`lightning_attention` for the next tokens of N sequences, whose states lie in slots. No gradients.
+
+    Args:
+        q, k (Tensor): `[T, H, D]`, the tokens of all sequences behind one another.
+        v (Tensor): `[T, H, Dv]`.
+        decay (Tensor): `[H]`, as in `lightning_attention`.
+        states (Tensor): `[slots, H, D, Dv]`, float32 (float64 for float64 inputs), contiguous; modified in
+            place.
+        cu_seqlens (Tensor): `[N + 1]` integer boundaries of the sequences.
+        read_slots (Tensor): `[N]` slots of the states the sequences begin with; -1 for zeros.
+        write_slots (Tensor): `[N]` slots for the states behind their last tokens; each may be the one that is
+            read.
+        scale (float): factor on the output; 1/sqrt(D) if None.
+        backend: which implementation runs. With `cpp` a token's output and state have the same bits however a
+            sequence was cut into calls and whatever else is in the call; with the others they do not.
+
+    The numbers in `cu_seqlens`, `read_slots` and `write_slots` are trusted: on a GPU a look would make the
+        CPU wait.
+
+    Returns:
+        o `[T, H, Dv]` in v's dtype.
+
+    Raises:
+        ValueError: tensors that do not fit together, or an unavailable backend.
+
+    Source: MiniCPM-SALA (arXiv 2602.11761) section 2.1.
+    """
+    wanted = (*q.shape[1:], v.shape[-1])
+    if q.dim() != 3 or k.shape != q.shape or v.shape[:2] != q.shape[:2] or decay.shape != q.shape[1:2]:
+        raise ValueError(
+            f"q, k, v, decay must be [T, H, D], [T, H, D], [T, H, Dv], [H]; got {list(q.shape)}, "
+            f"{list(k.shape)}, "
+            f"{list(v.shape)}, {list(decay.shape)}"
+        )
+    if states.shape[1:] != wanted or not states.is_contiguous() or states.dtype not in _STATE_DTYPES:
+        raise ValueError(
+            f"states must be [slots, H, D, Dv] = [slots, {', '.join(map(str, wanted))}], contiguous, "
+            "float32 or float64; "
+            f"got {list(states.shape)}, {str(states.dtype).removeprefix('torch.')}"
+        )
+    if not len(cu_seqlens) - 1 == len(read_slots) == len(write_slots):
+        raise ValueError(
+            f"cu_seqlens [N + 1], read_slots [N], write_slots [N] must agree on N, got {len(cu_seqlens)}, "
+            f"{len(read_slots)}, {len(write_slots)}"
+        )
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    like = q if states.dtype == torch.float32 else states
+    name = choose_backend(
+        "lightning_attention_slots", like, backend, {"cpp": None, "triton": head_dim_limit(q, v)}
+    )
+    places = (cu_seqlens, read_slots, write_slots)
+    with torch.no_grad():
+        if name == "cpp":
+            return cpp_lightning_slots(q, k, v, decay, states, *places, scale).to(v.dtype)
+        return gather_lightning_slots(q, k, v, decay, states, *places, scale, _implementation(name))
+
+
+_STATE_DTYPES = (torch.float32, torch.float64)
 
 
 def _implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
