@@ -18,7 +18,8 @@ def build_prompt(engine: Engine, documents: list[Document], question: str) -> li
     asked = len(engine.tokenizer(question, add_special_tokens=False)["input_ids"])
     if asked >= limit:
         raise ValueError(
-            f"the question has {asked:,} tokens, the model's limit is {limit:,}: put long text into a document"
+            f"the question has {asked:,} tokens, the model's limit is {limit:,}: put long text into a "
+            "document"
         )
     text = join_documents(documents)
     if engine.tokenizer.chat_template:
