@@ -3,6 +3,7 @@
 from .backends import use_backend
 from .fused import norm_gate, norm_rope
 from .lightning import alibi_slopes, lightning_attention
+from .linear import linear
 from .sparse import BlockSpec, compress_keys, extend_compressed, select_blocks, sparse_attention
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "compress_keys",
     "extend_compressed",
     "lightning_attention",
+    "linear",
     "norm_gate",
     "norm_rope",
     "select_blocks",
