@@ -242,11 +242,13 @@ int64_t tile_queries(const Problem& p, int64_t tokens_of_call, int64_t rows, int
 struct Unit {
   const Problem* p;
   int64_t first, last, head;
-  int64_t cost() const {  // (query, block) pairs at most
+  int64_t cost() const {  // multiplications at most, of queries with keys
     int64_t blocks = p->blocks_up_to(last - 1);
-    return (last - first) * (p->blocks ? std::min(blocks, p->chosen) : blocks);
+    return (last - first) * (p->blocks ? std::min(blocks, p->chosen) : blocks) * p->size * p->group() * p->dim;
   }
 };
+
+constexpr int64_t SMALL = 1 << 18;  // multiplications that are done before a second thread is awake
 
 // With fewer tiles than threads the query heads of a kv head are shared out: each part unpacks the blocks for itself.
 void slice_heads(std::vector<Problem>& problems, int64_t units, int64_t threads) {
@@ -273,7 +275,9 @@ void forward_all(std::vector<Problem>& problems, int64_t tile_rows, int64_t thre
         units.push_back({&p, first, std::min(first + steps[n], p.tokens), head});
   }
   std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost() > b.cost(); });
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  int64_t work = 0;
+  for (const Unit& unit : units) work += unit.cost();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > SMALL)
   for (size_t i = 0; i < units.size(); ++i) forward_tile(*units[i].p, units[i].first, units[i].last, units[i].head);
 }
 

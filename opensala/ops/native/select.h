@@ -220,7 +220,7 @@ static inline void cut(std::vector<Unit>& units, const Selection& s, int64_t beg
 template <typename Use>
 static void for_each_unit(std::vector<Unit>& units, int64_t threads, const Use& use) {
   std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost() > b.cost(); });
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (units.size() > 1)
   for (size_t i = 0; i < units.size(); ++i) use(units[i]);
 }
 
