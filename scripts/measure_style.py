@@ -5,8 +5,8 @@
 
 Each folder gives one row. Lines are counted as they stand, empty ones included, but widths are those of lines
 that are not empty. A function runs from its `def` to its last line; nested functions count on their own too.
-The share of comments is that of lines with a comment, alone or behind code; the share of docstrings that of the
-lines they span.
+The share of comments is that of lines with a comment, alone or behind code; the share of docstrings that of
+the lines they span.
 """
 
 import ast
