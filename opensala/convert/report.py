@@ -70,7 +70,7 @@ def print_plan(rows: list[tuple[str, int, int, float]], needed: int, device: tor
     """Phases with steps, tokens and seconds, and the memory needed, on stderr.
 
     Args:
-        rows: name, steps left, tokens a step, seconds a step as measured.
+        rows: name, steps left, tokens per step, seconds per step as measured.
         needed: bytes, as `memory_bytes` counts them.
     """
     table = Table(box=None, pad_edge=False)

@@ -65,7 +65,7 @@ def convert(
     Args:
         config: what to do.
         output: folder of the run.
-        resume: go on with a run that was stopped.
+        resume: resume a run that was stopped.
         plan_only: print the plan and stop.
         quiet: no progress bars, no plan.
 

@@ -50,8 +50,8 @@ def load_tasks(
         quiet: no progress bars of the loading.
 
     Raises:
-        ValueError: lm-eval is missing; unknown names; data or packages that cannot be had; programs would be
-            run without leave.
+        ValueError: lm-eval is missing; unknown names; unavailable data or packages; programs would be
+            run without permission.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -101,7 +101,7 @@ def _load_all(names: Sequence[str], manager: Any) -> list[Any]:
             OSError,
             RuntimeError,
             ValueError,
-        ) as error:  # datasets' and the hub's own kinds of "cannot be had" are among these
+        ) as error:  # datasets' and the hub's own errors for unavailable data are among these
             failed[name] = " ".join(str(error).split())[:200]
     if failed:
         rest = [name for name in names if name not in failed]

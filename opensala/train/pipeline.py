@@ -142,7 +142,7 @@ def train(
         output: folder of the run.
         start: what to begin with.
         only: names of stages to run, all if empty; those before them must be finished.
-        resume: go on with a run that was stopped.
+        resume: resume a run that was stopped.
         device: cpu or cuda; None for a GPU if there is one.
         skip_bad: count and leave out malformed documents.
         chat_template: for a tokenizer that has none (before the recipe's own).

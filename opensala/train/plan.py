@@ -16,7 +16,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Device:
-    """`flops`: dense bfloat16 matrix rate a second as its maker states it; `memory`: bytes."""
+    """`flops`: dense bfloat16 matrix FLOP/s as the vendor states them; `memory`: bytes."""
 
     flops: float
     memory: int
@@ -32,7 +32,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A stage's cost. `memory` in bytes a device, `flops` in all."""
+    """A stage's cost. `memory` in bytes per device, `flops` in total."""
 
     name: str
     sequence: int

@@ -1,9 +1,9 @@
 """One stage of training, from wherever it stands to its end.
 
-A step draws a batch, adds up gradients over passes, clips, is judged, and is taken or left. After every
+A step draws a batch, adds up gradients over passes, clips, is checked, and is applied or skipped. After every
 `save_every` steps
 the whole state is written: weights, moments, position in the data, the guard's memory. Nothing random happens
-outside the data, so a run that goes on from a checkpoint repeats on a CPU what it would have done, bit for
+outside the data, so a run resumed from a checkpoint repeats on a CPU what it would have done, bit for
 bit.
 """
 
