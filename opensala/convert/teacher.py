@@ -94,6 +94,8 @@ def teacher_config(given: dict[str, Any]) -> MiniCPMSALAConfig:
     if missing:
         raise ValueError(f"teacher: its config.json lacks {', '.join(missing)}")
     values = {key: given[key] for key in _SAME if key in given}
+    if values.get("pad_token_id") == -1:  # how the first Llama models say that there is none
+        values["pad_token_id"] = None
     values |= {
         "num_key_value_heads": given.get("num_key_value_heads") or given["num_attention_heads"],
         "head_dim": given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"],

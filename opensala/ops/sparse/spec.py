@@ -61,7 +61,7 @@ def check_search(spec: BlockSpec, lse: str, search: str, regions: int) -> None:
         raise ValueError(f"lse must be one of {', '.join(LSE_KINDS)}, got {lse!r}")
     if search not in SEARCHES:
         raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
-    if regions * REGION < spec.num_blocks:
+    if search == "hierarchical" and regions * REGION < spec.num_blocks:
         raise ValueError(
             f"regions must be at least {-(-spec.num_blocks // REGION)}, got {regions}: "
             f"{spec.num_blocks} blocks are to be chosen from them, and each has {REGION}"
