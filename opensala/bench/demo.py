@@ -9,7 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from ..data.facts import attribute_fact, format_question
+from ..data.facts import attribute_fact
+from ..data.prompts import PromptFormat
 from ..data.text import long_document, provenance
 from ..engine import Engine, Sampling
 from .twin import TwinTiming, build_dense, time_twin, twin_config
@@ -30,8 +31,10 @@ def hide_fact(engine: Engine, tokens: int, rng: random.Random) -> tuple[Tensor, 
     cut = text.rfind("\n", 0, rng.randrange(1, len(text))) + 1
     depth = cut / len(text)
     text = f"{text[:cut]}{fact.statement}\n{text[cut:]}"
+    form = PromptFormat(engine.tokenizer)
+    ids = form.encode(form.question(text, fact.question))
     return (
-        engine.encode_prompt(text + format_question(fact.question)),
+        torch.tensor([ids], device=engine.device),
         fact.statement,
         fact.question,
         fact.answer,
@@ -57,7 +60,7 @@ def run(tokens: int = 32768, seed: int | None = None) -> None:
         highlight=False,
     )
     result = engine.generate(ids, Sampling(max_new_tokens=24), label="MiniCPM-SALA reads")
-    answer = result.text.strip()
+    answer = PromptFormat(engine.tokenizer).answer(result.text)
 
     twin = build_dense(twin_config(engine.config))
     with Progress(

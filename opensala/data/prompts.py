@@ -9,6 +9,8 @@ from typing import Any
 
 from .facts import format_question
 
+NEXT_QUESTION = "\nQuestion:"  # how a model without chat template goes on when its answer is complete
+
 
 @dataclass(frozen=True)
 class PromptFormat:
@@ -47,6 +49,17 @@ class PromptFormat:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
         return "\n\n".join([*turns, "Assistant:"])
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Text at which generation may stop: what follows is no part of the answer."""
+        return [] if self.uses_chat else [NEXT_QUESTION]
+
+    def answer(self, text: str) -> str:
+        """The answer in a generated text: it ends where an invented next question begins."""
+        for stop in self.stop_strings:
+            text = text.partition(stop)[0]
+        return text.strip()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt; a chat template brings its own special tokens."""
