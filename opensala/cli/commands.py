@@ -13,7 +13,7 @@ import typer
 from .. import __version__
 from .convert import app as convert_app
 from .eval import evals
-from .options import Device, EngineOptions, Json, Model, Quiet, SamplingOptions, with_options
+from .options import Device, EngineOptions, Json, Model, Quiet, SamplingOptions, Seed, with_options
 from .train import app as train_app
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def generate(
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(min=2048, help="Length of the document.")] = 32768,
-    seed: Annotated[int | None, typer.Option(help="Seed of document and fact.")] = None,
+    tokens: Annotated[int, typer.Option(min=2048, max=4 << 20, help="Length of the document.")] = 32768,
+    seed: Seed = None,
 ) -> None:
     """Hide a fact in the standard library's sources, ask for it, and time a full-attention twin beside."""
     from ..bench.demo import run

@@ -32,6 +32,9 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with a run that was stopped; the other options as before.")
 ]
 
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of what is drawn at random.")]
+_TEMPERATURES = (1e-3, 1e3)  # beyond them, quotients of logits are no numbers any more, or all the same
+
 
 @dataclass
 class EngineOptions:
@@ -60,6 +63,8 @@ class EngineOptions:
 
         from ..engine import Engine
 
+        if model is not None and not model.strip():
+            raise ValueError("--model is empty: name a checkpoint folder or a hub name, or omit it")
         if quiet:
             disable_progress_bars()
             logging.getLogger("opensala").setLevel(logging.ERROR)
@@ -81,7 +86,7 @@ class SamplingOptions:
     top_p: Annotated[
         float, typer.Option(help="Sample from the most likely tokens that together have this probability.")
     ] = 1.0
-    seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None
+    seed: Seed = None
 
     def checked(self) -> "Sampling":
         """The engine's form of them; ValueError for one out of range."""
@@ -89,6 +94,9 @@ class SamplingOptions:
 
         sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p, self.seed)
         sampling.check()
+        low, high = _TEMPERATURES
+        if self.temperature and not low <= self.temperature <= high:
+            raise ValueError(f"--temperature must be 0, or from {low:g} to {high:g}, got {self.temperature}")
         return sampling
 
 

@@ -10,7 +10,6 @@ from typing import BinaryIO
 
 _HEADER = b"%PDF-"
 _HEADER_WITHIN = 1024  # bytes; readers of PDF accept the header after this much of something else
-_TRAILER_WITHIN = 2048
 _FIRST_PIECE = 1 << 20  # bytes looked at before the rest is read: an endless device must end here
 _MARKS = (  # UTF-32 before UTF-16: its little-endian mark begins with the other one's
     (codecs.BOM_UTF8, "utf-8"),
@@ -66,13 +65,13 @@ def _find_pdf(data: bytes) -> int | None:
     """Where the PDF in these bytes begins, or None if they are something else.
 
     Blank space before the header is passed over. After other bytes (a mail's or a server's header) it counts
-    only if the end of the file is that of a PDF too: a text may speak of PDF.
+    only if objects of a PDF follow: a text may speak of PDF.
     """
     start = data.find(_HEADER, 0, _HEADER_WITHIN + len(_HEADER))
     if start < 0:
         return None
     blank = not data[:start].strip(b"\0\t\n\f\r \xef\xbb\xbf")
-    return start if blank or b"startxref" in data[-_TRAILER_WITHIN:] else None
+    return start if blank or b"endobj" in data else None
 
 
 def _encoding(data: bytes) -> tuple[bytes, str] | None:

@@ -62,7 +62,7 @@ def read_documents(sources: list[str]) -> Reading:
     reading = Reading()
     for source in sources:
         if not source:
-            raise ValueError("a document's name is empty; name a file, a directory (. for this one), or -")
+            raise ValueError("a document's name is empty: name a file, a directory (. for this one), or -")
         name = "standard input" if source == STDIN else shown(Path(source))
         try:
             if source == STDIN:

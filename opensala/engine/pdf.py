@@ -15,6 +15,7 @@ from itertools import pairwise
 from pypdf import PdfReader
 from pypdf.errors import DependencyError, PyPdfError
 
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 # What pypdf raises for damaged files is seldom its own: a missing key, a wrong type, a filter it lacks
 # (NotImplementedError), a page tree that contains itself (RecursionError), broken compressed data.
 _BROKEN = (
@@ -95,6 +96,9 @@ def _remarks(
         )
     if why:
         notes.append(f"{why}; left out")
+    unknown = sum(text.count(_UNKNOWN) for text in texts)
+    if unknown:
+        notes.append(f"{unknown:,} characters could not be decoded and stand as {_UNKNOWN}")
     if repairs:
         notes.append(
             f"not quite a valid PDF, text may be missing (pypdf warned {len(repairs):,} times, first: "
@@ -116,8 +120,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _whole_characters(text: str) -> str:
-    """Halves of characters, which fonts with broken tables give, joined where both are there."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    """Halves of characters, which fonts with broken tables give, joined where both are there; what stands for
+    no character replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", _UNKNOWN)
 
 
 class _Collector(logging.Handler):
