@@ -107,7 +107,7 @@ def run(
     from ..evaluate.suites import PRESETS, Options, build_suites, split_names
 
     ours, foreign = split_names(suite)
-    sizes = tuple(_length(part) for part in lengths.split(",") if part.strip())
+    sizes = tuple(_length(part) for part in lengths.split(",")) if lengths else ()
     options = Options(
         sizes,
         samples,
