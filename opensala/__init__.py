@@ -4,6 +4,7 @@ Importing this package registers the model with transformers' Auto classes, and 
 used (without importing it). It needs no GPU and no extra.
 """
 
+from . import starting as _starting  # noqa: F401, I001 -- before what takes seconds to import
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import evaluate as _evaluate  # noqa: F401 -- makes the model known to lm-eval

@@ -133,6 +133,9 @@ def refuse(monkeypatch, capsys, message, *arguments):
         (["ask", "DOC", "-q", "x", "--device", "tpu"], "device must be"),
         (["ask", "DOC", "-q", "x", "--model", "./nowhere"], "./nowhere: no such checkpoint folder"),
         (["generate", ""], "the prompt is empty"),
+        (["ask", "", "-q", "x"], "a document's name is empty"),
+        (["ask", "DOC", "-q", "caf\udce9"], "the question is not valid UTF-8 (character 4)"),
+        (["generate", "caf\udce9"], "the prompt is not valid UTF-8 (character 4)"),
         (["answer"], "No such command 'answer'"),
         (["demo", "--tokens", "5"], "should be greater than or equal to 2048"),
     ],
@@ -143,7 +146,8 @@ def test_bad_input_ends_with_one_line_and_code_2(monkeypatch, capsys, document, 
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [(b"", "empty"), (b"\xff\xfe\x00x", "not UTF-8"), (b"a\0b", "binary")]
+    ("data", "message"),
+    [(b"", "empty"), (b"caf\xe9", "not UTF-8"), (b"\xff\xfe\x00\xd8x\0", "not UTF-16"), (b"a\0b", "binary")],
 )
 def test_undecodable_and_empty_documents(monkeypatch, capsys, tmp_path, data, message):
     (tmp_path / "doc").write_bytes(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..engine import Engine
+from ..engine import load_engine
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..ops import BlockSpec
 from ..ops.backends import Backend, planned_backend
@@ -140,7 +140,7 @@ def _backward_target(report: Report, what: str, backward: float | None, forward:
 
 def _shipped_model(report: Report, ceiling: float) -> None:
     report.say("the shipped model, and its full-attention twin")
-    engine = Engine(device="cpu")
+    engine = load_engine(device="cpu")
     _, short = time_first_token(report, "shipped model", engine.model, 4 * K, 2, keep=True)
     middle, _ = time_first_token(report, "shipped model", engine.model, 64 * K, 3)
     long, cache = time_first_token(report, "shipped model", engine.model, 256 * K, 1, keep=True)

@@ -2,7 +2,8 @@
 
 from .answer import Generation, generate
 from .ask import ask, build_prompt
-from .documents import Document, read_documents
+from .decode import check_text
+from .documents import Document, Reading, Skipped, read_documents
 from .engine import Engine, EngineOptions
 from .load import load_engine, shipped_model
 from .prefill import prefill
@@ -15,11 +16,14 @@ __all__ = [
     "EngineOptions",
     "FinishReason",
     "Generation",
+    "Reading",
     "Reuse",
     "SamplingParams",
+    "Skipped",
     "TokenEvent",
     "ask",
     "build_prompt",
+    "check_text",
     "generate",
     "load_engine",
     "prefill",

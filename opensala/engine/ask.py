@@ -1,19 +1,26 @@
 """Asking a question about documents: build the prompt, check it, generate the answer."""
 
-from ..data.facts import format_question
+from dataclasses import replace
+
+from ..data.prompts import PromptFormat
 from .answer import Generation, generate
+from .decode import check_text
 from .documents import Document, join_documents
 from .engine import Engine
 from .request import SamplingParams
 
 
-def build_prompt(engine: Engine, documents: list[Document], question: str) -> list[int]:
-    """Token ids: the documents, then the question, in the model's chat template if it has one.
+def build_prompt(engine: Engine, documents: list[Document], question: str) -> tuple[list[int], int]:
+    """Token ids: the documents, then the question, in the form that evaluation scores.
 
-    Raises ValueError for an empty question, or one that alone exceeds the model's limit.
+    Returns:
+        The ids, and how many of them come before the question: from there another question may continue.
+
+    Raises:
+        ValueError: a question that is empty, not valid UTF-8, or alone exceeds the model's limit.
     """
-    if not question.strip():
-        raise ValueError("the question is empty")
+    question = question.strip()
+    check_text("the question", question)
     limit = engine.config.max_position_embeddings
     asked = len(engine.tokenizer(question, add_special_tokens=False)["input_ids"])
     if asked >= limit:
@@ -21,13 +28,7 @@ def build_prompt(engine: Engine, documents: list[Document], question: str) -> li
             f"the question has {asked:,} tokens, the model's limit is {limit:,}: put long text into a "
             "document"
         )
-    text = join_documents(documents)
-    if engine.tokenizer.chat_template:
-        messages = [{"role": "user", "content": f"{text}\n\n{question.strip()}"}]
-        return engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    return engine.encode(text + format_question(question.strip()))
+    return PromptFormat(engine.tokenizer).encode_question(join_documents(documents), question)
 
 
 def ask(
@@ -38,12 +39,17 @@ def ask(
     *,
     quiet: bool = False,
 ) -> Generation:
-    """Read the documents and answer the question.
+    """Read the documents and answer the question. The answer ends where an invented next question begins.
+
+    Another question about the same documents, asked of the same engine, does not read them again.
 
     Raises:
         ValueError: see `build_prompt` and `Engine.add`.
     """
-    ids = build_prompt(engine, documents, question)
-    result = generate(engine, ids, params, label=f"reading {len(ids):,} tokens", quiet=quiet)
-    result.text = result.text.strip()
+    ids, before = build_prompt(engine, documents, question)
+    form, params = PromptFormat(engine.tokenizer), params or SamplingParams()
+    params = replace(params, stop=(*params.stop, *form.stop_strings))
+    marks = (before,) if before else ()
+    result = generate(engine, ids, params, marks=marks, label=f"reading {len(ids):,} tokens", quiet=quiet)
+    result.text = form.answer(result.text)
     return result

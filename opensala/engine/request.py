@@ -74,6 +74,8 @@ class SamplingParams:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not low <= value <= high:
                 raise ValueError(f"{name} must be {text}, got {value!r}")
+        if 0 < self.temperature < 1e-3:  # quotients of logits would be no numbers any more
+            raise ValueError(f"temperature must be {_RANGES[0][3]}, got {self.temperature!r}")
         if self.top_p == 0 or self.repetition_penalty == 0:
             name = "top_p" if self.top_p == 0 else "repetition_penalty"
             raise ValueError(f"{name} must be above 0, got 0")
@@ -90,7 +92,7 @@ class SamplingParams:
 
 
 _RANGES = (
-    ("temperature", 0, 100, "a number from 0 (the most likely token) to 100"),
+    ("temperature", 0, 1e3, "0 (the most likely token), or a number from 0.001 to 1000"),
     ("top_p", 0, 1, "a number above 0 and at most 1"),
     ("min_p", 0, 1, "a number from 0 to 1"),
     ("repetition_penalty", 0, 100, "a number above 0 and at most 100 (1 for none)"),

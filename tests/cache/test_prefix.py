@@ -1,4 +1,4 @@
-"""The prefix tree: matches end at snapshots, pages and slots are counted, the least recently used is forgotten."""
+"""The prefix tree: matches end at snapshots, pages and slots are counted, what was not used is forgotten."""
 
 import random
 

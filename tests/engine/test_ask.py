@@ -1,0 +1,54 @@
+"""Asking: one builder of prompts for what users get and what is scored, and where an answer ends."""
+
+import pytest
+
+from opensala.data.facts import format_question
+from opensala.data.prompts import NEXT_QUESTION, PromptFormat
+from opensala.engine import Document, Engine, Sampling, ask, build_prompt
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>"
+    "{% endif %}"
+)
+TEXT, QUESTION = "The access code for old-mill is 90217.", "What is the access code for old-mill?"
+
+
+@pytest.fixture
+def engine():
+    return Engine()
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_what_users_ask_is_what_is_scored(engine, template):
+    engine.tokenizer.chat_template = template
+    form = PromptFormat(engine.tokenizer)
+    ids = build_prompt(engine, [Document("d", TEXT)], f" {QUESTION}\n")
+    assert ids.tolist() == [form.encode(form.question(TEXT, QUESTION))]
+    if template:
+        messages = [{"role": "user", "content": f"{TEXT}\n\n{QUESTION}"}]
+        expected = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    else:
+        expected = engine.tokenizer(TEXT + format_question(QUESTION))["input_ids"]
+    assert ids.tolist() == [expected]
+
+
+def test_an_answer_ends_where_an_invented_question_begins(engine, monkeypatch):
+    invented = f" 90217{NEXT_QUESTION} Who is the owner?\nAnswer: Marla"
+    monkeypatch.setattr(engine.tokenizer, "decode", lambda ids, **options: invented)
+    assert ask(engine, [Document("d", TEXT)], QUESTION, Sampling(4), quiet=True).text == "90217"
+    engine.tokenizer.chat_template = CHAT  # a conversation's end is marked by its own token
+    assert ask(engine, [Document("d", TEXT)], QUESTION, Sampling(4), quiet=True).text == invented.strip()
+
+
+def test_the_stop_string_is_how_the_next_question_would_begin(engine):
+    form = PromptFormat(engine.tokenizer)
+    assert form.stop_strings == [NEXT_QUESTION] and NEXT_QUESTION in format_question("x")
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [(" \n", "the question is empty"), ("caf\udce9", "is not valid UTF-8 .character 4.")],
+)
+def test_questions_that_are_refused(engine, question, message):
+    with pytest.raises(ValueError, match=message):
+        build_prompt(engine, [Document("d", TEXT)], question)
