@@ -23,7 +23,7 @@ from transformers import __version__ as transformers_version
 
 from opensala.data.needles import needle_document
 from opensala.data.text import documents
-from opensala.engine import Engine, load_engine
+from opensala.engine import Engine, SamplingParams, load_engine
 from opensala.engine.progress import token_progress
 
 ROOT = Path(__file__).parents[1]
