@@ -12,6 +12,7 @@ Snapshots are evicted apart from pages, the least recently used first.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -71,6 +72,8 @@ class PrefixTree:
         self.pages, self.slots, self.page_size = pages, slots, page_size
         self._roots = {mode: Node((), -1, None) for mode in (False, True)}
         self._snapshots: set[Node] = set()
+        # how often the tree itself holds a page: a tail may share a node's
+        self._held: Counter[int] = Counter()
         self._clock = count(1)
 
     @property
@@ -129,8 +132,7 @@ class PrefixTree:
             key = tuple(tokens[i * self.page_size : (i + 1) * self.page_size])
             child = node.children.get(key)
             if child is None:
-                child = node.children[key] = Node(key, pages[i], node)
-                self.pages.share([pages[i]])
+                child = node.children[key] = self._new_node(key, pages[i], node)
             elif child.page != pages[i]:
                 swapped[pages[i]] = child.page
             node = child
@@ -141,8 +143,7 @@ class PrefixTree:
         if key:
             tail = node.tails.get(key)
             if tail is None:
-                tail = node.tails[key] = Node(key, pages[full], node)
-                self.pages.share([pages[full]])
+                tail = node.tails[key] = self._new_node(key, pages[full], node)
             node = tail
             node.used = now
         if node.slot is None and node.parent is not None:
@@ -178,7 +179,7 @@ class PrefixTree:
     def clear(self) -> None:
         """Forget everything."""
         for node in list(self._nodes()):
-            self.pages.release([node.page])
+            self._let_go(node)
             if node.slot is not None:
                 self.slots.release([node.slot])
         self._snapshots.clear()
@@ -195,6 +196,7 @@ class PrefixTree:
     def check_integrity(self) -> None:
         """Assert that nodes, snapshots and keys agree with one another."""
         nodes = list(self._nodes())
+        assert self._held == Counter(n.page for n in nodes), "the count of pages is wrong"
         assert {n for n in nodes if n.slot is not None} == self._snapshots, "the set of snapshots is wrong"
         for node in nodes:
             assert node.parent is not None, "a node hangs below its parent"
@@ -207,17 +209,25 @@ class PrefixTree:
 
     def _is_evictable(self, node: Node) -> bool:
         leaf = node.parent is not None and not node.children and not node.tails
-        return (
-            leaf
-            and self.pages.references(node.page) == 1
-            and (node.slot is None or self.slots.references(node.slot) == 1)
-        )
+        alone = leaf and self.pages.references(node.page) == self._held[node.page]
+        return alone and (node.slot is None or self.slots.references(node.slot) == 1)
+
+    def _new_node(self, tokens: Tokens, page: int, parent: Node) -> Node:
+        self.pages.share([page])
+        self._held[page] += 1
+        return Node(tokens, page, parent)
+
+    def _let_go(self, node: Node) -> None:
+        self.pages.release([node.page])
+        self._held[node.page] -= 1
+        if not self._held[node.page]:
+            del self._held[node.page]
 
     def _remove(self, node: Node) -> None:
         assert node.parent is not None, "a root is never removed"
         family = node.parent.tails if len(node.tokens) < self.page_size else node.parent.children
         del family[node.tokens]
-        self.pages.release([node.page])
+        self._let_go(node)
         if node.slot is not None:
             self.slots.release([node.slot])
             self._snapshots.discard(node)

@@ -39,7 +39,7 @@ class Runner:
             sequence = work.sequence
             known = sequence.tokens[sequence.num_cached : sequence.num_cached + work.count]
             ids += known + array("i", sequence.draft[: work.drafted])
-            pages = np.frombuffer(sequence.pages, np.int32)
+            pages = np.array(sequence.pages, np.int32)  # a view would keep the array from being cut
             rows.append(
                 BatchRow(pages, sequence.num_cached, work.count, work.sparse, sequence.slot, work.slot)
             )

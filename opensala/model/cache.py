@@ -293,7 +293,8 @@ class SALACache(Cache):
                 self._call.written[piece.row] = written
             else:
                 read = written
-            pages, start = np.frombuffer(row.pages, np.int32), row.length + piece.offset
+            # a copy: a view would keep the array from being cut
+            pages, start = np.array(row.pages, np.int32), row.length + piece.offset
             rows.append(BatchRow(pages, start, piece.count, piece.sparse, read, written))
         batch = ForwardBatch.of(storage, rows, like.device, positions=positions, record=self.record_past)
         if batch.recorded is not None:
