@@ -10,12 +10,13 @@ BELOW = {
     "ops": set(),
     "model": {"ops"},
     "data": set(),
-    "convert": {"ops", "model", "data"},
-    "train": {"ops", "model", "data", "convert"},
+    "runs": set(),
+    "convert": {"ops", "model", "data", "runs"},
+    "train": {"ops", "model", "data", "runs", "convert"},
     "engine": {"ops", "model", "data"},
     "server": {"engine"},
     "quantize": {"ops", "model", "data", "engine"},
-    "evaluate": {"ops", "model", "data", "engine"},
+    "evaluate": {"ops", "model", "data", "runs", "engine"},
     "bench": {"ops", "model", "data", "convert", "train", "engine", "server", "quantize", "evaluate"},
 }
 BELOW["cli"] = {*BELOW, "__version__"}

@@ -7,6 +7,7 @@ transformers), and one class serves as teacher and student. It knows nothing of 
 """
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import ROPE_SCALINGS, SPARSE
 
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # OWNER/NAME, or a name alone
 _SAME = (
     "vocab_size",
     "hidden_size",
@@ -132,11 +134,27 @@ def _rope(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_vocabulary(tokenizer: Any, config: MiniCPMSALAConfig, whose: str) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the model has rows for."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{whose}: the tokenizer has {len(tokenizer):,} tokens and the model's vocabulary "
+            f"{config.vocab_size:,}: they are not of one model"
+        )
+
+
+def check_place(field: str, path: str | Path) -> None:
+    """Raise ValueError for what is no folder here and cannot be the name of a checkpoint on the hub."""
+    if not Path(path).exists() and not _HUB_NAME.fullmatch(str(path)):
+        raise ValueError(f"{field}: there is no folder {path}")
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The `config.json` of a folder or hub name, with the defaults of its class where transformers has one.
 
-    Raises ValueError for a folder without one.
+    Raises ValueError for a folder without one, or that is not there.
     """
+    check_place("teacher", path)
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"teacher: {path} holds no config.json: give the folder or hub name of a checkpoint")
     try:

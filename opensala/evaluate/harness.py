@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import Engine
+from ..runs import FolderLock, write_errors
 from .provenance import circumstances, identity
 from .results import Results
 from .standard import NO_LEAVE
@@ -147,8 +148,23 @@ def run_tasks(
     """Run loaded tasks into a folder of results, or finish what is there; returns what `lm_eval.json` holds.
 
     Raises:
-        ValueError: the folder holds results of something else; see `OpenSALALM`.
+        ValueError: the folder holds results of something else, another process works in it, or it cannot be
+            written; see `OpenSALALM`.
     """
+    with FolderLock(folder), write_errors(folder, "run the same command again"):
+        return _run_tasks(engine, harness, folder, limit, chat, batch_size, allow_code, quiet)
+
+
+def _run_tasks(
+    engine: Engine,
+    harness: Harness,
+    folder: Path,
+    limit: int | None,
+    chat: bool | None,
+    batch_size: int,
+    allow_code: bool,
+    quiet: bool,
+) -> dict[str, Any]:
     import lm_eval
 
     from .requests import ResumingLM

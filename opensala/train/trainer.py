@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from ..convert.folder import RunFolder
-from ..convert.report import progress_bar
 from ..model import MiniCPMSALAForCausalLM
+from ..runs import RunFolder, progress_bar
 from .checkpoints import Checkpoint, Checkpoints
 from .data import StageData
 from .guard import StepGuard

@@ -22,6 +22,9 @@ from opensala.evaluate.results import Results, read_samples, summarize
 from opensala.evaluate.ruler import RulerFiles, RulerSuite
 from opensala.evaluate.suites import Options, build_suites, split_names
 from opensala.evaluate.work import evaluate
+from opensala.runs import FolderLock
+
+from ..runs.test_folder import small_files
 
 RULES = {"identity": {"model": "a"}, "suites": {"ruler": {"seed": 0}}, "run": {}}
 
@@ -342,3 +345,16 @@ def test_depths_cover_the_document_evenly(engine):
     suite = RulerSuite(("niah_single_1",), (1024,), samples=10)
     depths = sorted(s.depth for g in suite.groups(PromptFormat(engine.tokenizer)) for s in g.load())
     assert max(b - a for a, b in pairwise([0.0, *depths, 1.0])) < 0.25
+
+
+def test_a_folder_in_use_or_full_is_one_line(engine, tmp_path):
+    suite = RulerSuite(("niah_single_1",), (1024,), samples=1)
+    with FolderLock(tmp_path / "run"), pytest.raises(ValueError, match="run is in use by process .*: wait"):
+        evaluate(engine, [suite], tmp_path / "run")
+    with (
+        small_files(200),
+        pytest.raises(ValueError, match="cannot be written: File too large.*then run the same command again"),
+    ):
+        evaluate(engine, [suite], tmp_path / "run")
+    evaluate(engine, [suite], tmp_path / "run")
+    assert len(read_samples(tmp_path / "run")) == 1
