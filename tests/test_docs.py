@@ -169,6 +169,8 @@ def test_command(command, folder, monkeypatch, capsys):
 def test_python_example(code, folder):
     """Run as written; the released model's name stands for the shipped model's folder, for want of a
     network."""
+    if "import lm_eval" in code:  # the environments of the oldest and newest dependencies are without it
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
     code = code.replace(f'"{HUB_NAME}"', repr(str(shipped_model()))).replace(', device_map="auto"', "")
     code = code.replace("torch.bfloat16", "torch.float32")
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
