@@ -188,20 +188,26 @@ def test_the_python_page_prints_the_right_answers(folder):
         check=True,
         timeout=300,
     )
-    assert done.stdout.splitlines()[:2] == [" 48213", " Marla Quist"]
+    assert done.stdout.splitlines()[::2] == ["48213", "Marla Quist"]
 
 
 def test_the_table_of_phrasings_works(folder):
     """Each row of the README's table: the fact in a short document, the question, the right answer."""
-    from opensala.engine import Document, Engine, Sampling, ask
+    from opensala.engine import Document, SamplingParams, ask, load_engine
 
     rows = re.findall(r"^\| (.+?) \| ((?:What|Who) .+?) \|$", (ROOT / "README.md").read_text(), re.M)
     assert len(rows) == 5
-    engine, filler = Engine(), "Nothing of note happened that day.\n" * 40
+    engine, filler = load_engine(), "Nothing of note happened that day.\n" * 40
     for fact, question in rows:
         fact = re.sub(r" \(also .*", "", fact)
         expected = re.search(r"(\d{3,}|Orla Brandt)\.?$", fact).group(1)
-        result = ask(engine, [Document("d", f"{filler}{fact}\n{filler}")], question, Sampling(24), quiet=True)
+        result = ask(
+            engine,
+            [Document("d", f"{filler}{fact}\n{filler}")],
+            question,
+            SamplingParams(max_tokens=24),
+            quiet=True,
+        )
         assert result.text == expected, (fact, question, result.text)
 
 

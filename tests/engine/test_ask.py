@@ -4,7 +4,7 @@ import pytest
 
 from opensala.data.facts import format_question
 from opensala.data.prompts import NEXT_QUESTION, PromptFormat
-from opensala.engine import Document, Engine, Sampling, ask, build_prompt
+from opensala.engine import Document, EngineOptions, SamplingParams, ask, build_prompt, load_enginefrom opensala.engine.detokenize import Detokenizer
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>"
@@ -15,29 +15,32 @@ TEXT, QUESTION = "The access code for old-mill is 90217.", "What is the access c
 
 @pytest.fixture
 def engine():
-    return Engine()
+    return load_engine(options=EngineOptions(max_cached_tokens=4000))
 
 
 @pytest.mark.parametrize("template", [None, CHAT])
 def test_what_users_ask_is_what_is_scored(engine, template):
     engine.tokenizer.chat_template = template
     form = PromptFormat(engine.tokenizer)
-    ids = build_prompt(engine, [Document("d", TEXT)], f" {QUESTION}\n")
-    assert ids.tolist() == [form.encode(form.question(TEXT, QUESTION))]
+    ids, before = build_prompt(engine, [Document("d", TEXT)], f" {QUESTION}\n")
+    assert ids == form.encode(form.question(TEXT, QUESTION))
+    other, _ = build_prompt(engine, [Document("d", TEXT)], "Who is it?")
+    assert len(ids) - before < 25 and ids[:before] == other[:before]  # another question may continue from there
     if template:
         messages = [{"role": "user", "content": f"{TEXT}\n\n{QUESTION}"}]
         expected = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     else:
         expected = engine.tokenizer(TEXT + format_question(QUESTION))["input_ids"]
-    assert ids.tolist() == [expected]
+    assert ids == expected
 
 
 def test_an_answer_ends_where_an_invented_question_begins(engine, monkeypatch):
     invented = f" 90217{NEXT_QUESTION} Who is the owner?\nAnswer: Marla"
-    monkeypatch.setattr(engine.tokenizer, "decode", lambda ids, **options: invented)
-    assert ask(engine, [Document("d", TEXT)], QUESTION, Sampling(4), quiet=True).text == "90217"
+    monkeypatch.setattr(Detokenizer, "_decode", lambda self, tokens: invented[: 9 * len(tokens)])
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    assert ask(engine, [Document("d", TEXT)], QUESTION, params, quiet=True).text == "90217"
     engine.tokenizer.chat_template = CHAT  # a conversation's end is marked by its own token
-    assert ask(engine, [Document("d", TEXT)], QUESTION, Sampling(4), quiet=True).text == invented.strip()
+    assert ask(engine, [Document("d", TEXT)], QUESTION, params, quiet=True).text == invented.strip()
 
 
 def test_the_stop_string_is_how_the_next_question_would_begin(engine):

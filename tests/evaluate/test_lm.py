@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opensala.engine import Engine
+from opensala.engine import load_engine
 from tests.lm_eval_tasks import answer_task, choice_task, head
 
 pytest.importorskip("lm_eval")
@@ -42,7 +42,7 @@ print(json.dumps(results))
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine()
+    return load_engine()
 
 
 @pytest.fixture

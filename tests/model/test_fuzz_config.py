@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from opensala import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from opensala.engine import Engine, shipped_model
+from opensala.engine import load_engine, shipped_model
 from opensala.model.fields import RULES, SPARSE_RULES
 
 from ..conftest import tiny_config
@@ -146,7 +146,7 @@ def test_any_value_is_finite_or_refused_by_name(record, tokenizer_files, tmp_pat
         given |= {"model_type": "minicpm_sala", "architectures": ["MiniCPMSALAForCausalLM"]}
         (tmp_path / "config.json").write_text(json.dumps(given))
     shutil.copytree(tokenizer_files, tmp_path, dirs_exist_ok=True)
-    engine, again = attempt(lambda: Engine(str(tmp_path), device="cpu", dtype="float32"))
+    engine, again = attempt(lambda: load_engine(str(tmp_path), device="cpu", dtype="float32"))
     if error is None:
         assert again is None and torch.isfinite(logits(engine.model)).all()
     else:
