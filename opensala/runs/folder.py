@@ -54,7 +54,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, record: object) -> None:
-    write_whole(path, lambda partial: partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8"))
+    write_whole(
+        path,
+        lambda partial: partial.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8"),
+    )
 
 
 def read_json(path: Path) -> Any:
@@ -121,7 +124,9 @@ class RunFolder:
         if known is None and any(p.name != LOCK_FILE for p in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no {kind}: give a new folder")
         if known is None and resume:
-            raise ValueError(f"{self.path} holds no {kind} to resume: check its name, or omit --resume to begin")
+            raise ValueError(
+                f"{self.path} holds no {kind} to resume: check its name, or omit --resume to begin"
+            )
         if known is not None:
             self._compare(known, self.config.as_dict())
             if not resume:

@@ -4,7 +4,8 @@ import pytest
 
 from opensala.data.facts import format_question
 from opensala.data.prompts import NEXT_QUESTION, PromptFormat
-from opensala.engine import Document, EngineOptions, SamplingParams, ask, build_prompt, load_enginefrom opensala.engine.detokenize import Detokenizer
+from opensala.engine import Document, EngineOptions, SamplingParams, ask, build_prompt, load_engine
+from opensala.engine.detokenize import Detokenizer
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|a|>"
@@ -25,7 +26,8 @@ def test_what_users_ask_is_what_is_scored(engine, template):
     ids, before = build_prompt(engine, [Document("d", TEXT)], f" {QUESTION}\n")
     assert ids == form.encode(form.question(TEXT, QUESTION))
     other, _ = build_prompt(engine, [Document("d", TEXT)], "Who is it?")
-    assert len(ids) - before < 25 and ids[:before] == other[:before]  # another question may continue from there
+    # another question may continue from there
+    assert len(ids) - before < 25 and ids[:before] == other[:before]
     if template:
         messages = [{"role": "user", "content": f"{TEXT}\n\n{QUESTION}"}]
         expected = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
