@@ -193,8 +193,8 @@ def ops(
         "benchmarks/results.csv"
     ),
 ) -> None:
-    """Time the attention ops against their peers, after checking their results; the last line on stdout is
-    JSON."""
+    """Time the attention ops against their baselines, after checking their results; the last line on stdout
+    is JSON."""
     from .bench.ops import run
 
     run(quick, device, rows, million)

@@ -17,7 +17,7 @@ from .cache import LightningCacheLayer, SALACache, SparseCacheLayer
 from .config import MiniCPMSALAConfig
 from .layers import RMSNorm
 from .layout import SequenceLayout
-from .replay import once
+from .replay import record_or_replay
 
 _DENSE_TILE = 1 << 24  # mask elements of one tile of dense attention over a cache
 
@@ -122,7 +122,7 @@ class SparseMixer(nn.Module):
         if not layout.sparse[n]:
             return dense_attention(q, k, v, self.scale)
         spec = self.config.block_spec
-        blocks = once(
+        blocks = record_or_replay(
             lambda: select_blocks(
                 q,
                 k,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
-from ..lightning import head_dim_limit
+from ..checks import head_dim_limit
 from .cpp import cpp_norm_gate, cpp_norm_rope
 from .naive import naive_norm_gate, naive_norm_rope
 from .plain import plain_norm_gate, plain_norm_rope
