@@ -25,8 +25,8 @@ def hide_fact(engine: Engine, tokens: int, rng: random.Random) -> tuple[list[int
     while not fact.answer.isdigit():
         fact = attribute_fact(rng, attribute="access code")
     sample = long_document(200_000, seed=rng.randrange(1 << 30))
-    rate = len(engine.tokenizer(sample)["input_ids"]) / len(sample)
-    text = long_document(int(tokens / rate), seed=rng.randrange(1 << 30))
+    tokens_per_character = len(engine.tokenizer(sample)["input_ids"]) / len(sample)
+    text = long_document(int(tokens / tokens_per_character), seed=rng.randrange(1 << 30))
     cut = text.rfind("\n", 0, rng.randrange(1, len(text))) + 1
     depth = cut / len(text)
     text = f"{text[:cut]}{fact.statement}\n{text[cut:]}"

@@ -30,7 +30,7 @@ from .batch import ForwardBatch
 from .config import MiniCPMSALAConfig
 from .layers import Linear, RMSNorm
 from .layout import SequenceLayout
-from .replay import once
+from .replay import record_or_replay
 
 _DENSE_TILE = 1 << 24  # mask elements of one tile of dense attention over earlier ranks
 
@@ -140,7 +140,7 @@ class SparseMixer(nn.Module):
         if not sparse:
             return dense_attention(q, k, v, self.scale)
         spec, config = self.spec, self.config
-        blocks = once(
+        blocks = record_or_replay(
             lambda: select_blocks(q, k, spec, scale=self.scale, lse=config.lse, search=config.block_search)
         )
         return sparse_attention(q, k, v, blocks, spec.block_size, scale=self.scale)

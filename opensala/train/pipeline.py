@@ -37,7 +37,7 @@ from .plan import check_world
 from .recipes import Halo, Recipe, Stage
 from .steps import StepBatch
 from .trainer import Signals, StageRun
-from .watch import Board, matrix_rate, plot_training
+from .watch import Board, matmul_flops_per_second, plot_training
 
 logger = logging.getLogger("opensala")
 SHIPPED = (
@@ -199,7 +199,7 @@ class Pipeline:
         self.checkpoints = Checkpoints(path, recipe.keep)
         self.signals = Signals()
         self.board = Board(path / "tensorboard") if self.folder is not None else None
-        self._rate = 0.0
+        self._measured_flops = 0.0
 
     def close(self) -> None:
         if self.board is not None:
@@ -280,7 +280,7 @@ class Pipeline:
             mesh,
             self.folder,
             self.checkpoints,
-            self._matrix_rate(mesh),
+            self._flops_per_second(mesh),
             self.quiet,
         )
         run.begin(self._before(index))
@@ -309,10 +309,10 @@ class Pipeline:
             known.setdefault(run.stage.name, {})[when] = loss
             write_json(self.path / "stages.json", known)
 
-    def _matrix_rate(self, mesh: ParallelMesh) -> float:
-        if not self._rate:
-            self._rate = matrix_rate(mesh.device, getattr(torch, self.recipe.dtype))
-        return self._rate
+    def _flops_per_second(self, mesh: ParallelMesh) -> float:
+        if not self._measured_flops:
+            self._measured_flops = matmul_flops_per_second(mesh.device, getattr(torch, self.recipe.dtype))
+        return self._measured_flops
 
     # --- what a stage begins with ---
 

@@ -1,4 +1,4 @@
-"""Norm with rotary positions and norm with gate: every backend against the plain statements, with
+"""Norm with rotary positions and norm with gate: every backend against the reference implementations, with
 gradients."""
 
 import pytest

@@ -51,13 +51,12 @@ def test_without_a_compiler_torch_runs_and_says_so(fresh, tmp_path, caplog):
     fresh.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.INFO, "opensala"):
         run(), run()
-    lines = [(r.levelname, r.getMessage()) for r in caplog.records]
-    assert lines == [
-        (
-            "WARNING",
-            "lightning_attention: torch backend on cpu (cpp cannot run it: no C++ compiler was found "
-            "(g++ or clang++; the variable CXX names another))",
-        )
+        norm_gate(torch.ones(1, 4), torch.ones(4), None, 1e-6)
+    reason = "cpp cannot run it: no C++ compiler was found (g++ or clang++; the variable CXX names another)"
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", f"attention runs on the slower torch backend on cpu: {reason}"),
+        ("INFO", f"lightning_attention: torch backend on cpu ({reason})"),
+        ("INFO", f"norm_gate: torch backend on cpu ({reason})"),
     ]
     with (
         pytest.raises(ValueError, match="backend 'cpp' cannot run lightning_attention here: no C.. compiler"),

@@ -1,4 +1,4 @@
-"""Block selection and block-sparse attention: tiled forms against the plain statements."""
+"""Block selection and block-sparse attention: tiled forms against the reference implementations."""
 
 import math
 

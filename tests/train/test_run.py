@@ -199,7 +199,7 @@ def test_bad_steps_are_left_out_logged_and_end_the_run_in_the_end(reference, cor
     monkeypatch.setattr(StageRun, "_take", spoil)
     with pytest.raises(
         ValueError,
-        match=r"stable step 2: 2 steps in a row could not be taken, the last because gradient norm is "
+        match=r"stable step 2: 2 steps in a row could not be applied, the last because gradient norm is "
         r"nan; the last "
         r"checkpoint is .*0000002",
     ):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
-from ..lightning import head_dim_limit
+from ..checks import head_dim_limit
 from .cpp import cpp_add_rms_norm, cpp_norm_gate, cpp_norm_rope, cpp_rms_norm, cpp_silu_mul
 from .naive import naive_add_rms_norm, naive_norm_gate, naive_norm_rope, naive_rms_norm, naive_silu_mul
 from .plain import plain_add_rms_norm, plain_norm_gate, plain_norm_rope, plain_rms_norm, plain_silu_mul

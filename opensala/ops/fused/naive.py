@@ -1,4 +1,4 @@
-"""The plain statements of the fused elementwise steps, in the dtype they are given (call them in float64)."""
+"""Reference implementations of the fused elementwise steps, in the dtype they are given (call in float64)."""
 
 import torch
 from torch import Tensor

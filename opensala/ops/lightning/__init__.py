@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
+from ..checks import check_boundaries, head_dim_limit
 from .chunk import chunk_lightning_attention
 from .cpp import cpp_lightning_attention
 from .naive import naive_lightning_attention
@@ -154,12 +154,6 @@ def _implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     }[name]
 
 
-def head_dim_limit(*tensors: Tensor) -> str | None:
-    """Why the Triton kernels cannot take these head dimensions (the last ones), or None."""
-    widest = max(x.shape[-1] for x in tensors)
-    return f"the head dimension {widest} is above 256" if widest > 256 else None
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
@@ -184,25 +178,3 @@ def _check(
     expected = (sequences, q.shape[2], q.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state must have shape {list(expected)}, got {list(initial_state.shape)}")
-
-
-def check_boundaries(name: str, cu_seqlens: Tensor, length: int) -> None:
-    """Refuse document boundaries that are not integers in one row, or do not rise from 0 to the number of
-    tokens.
-
-    The numbers themselves are not looked at where they are on a GPU: that would make the CPU wait for it.
-    """
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name} must be [N + 1] boundaries, int32 or int64; got {list(cu_seqlens.shape)}, "
-            f"{cu_seqlens.dtype}"
-        )
-    if cu_seqlens.is_cuda:
-        return
-    bounds = cu_seqlens.tolist()
-    rising = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
-    if not rising or bounds[0] != 0 or bounds[-1] != length:
-        raise ValueError(
-            f"{name} must rise from 0 to {length} (the tokens given), got "
-            f"{bounds[:8]}{'...' * (len(bounds) > 8)}"
-        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
-from ..lightning import check_boundaries, head_dim_limit
+from ..checks import check_boundaries, head_dim_limit
 from .attend import attend_sequence
 from .cpp import cpp_select_by_regions, cpp_select_sequence, cpp_sparse_attention
 from .hierarchy import select_sequence_by_regions
