@@ -131,7 +131,8 @@ class RunFolder:
             self._compare(known, self.config.as_dict())
             if not resume:
                 raise ValueError(
-                    f"{self.path} holds this run already: add --resume to go on with it, or give another folder"
+                    f"{self.path} holds this run already: add --resume to go on with it, or give another "
+                    "folder"
                 )
 
     @contextmanager

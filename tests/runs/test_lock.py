@@ -10,7 +10,10 @@ import pytest
 from opensala.runs import FolderLock
 from opensala.runs.lock import LOCK_FILE
 
-HOLD = "import sys, time; from opensala.runs import FolderLock; FolderLock(sys.argv[1]); print(1, flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from opensala.runs import FolderLock; FolderLock(sys.argv[1]); "
+    "print(1, flush=True); time.sleep(60)"
+)
 
 
 @pytest.fixture
