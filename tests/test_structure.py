@@ -8,12 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "opensala"
 BELOW = {
     "ops": set(),
-    "model": {"ops"},
+    "cache": set(),
+    "model": {"ops", "cache"},
     "data": set(),
     "runs": set(),
     "convert": {"ops", "model", "data", "runs"},
     "train": {"ops", "model", "data", "runs", "convert"},
-    "engine": {"ops", "model", "data"},
+    "engine": {"ops", "cache", "model", "data"},
     "server": {"engine"},
     "quantize": {"ops", "model", "data", "engine"},
     "evaluate": {"ops", "model", "data", "runs", "engine"},

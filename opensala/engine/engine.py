@@ -246,7 +246,9 @@ class Engine:
                 )
             targets, ids = ids[1:], ids[:-1]  # the last token is only predicted
         self.check_prompt(len(ids), params.max_tokens)
-        sequence = Sequence(request_id, ids, len(ids), params, self.config, next(self._numbers))
+        sequence = Sequence(
+            request_id, ids, len(ids), params, self.config.attention_rule, next(self._numbers)
+        )
         sequence.marks = sorted({m for m in marks if m <= len(ids)})
         drafts = self.options.speculate if params.speculate is None else params.speculate
         self._requests[request_id] = _Request(

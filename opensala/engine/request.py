@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from ..model import MiniCPMSALAConfig
+from ..model.config import AttentionRule
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,7 @@ class Sequence:
     Attributes:
         tokens: prompt, then answer.
         num_prompt: tokens of the prompt.
+        rule: which of its tokens attend sparsely.
         num_cached: tokens whose keys, values and states stand.
         pages: pages of the cached tokens, in order (the last one in part), and of those being computed.
         slot: slot of the states behind the cached tokens; -1 for none.
@@ -216,7 +217,7 @@ class Sequence:
     tokens: array
     num_prompt: int
     params: SamplingParams
-    config: MiniCPMSALAConfig
+    rule: AttentionRule
     arrival: int
     num_cached: int = 0
     pages: array = field(default_factory=lambda: array("i"))
@@ -253,14 +254,14 @@ class Sequence:
 
     def is_sparse(self, place: int) -> bool:
         """Whether the token at this place attends sparsely: by the prompt's whole length, or by its own."""
-        return self.config.attends_sparsely(max(self.num_prompt, place + 1))
+        return self.rule.attends_sparsely(max(self.num_prompt, place + 1))
 
     def mode_end(self, place: int, end: int) -> int:
         """Where the run of tokens computed in the mode of `place` ends, `end` at the latest."""
         sparse = self.is_sparse(place)
         if self.is_sparse(end - 1) == sparse:
             return end
-        return max(self.num_prompt, self.config.dense_len - 1)
+        return max(self.num_prompt, self.rule.dense_len - 1)
 
     def next_mark(self, end: int) -> int:
         """The first place behind what is cached where a snapshot is wanted, `end` at the latest."""

@@ -12,6 +12,7 @@ from ..model import MiniCPMSALAForCausalLM
 from ..model.batch import BatchRow, ForwardBatch
 from ..model.cache import advance_states
 from ..model.storage import CacheStorage
+from .graphs import DecodeGraphs
 from .scheduler import Step, Work
 
 _LOGITS_BYTES = 64 << 20  # of float32 logits at a time
@@ -28,6 +29,7 @@ class Runner:
     def __init__(self, model: MiniCPMSALAForCausalLM, storage: CacheStorage) -> None:
         self.model, self.storage = model, storage
         self.device = model.model.embed_tokens.weight.device
+        self.graphs = DecodeGraphs(model, storage)
         self._batch: ForwardBatch | None = None
 
     @torch.inference_mode()
@@ -44,10 +46,14 @@ class Runner:
                 BatchRow(pages, sequence.num_cached, work.count, work.sparse, sequence.slot, work.slot)
             )
         record = any(work.drafted for work in step.works)
-        self._batch = batch = ForwardBatch.of(self.storage, rows, self.device, record=record)
         tokens = torch.tensor(ids, dtype=torch.int32).to(self.device)
         x = self.model.model.embed_tokens(tokens)[None] * self.model.config.scale_emb
-        return self.model.model.run_batch(x, batch)[0]
+        replayed = self.graphs.run(x, rows, record)
+        if replayed is not None:
+            hidden, self._batch = replayed
+            return hidden
+        self._batch = ForwardBatch.of(self.storage, rows, self.device, record=record)
+        return self.model.model.run_batch(x, self._batch)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

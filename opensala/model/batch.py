@@ -37,6 +37,34 @@ class BatchRow:
     write: int
 
 
+@dataclass(frozen=True)
+class BatchNumbers:
+    """A step in numbers, on the host: the tensors of a `ForwardBatch` before they are tensors."""
+
+    positions: np.ndarray
+    bounds: np.ndarray
+    lengths: np.ndarray
+    pages: np.ndarray
+    sparse: np.ndarray
+    read: np.ndarray
+    write: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[BatchRow], page_size: int) -> "BatchNumbers":
+        starts = np.array([row.start for row in rows], np.int64)
+        counts = np.array([row.count for row in rows], np.int64)
+        ends = starts + counts
+        used = -(-ends // page_size)
+        pages = np.full((len(rows), int(used.max())), -1, np.int32)
+        for i, row in enumerate(rows):
+            pages[i, : used[i]] = row.pages[: used[i]]
+        bounds = np.zeros(len(rows) + 1, np.int32)
+        counts.cumsum(out=bounds[1:])
+        positions = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], counts)
+        flags = np.array([[row.sparse, row.read, row.write] for row in rows], np.int32).T.copy()
+        return cls(positions, bounds, ends.astype(np.int32), pages, *flags)
+
+
 @dataclass
 class ForwardBatch:
     """See the module; made by `ForwardBatch.of`.
@@ -70,32 +98,15 @@ class ForwardBatch:
         record: bool = False,
     ) -> "ForwardBatch":
         """The step of these rows; `positions` `[T]` instead of each token's place in its sequence."""
-        size = storage.config.block_spec.block_size
-        starts = np.array([row.start for row in rows], np.int64)
-        counts = np.array([row.count for row in rows], np.int64)
-        ends = starts + counts
-        used = -(-ends // size)
-        pages = np.full((len(rows), int(used.max())), -1, np.int32)
-        for i, row in enumerate(rows):
-            pages[i, : used[i]] = row.pages[: used[i]]
-        bounds = np.zeros(len(rows) + 1, np.int32)
-        counts.cumsum(out=bounds[1:])
-        small = np.stack(
-            [ends, [row.sparse for row in rows], [r.read for r in rows], [r.write for r in rows]]
-        )
-        lengths, sparse, read, write = _to(small.astype(np.int32), device)
+        numbers = BatchNumbers.of(rows, storage.config.block_spec.block_size)
         if positions is None:
-            places = np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], counts)
-            positions = _to(places, device)
-        return cls(
-            storage,
-            positions,
-            PageTable(_to(bounds, device), lengths, _to(pages, device), sparse),
-            read,
-            write,
-            any(row.sparse for row in rows),
-            {} if record else None,
+            positions = _to(numbers.positions, device)
+        table = PageTable(
+            *(_to(x, device) for x in (numbers.bounds, numbers.lengths, numbers.pages, numbers.sparse))
         )
+        read, write = _to(numbers.read, device), _to(numbers.write, device)
+        any_sparse = any(row.sparse for row in rows)
+        return cls(storage, positions, table, read, write, any_sparse, {} if record else None)
 
     def on(self, device: torch.device) -> "ForwardBatch":
         """The same step for a layer that lies on another device."""

@@ -8,7 +8,7 @@ Everything is checked when the object is made, so that a bad file is refused bef
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
@@ -47,6 +47,17 @@ ROPE_SCALINGS: dict[str, dict[str, Rule]] = {  # the kinds that change frequenci
         "original_max_position_embeddings": number(1, 2**40),
     },
 }
+
+
+class AttentionRule(NamedTuple):
+    """Who attends sparsely: everybody, nobody, or whoever has `dense_len` tokens to look at."""
+
+    mode: str
+    dense_len: int
+
+    def attends_sparsely(self, length: int) -> bool:
+        """See `MiniCPMSALAConfig.attends_sparsely`."""
+        return self.mode == "sparse" or (self.mode == "auto" and length >= self.dense_len)
 
 
 class MiniCPMSALAConfig(PreTrainedConfig):
@@ -260,7 +271,12 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         tokens of that prompt or turn; for a generated token it is its own: the tokens up to it, itself
         included.
         """
-        return self.attention_mode == "sparse" or (self.attention_mode == "auto" and length >= self.dense_len)
+        return self.attention_rule.attends_sparsely(length)
+
+    @property
+    def attention_rule(self) -> "AttentionRule":
+        """The rule of `attends_sparsely` by itself, for those who ask it often."""
+        return AttentionRule(self.attention_mode, self.dense_len)
 
     @property
     def lse(self) -> str:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ..ops import add_rms_norm
+from ..ops import add_rms_norm, add_scaled
 from ..ops.backends import planned_backend
 from ..ops.sparse import SEARCHES
 from .attention import LightningMixer, SparseMixer
@@ -74,10 +74,9 @@ class MiniCPMSALADecoderLayer(nn.Module):
         if x.dtype == torch.float32 and runs_alone(x, mixed):
             norm = self.post_attention_layernorm
             x, h = add_rms_norm(x, mixed, self.residual_scale, norm.weight, norm.eps)
-        else:
-            x = x + mixed * self.residual_scale
-            h = self.post_attention_layernorm(x)
-        return x + self.mlp(h) * self.residual_scale
+            return add_scaled(x, self.mlp(h), self.residual_scale)
+        x = x + mixed * self.residual_scale
+        return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_scale
 
 
 class MiniCPMSALAPreTrainedModel(PreTrainedModel):

@@ -1,7 +1,7 @@
 """The attention operators: tensors in, tensors out. They know no config, cache or layer."""
 
 from .backends import use_backend
-from .fused import add_rms_norm, norm_gate, norm_rope, rms_norm, silu_mul
+from .fused import add_rms_norm, add_scaled, norm_gate, norm_rope, rms_norm, silu_mul
 from .lightning import alibi_slopes, lightning_attention, lightning_attention_slots
 from .linear import linear
 from .sparse import (
@@ -22,6 +22,7 @@ __all__ = [
     "KVPages",
     "PageTable",
     "add_rms_norm",
+    "add_scaled",
     "alibi_slopes",
     "compress_keys",
     "extend_compressed",

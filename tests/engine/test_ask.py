@@ -5,6 +5,7 @@ import pytest
 from opensala.data.facts import format_question
 from opensala.data.prompts import NEXT_QUESTION, PromptFormat
 from opensala.engine import Document, EngineOptions, SamplingParams, ask, build_prompt, load_engine
+from opensala.engine import engine as engine_module
 from opensala.engine.detokenize import Detokenizer
 
 CHAT = (
@@ -36,11 +37,29 @@ def test_what_users_ask_is_what_is_scored(engine, template):
     assert ids == expected
 
 
+class Bytes:
+    def decode(self, tokens, skip_special_tokens):
+        return bytes(tokens).decode()
+
+
 def test_an_answer_ends_where_an_invented_question_begins(engine, monkeypatch):
     invented = f" 90217{NEXT_QUESTION} Who is the owner?\nAnswer: Marla"
-    monkeypatch.setattr(Detokenizer, "_decode", lambda self, tokens: invented[: 9 * len(tokens)])
-    params = SamplingParams(max_tokens=8, ignore_eos=True)
-    assert ask(engine, [Document("d", TEXT)], QUESTION, params, quiet=True).text == "90217"
+    script = iter(2 * list(invented.encode()))
+
+    class Scripted(Detokenizer):
+        """Says the same whatever the model generates."""
+
+        def __init__(self, tokenizer, stop):
+            super().__init__(Bytes(), stop)
+
+        def add(self, token):
+            return super().add(next(script))
+
+    monkeypatch.setattr(engine_module, "Detokenizer", Scripted)
+    params = SamplingParams(max_tokens=len(invented), ignore_eos=True)
+    result = ask(engine, [Document("d", TEXT)], QUESTION, params, quiet=True)
+    assert result.text == "90217" and result.finish_reason == "stop" and result.new_tokens < 20
+    script = iter(invented.encode())
     engine.tokenizer.chat_template = CHAT  # a conversation's end is marked by its own token
     assert ask(engine, [Document("d", TEXT)], QUESTION, params, quiet=True).text == invented.strip()
 

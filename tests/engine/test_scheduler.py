@@ -13,7 +13,7 @@ from opensala.engine.scheduler import Limits, Scheduler
 from ..conftest import tiny_config
 
 PAGE = 16
-CONFIG = tiny_config()  # blocks of 16 tokens, sparse from 64 on
+RULE = tiny_config().attention_rule  # blocks of 16 tokens, sparse from 64 on
 
 
 def scheduler(pages=40, running=4, budget=50, snapshots=6, interval=0):
@@ -23,7 +23,7 @@ def scheduler(pages=40, running=4, budget=50, snapshots=6, interval=0):
 
 def sequence(tokens, arrival, max_tokens=10):
     return Sequence(
-        str(arrival), array("i", tokens), len(tokens), SamplingParams(max_tokens=max_tokens), CONFIG, arrival
+        str(arrival), array("i", tokens), len(tokens), SamplingParams(max_tokens=max_tokens), RULE, arrival
     )
 
 

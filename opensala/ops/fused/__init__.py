@@ -6,11 +6,25 @@ from torch import Tensor
 
 from ..backends import Backend, choose_backend
 from ..checks import head_dim_limit
-from .cpp import cpp_add_rms_norm, cpp_norm_gate, cpp_norm_rope, cpp_rms_norm, cpp_silu_mul
-from .naive import naive_add_rms_norm, naive_norm_gate, naive_norm_rope, naive_rms_norm, naive_silu_mul
-from .plain import plain_add_rms_norm, plain_norm_gate, plain_norm_rope, plain_rms_norm, plain_silu_mul
+from .cpp import cpp_add_rms_norm, cpp_add_scaled, cpp_norm_gate, cpp_norm_rope, cpp_rms_norm, cpp_silu_mul
+from .naive import (
+    naive_add_rms_norm,
+    naive_add_scaled,
+    naive_norm_gate,
+    naive_norm_rope,
+    naive_rms_norm,
+    naive_silu_mul,
+)
+from .plain import (
+    plain_add_rms_norm,
+    plain_add_scaled,
+    plain_norm_gate,
+    plain_norm_rope,
+    plain_rms_norm,
+    plain_silu_mul,
+)
 
-__all__ = ["add_rms_norm", "norm_gate", "norm_rope", "rms_norm", "silu_mul"]
+__all__ = ["add_rms_norm", "add_scaled", "norm_gate", "norm_rope", "rms_norm", "silu_mul"]
 
 WIDEST = 16384  # elements of a row that one Triton program holds
 
@@ -143,6 +157,26 @@ def add_rms_norm(
     run = {"naive": naive_add_rms_norm, "torch": plain_add_rms_norm, "cpp": cpp_add_rms_norm}[name]
     total, out = run(x, y, scale, weight, eps)
     return total.to(x.dtype), out.to(x.dtype)
+
+
+def add_scaled(x: Tensor, y: Tensor, scale: float, *, backend: Backend | None = None) -> Tensor:
+    """x + scale * y: a residual connection.
+
+    Args:
+        x, y (Tensor): of one shape.
+        scale: factor on y.
+
+    Returns:
+        x's shape and dtype; computed in float32 (float64 for float64). Gradients flow to both.
+
+    Raises:
+        ValueError: shapes that differ, or an unavailable backend.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"y must have x's shape {list(x.shape)}, got {list(y.shape)}")
+    name = choose_backend("add_scaled", x, backend, {"cpp": None})
+    run = {"naive": naive_add_scaled, "torch": plain_add_scaled, "cpp": cpp_add_scaled}[name]
+    return run(x, y, scale).to(x.dtype)
 
 
 def silu_mul(gate: Tensor, up: Tensor, *, backend: Backend | None = None) -> Tensor:

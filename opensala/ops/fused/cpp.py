@@ -10,7 +10,14 @@ from torch.autograd.function import once_differentiable
 
 from ..native import library
 from ..native.tensors import address, plain, threads
-from .plain import plain_add_rms_norm, plain_norm_gate, plain_norm_rope, plain_rms_norm, plain_silu_mul
+from .plain import (
+    plain_add_rms_norm,
+    plain_add_scaled,
+    plain_norm_gate,
+    plain_norm_rope,
+    plain_rms_norm,
+    plain_silu_mul,
+)
 
 
 class _Fused(torch.autograd.Function):
@@ -119,6 +126,19 @@ def cpp_add_rms_norm(x: Tensor, y: Tensor, scale: float, weight: Tensor, eps: fl
     rows = x.numel() // width
     library().call("opensala_add_rms_norm", *places, rows, width, float(scale), float(eps), threads())
     return total, out
+
+
+def cpp_add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """See `add_scaled`; the result is float32."""
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        library().call(
+            "opensala_add_scaled", address(x), address(y), address(out), x.numel(), float(scale), threads()
+        )
+        return out
+
+    return _run(kernel, lambda a, b: plain_add_scaled(a, b, scale), x, y)
 
 
 def cpp_silu_mul(gate: Tensor, up: Tensor) -> Tensor:

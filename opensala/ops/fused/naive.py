@@ -44,6 +44,11 @@ def naive_add_rms_norm(
     return total, naive_norm(total, weight, eps)
 
 
+def naive_add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """x + scale * y."""
+    return x + scale * y
+
+
 def naive_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """gate / (1 + exp(-gate)) * up."""
     return gate / (1 + torch.exp(-gate)) * up

@@ -44,6 +44,11 @@ def plain_add_rms_norm(
     return total, _norm(total, weight, eps)
 
 
+def plain_add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """See `add_scaled`; the result is float32 (float64 for float64)."""
+    return _wide(x) + scale * _wide(y)
+
+
 def plain_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """See `silu_mul`; the result is float32 (float64 for float64)."""
     return torch.nn.functional.silu(_wide(gate)) * _wide(up)

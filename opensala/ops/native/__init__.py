@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import program
 from .signatures import declared
 
 logger = logging.getLogger("opensala")
@@ -41,9 +42,13 @@ CACHE_VARIABLE = "OPENSALA_CACHE"
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded kernels by name, each with its number of arguments; or the reason why there are none."""
+    """The loaded kernels by name, each with the types of its arguments; or the reason why there are none.
 
-    functions: Mapping[str, tuple[Any, int]] = field(default_factory=dict)
+    `packed` has the address of each kernel's form for a `program`, where there is one.
+    """
+
+    functions: Mapping[str, tuple[Any, tuple[type, ...]]] = field(default_factory=dict)
+    packed: Mapping[str, int] = field(default_factory=dict)
     reason: str | None = None
 
     def call(self, name: str, *arguments: object) -> None:
@@ -52,10 +57,14 @@ class Library:
         Raises TypeError for arguments that its declaration does not take.
         """
         assert self.reason is None, "the choice of backend asks for the reason first"
-        function, count = self.functions[name]
-        if len(arguments) != count:  # ctypes itself refuses too few, but not too many
-            raise TypeError(f"{name} takes {count} arguments, got {len(arguments)}")
+        function, types = self.functions[name]
+        if len(arguments) != len(types):  # ctypes itself refuses too few, but not too many
+            raise TypeError(f"{name} takes {len(types)} arguments, got {len(arguments)}")
         function(*arguments)
+        if program.recording is not None:
+            if name not in self.packed:
+                raise program.NotReplayable(f"{name} has no packed form")
+            program.recording.add(self.packed[name], types, arguments)
 
 
 @functools.cache
@@ -73,13 +82,15 @@ def library() -> Library:
 
 
 def _load(path: Path) -> Library:
-    handle, functions = ctypes.CDLL(str(path)), {}
+    handle, functions, packed = ctypes.CDLL(str(path)), {}, {}
     for source in sorted(Path(__file__).parent.glob("*.cpp")):
         for name, types in declared(source.read_text()).items():
             function = getattr(handle, name)
             function.argtypes, function.restype = types, None
-            functions[name] = function, len(types)
-    return Library(functions)
+            functions[name] = function, types
+            if hasattr(handle, f"{name}_packed"):
+                packed[name] = ctypes.cast(getattr(handle, f"{name}_packed"), ctypes.c_void_p).value or 0
+    return Library(functions, packed)
 
 
 def find_compiler() -> str | None:

@@ -7,6 +7,7 @@
 //
 // Nothing that a row computes depends on the other rows of its tile, so tiles, threads and the other sequences of a call
 // change no bit of a result.
+#include "replay.h"
 #include <vector>
 
 #include "gemm.h"
@@ -330,3 +331,5 @@ extern "C" void opensala_attend_backward(
       backward_tile(p, g, tile * step, std::min((tile + 1) * step, tokens), head);
   }
 }
+
+REPLAYABLE(opensala_attend_paged)

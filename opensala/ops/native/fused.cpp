@@ -1,4 +1,5 @@
 // The elementwise steps around the attentions on the CPU, each in one pass over memory.
+#include "replay.h"
 #include "gemm.h"
 
 namespace {
@@ -40,6 +41,12 @@ extern "C" void opensala_add_rms_norm(const float* x, const float* y, const floa
     for (int64_t i = 0; i < width; ++i) to[i] = a[i] + scale * b[i];
     normalise(to, weight, out + r * width, width, eps);
   }
+}
+
+// out = x + scale * y, `count` elements.
+extern "C" void opensala_add_scaled(const float* x, const float* y, float* out, int64_t count, float scale, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > MANY)
+  for (int64_t i = 0; i < count; ++i) out[i] = x[i] + scale * y[i];
 }
 
 // out = gate / (1 + exp(-gate)) * up, element by element; a vector's lanes and the last few elements go the same way.
@@ -106,3 +113,10 @@ extern "C" void opensala_norm_gate(const float* x, const float* weight, const fl
     for (; i < width; ++i) to[i] = from[i] * scale * (weight ? weight[i] : 1.0f) / (g ? 1.0f + std::exp(-g[i]) : 1.0f);
   }
 }
+
+REPLAYABLE(opensala_rms_norm)
+REPLAYABLE(opensala_add_rms_norm)
+REPLAYABLE(opensala_silu_mul)
+REPLAYABLE(opensala_norm_rope)
+REPLAYABLE(opensala_norm_gate)
+REPLAYABLE(opensala_add_scaled)

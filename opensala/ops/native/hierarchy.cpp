@@ -5,6 +5,7 @@
 // Half of the regions looked into are those with the largest e + 2 s (summed over heads as probabilities), half, of
 // the others, those with the largest u. The softmax denominator comes from the regions too: a sum of exp(e + s^2 / 2).
 // The statement this follows is `naive_select_regions` in ops/sparse/naive.py.
+#include "replay.h"
 #include "select.h"
 
 namespace {
@@ -249,3 +250,5 @@ extern "C" void opensala_select_regions_paged(
   PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
   select_all(paged_selections(table, like, k1_page, 0), budget, tile_rows, threads);
 }
+
+REPLAYABLE(opensala_select_regions_paged)

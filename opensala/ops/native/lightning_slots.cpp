@@ -4,6 +4,7 @@
 // tokens: the bits of both are the same however a sequence is cut into calls, whatever else is in the call, and
 // however many threads there are. For speed, a group of state rows is kept in registers while a block of tokens
 // passes; the sums of their outputs wait in cache for the next group.
+#include "replay.h"
 #include "gemm.h"
 
 namespace {
@@ -104,3 +105,5 @@ extern "C" void opensala_lightning_slots(const float* q, const float* k, const f
     }
   }
 }
+
+REPLAYABLE(opensala_lightning_slots)

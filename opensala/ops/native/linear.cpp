@@ -4,6 +4,7 @@
 // Every output element is one dot product, summed the same way everywhere: lane l of a vector adds k = l, l + W, l + 2W,
 // ... in this order, then one fixed tree adds the lanes. Register tiles differ only in how many such sums grow side by
 // side. Weights are read as nn.Linear keeps them; only a block of them is widened, where several rows share it.
+#include "replay.h"
 #include "gemm.h"
 
 namespace {
@@ -184,3 +185,5 @@ extern "C" void opensala_linear(const float* x, const void* weight, int64_t kind
                                 int64_t inner, int64_t outer, int64_t x_stride, int64_t threads) {
   run({x, weight, kind, bias, out, rows, inner, outer, x_stride}, threads);
 }
+
+REPLAYABLE(opensala_linear)

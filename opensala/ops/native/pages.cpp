@@ -2,6 +2,7 @@
 //
 // A compressed key is summed token by token in order, in float32, from the keys as the pages hold them: it has the same
 // bits however the tokens arrived.
+#include "replay.h"
 #include "pages.h"
 
 #include <vector>
@@ -93,3 +94,5 @@ extern "C" void opensala_store_kv(
     }
   });
 }
+
+REPLAYABLE(opensala_store_kv)

@@ -4,6 +4,7 @@
 // over the second level of compressed keys (or the first). Then panels of W blocks are scored and reduced to block
 // scores, 4 bytes a block and query; the best blocks are found by a threshold that rises as candidates are met.
 // Softmax is done in powers of two: s * scale * log2(e) goes into exp2.
+#include "replay.h"
 #include "select.h"
 
 namespace {
@@ -123,3 +124,5 @@ extern "C" void opensala_select_paged(
   PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
   select_all(paged_selections(table, like, k1_page, k2_page), tile_rows, threads);
 }
+
+REPLAYABLE(opensala_select_paged)
