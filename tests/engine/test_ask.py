@@ -6,6 +6,7 @@ from opensala.data.facts import format_question
 from opensala.data.prompts import NEXT_QUESTION, PromptFormat
 from opensala.engine import Document, EngineOptions, SamplingParams, ask, build_prompt, load_engine
 from opensala.engine import engine as engine_module
+from opensala.engine.ask import DOUBTFUL
 from opensala.engine.detokenize import Detokenizer
 
 CHAT = (
@@ -35,6 +36,15 @@ def test_what_users_ask_is_what_is_scored(engine, template):
     else:
         expected = engine.tokenizer(TEXT + format_question(QUESTION))["input_ids"]
     assert ids == expected
+
+
+def test_an_answer_that_the_document_does_not_give_is_doubted(engine):
+    text = "Nothing of note happened that day.\n" * 30 + TEXT + "\nThe hall was quiet.\n" * 20
+    said = ask(engine, [Document("d", text)], QUESTION, quiet=True)
+    assert said.text == "90217" and said.least_confidence > DOUBTFUL and said.notes == []
+    invented = ask(engine, [Document("d", text)], "What is the serial number of unit Velmora?", quiet=True)
+    assert invented.least_confidence < DOUBTFUL < 1 >= invented.confidence >= invented.least_confidence > 0
+    assert invented.notes[0].startswith("the documents may not say this")
 
 
 class Bytes:
