@@ -111,6 +111,13 @@ class DecodeGraphs:
         self._weights = [*model.model.layers.parameters(), *model.model.norm.parameters()]
         if any(w.dtype != torch.float32 or w.device.type != "cpu" for w in self._weights):
             self.reason = "it is for float32 on a CPU"
+        for module in self._modules:
+            if isinstance(module, LightningMixer):
+                module.decay(model.device)  # made once, and not while calls are recorded
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._graphs)
 
     def _all_modules(self) -> Iterator[torch.nn.Module]:
         yield from self.model.model.layers.modules()
