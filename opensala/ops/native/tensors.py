@@ -29,7 +29,9 @@ def inner_contiguous(x: Tensor) -> Tensor:
 
 
 def plain(x: Tensor) -> Tensor:
-    """x as contiguous float32."""
+    """x as contiguous float32; x itself if it is that and no gradient is wanted."""
+    if x.dtype == torch.float32 and x.is_contiguous() and not (x.requires_grad and torch.is_grad_enabled()):
+        return x
     return x.detach().to(torch.float32).contiguous()
 
 
