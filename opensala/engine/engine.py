@@ -408,8 +408,10 @@ class Engine:
         """Make a work's outcome part of its sequence."""
         sequence = work.sequence
         request = self._requests[sequence.request_id]
+        if sequence.params.score_from is not None:  # a text that was put back is scored again
+            del request.completion.scores[max(0, sequence.num_cached - sequence.params.score_from + 1) :]
+            request.completion.scores += results.scores
         self.scheduler.commit(work, kept)
-        request.completion.scores += results.scores
         if work.drafted and request.drafter is not None:
             taken = max(0, len(results.choices) - 1)
             request.drafter.learn(work.drafted, taken)

@@ -248,6 +248,13 @@ class Sequence:
         return self.num_cached < self.num_prompt
 
     @property
+    def reuse_limit(self) -> int:
+        """How many of its first tokens need not be computed if they were before: all but the last one, and
+        none behind which the prediction is asked for."""
+        scored = self.params.score_from
+        return self.num_tokens - 1 if scored is None else min(scored, self.num_tokens) - 1
+
+    @property
     def room(self) -> int:
         """Tokens it may come to at most."""
         return self.num_prompt + self.params.max_tokens

@@ -98,7 +98,7 @@ class Scheduler:
         for other in self.sequences():
             if other.is_reading and other.is_sparse(0) == sequence.is_sparse(0):
                 common = min(
-                    _common(other.tokens, sequence.tokens), other.num_prompt - 1, sequence.num_prompt - 1
+                    _common(other.tokens, sequence.tokens), other.num_prompt - 1, sequence.reuse_limit
                 )
                 if common >= self.limits.min_shared and common > other.num_cached:
                     _mark(other, common)
@@ -233,13 +233,12 @@ class Scheduler:
         """The first waiting sequence, unless more of its prompt is just being read by another one: it waits
         for that."""
         sequence = self.waiting[0]
-        here = self.tree.match(sequence.tokens, sequence.is_sparse(0), sequence.num_tokens - 1).length
+        limit = sequence.reuse_limit
+        here = self.tree.match(sequence.tokens, sequence.is_sparse(0), limit).length
         for other in self.running:
             if other.is_reading and other.is_sparse(0) == sequence.is_sparse(0):
-                common = _common(other.tokens, sequence.tokens)
-                coming = [
-                    m for m in other.marks if other.num_cached < m <= min(common, sequence.num_tokens - 1)
-                ]
+                common = min(_common(other.tokens, sequence.tokens), limit)
+                coming = [m for m in other.marks if other.num_cached < m <= common]
                 if coming and max(coming) >= here + self.limits.min_shared:
                     return None
         return sequence
@@ -248,7 +247,7 @@ class Scheduler:
         """Start a waiting sequence from the longest beginning that is at hand; False if there is no memory
         for it."""
         sparse = sequence.is_sparse(0)
-        limit = sequence.mode_end(0, sequence.num_tokens - 1) if sequence.num_tokens > 1 else 0
+        limit = sequence.mode_end(0, sequence.reuse_limit) if sequence.reuse_limit else 0
         match = self.tree.match(sequence.tokens, sparse, limit)
         full, part = divmod(match.length, self.page_size)
         self.pages.share(match.pages)  # held before anything is evicted to make room

@@ -322,6 +322,19 @@ def test_scores_are_those_of_the_model(length):
         assert done.tokens == [] and done.finish_reason is FinishReason.LENGTH
 
 
+def test_scores_of_a_text_that_was_read_before_and_put_back():
+    model, text = tiny_model(), ids(170)
+    (wanted,) = engine(model).generate([text], SamplingParams(max_tokens=0, score_from=3))
+    running = engine(model, max_cached_tokens=400, max_batch_tokens=20)
+    running.generate([text], SamplingParams(max_tokens=2), marks=[[100]])
+    running.add(ids(150, 1), SamplingParams(max_tokens=200, ignore_eos=True), request_id="long")
+    running.add(text, SamplingParams(max_tokens=0, score_from=3), request_id="scored")
+    done = {}
+    while running.has_work:
+        done |= {e.request_id: e.completion for e in running.step() if e.completion is not None}
+    assert done["scored"].scores == wanted.scores and len(wanted.scores) == 167
+
+
 # --- bad input ---
 
 
