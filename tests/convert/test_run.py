@@ -77,7 +77,7 @@ def test_the_checkpoint_loads_in_a_fresh_process_with_the_same_logits(finished, 
         torch.save(model(ids).logits, tmp_path / "logits.pt")
     code = (
         "import sys, torch, opensala; from transformers import AutoModelForCausalLM; "
-        "torch.set_num_threads(1)\n"
+        "torch.set_num_threads(1); torch.set_grad_enabled(False)\n"
         "logits = AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.arange(60)[None] * 31 % "
         "2000).logits\n"
         "sys.exit(not torch.equal(logits, torch.load(sys.argv[2])))"
