@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
+from ..lightning import head_dim_limit
 from .attend import attend_sequence
 from .cpp_paged import cpp_paged_attention, cpp_select_paged, cpp_select_regions_paged, cpp_store_kv
 from .gather_paged import gather_attention, gather_select, gather_store_kv, naive_select_paged
@@ -33,7 +34,8 @@ def store_kv(
 
     A compressed key has the same bits however the tokens were cut into calls: the windows are summed token
         by token
-    from what the pages hold.
+    from what the pages hold. On a GPU they are the same on one machine: the order of the sum is fixed there
+        too, but is another one.
 
     Raises:
         ValueError: tensors that do not fit together.
@@ -47,9 +49,14 @@ def store_kv(
             raise ValueError(
                 f"{name} must be [T, Hkv, D] = {list(wanted)} as in the pool, got {list(x.shape)}"
             )
-    name = choose_backend("store_kv", pool.keys, backend, {"cpp": None})
+    limit = head_dim_limit(pool.keys, pool.values)
+    name = choose_backend("store_kv", pool.keys, backend, {"cpp": None, "triton": limit})
     with torch.no_grad():
-        if name == "cpp":
+        if name == "triton":
+            from .triton_store import triton_store_kv  # needs the package triton
+
+            triton_store_kv(k, v, pool, table, spec)
+        elif name == "cpp":
             cpp_store_kv(k, v, pool, table, spec)
         elif name == "naive":
             gather_store_kv(k, v, pool, table, spec, naive_compress_keys)

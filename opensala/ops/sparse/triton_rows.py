@@ -24,7 +24,9 @@ from ..triton_common import cdiv, find_document, search_steps
 # of its own to be compiled whenever one of them is 1, or a multiple of 16 for the first time.
 COUNTS = [
     "tokens",
+    "sequences",
     "length",
+    "table_width",
     "capacity",
     "room",
     "room1",
