@@ -1,13 +1,14 @@
 """The Triton forms of the ops over pages against the reference implementation, on small shapes."""
 
-import math
-
 import pytest
 import torch
 
-from opensala.ops import BlockSpec, KVPages, compress_keys, store_kv
+from opensala.ops import KVPages, compress_keys, paged_attention, select_blocks_paged, store_kv
 from tests.ops.grid import HAS_TRITON, TRITON_DEVICE, assert_close, nothing_waits
-from tests.ops.test_paged import SMALL, SPECS, Case
+from tests.ops.test_paged import SMALL, SPECS, Case, alone
+
+if HAS_TRITON:
+    from opensala.ops.sparse import triton_attend, triton_paged, triton_pairs
 
 pytestmark = [
     pytest.mark.triton,
@@ -30,6 +31,9 @@ class DeviceCase(Case):
     def packed(self, x, starts, ends):
         return super().packed(x, starts, ends).to(TRITON_DEVICE)
 
+    def stored(self, n):
+        return tuple(x.cpu() for x in super().stored(n))
+
 
 def cuts_of(lengths):
     """Calls that bring each sequence to its length: a first token, some tokens, one token, none, the rest."""
@@ -46,7 +50,7 @@ def test_pages_hold_every_window_that_ends_in_them_and_nothing_else(spec):
         case.store(starts, ends, case.pool, "triton")
     filled = [0] * 4
     for n in range(4):
-        keys, values, *levels = (x.cpu() for x in case.stored(n))
+        keys, values, *levels = case.stored(n)
         assert torch.equal(keys, case.k[n]) and torch.equal(values, case.v[n])
         for level, sizes in zip(levels, [spec[:2], (spec.coarse_size, spec.coarse_stride)], strict=True):
             wanted = compress_keys(case.k[n].double()[None], *sizes, backend="naive")[0]
@@ -61,7 +65,7 @@ def test_half_pools_hold_means_of_rounded_keys(pool_dtype):
     for starts, ends in (([0, 0], [37, 5]), ([37, 5], case.lengths)):
         case.store(starts, ends, case.pool, "triton")
     for n, k in enumerate(case.k):
-        keys, values, *levels = (x.cpu() for x in case.stored(n))
+        keys, values, *levels = case.stored(n)
         assert torch.equal(keys, k.to(pool_dtype)) and torch.equal(values, case.v[n].to(pool_dtype))
         for level, sizes in zip(levels, [SMALL[:2], (SMALL.coarse_size, SMALL.coarse_stride)], strict=True):
             mean = compress_keys(keys.double()[None], *sizes, backend="naive")[0]
@@ -77,6 +81,80 @@ def test_a_window_has_the_same_bits_however_its_tokens_came():
     for starts, ends in zip(cuts, cuts[1:], strict=False):
         case.store(starts, ends, pools[1], "triton")
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*pools, strict=True))
+
+
+# Lengths and cached tokens: in decoding, some of them with a draft, around ends of blocks and of what lists
+# hold, one sequence without new tokens; in a prefill, beside decoding, in chunks, from nothing.
+DECODING = ([1, 16, 17, 96, 97, 260, 130], [0, 15, 16, 93, 96, 259, 130])
+PREFILL = ([20, 110, 130, 1, 64, 33], [0, 85, 112, 0, 63, 33])
+CALLS = {"decoding": DECODING, "prefill": PREFILL}
+HEADS = [(2, 2, 32, 32), (4, 2, 64, 20), (16, 1, 60, 64)]  # groups of 1, 2 and 16
+
+
+def filled(spec, call, heads, **more):
+    """A case with everything stored, the table of its last call, and the queries of that."""
+    lengths, cached = call
+    case = DeviceCase(spec, lengths, heads, **more)
+    case.store([0] * len(lengths), lengths, case.pool, "torch")
+    return case, case.table(cached, lengths), case.packed(case.q, cached, lengths)
+
+
+def assert_attends(call, case, table, q, tolerance=2e-5):
+    blocks = select_blocks_paged(q, case.pool, table, case.spec, backend="torch")
+    blocks[(blocks < 0).all(-1).all(-1)] = 1 << 30  # rows of dense sequences may hold anything
+    out = paged_attention(q, case.pool, table, blocks, case.spec, backend="triton")
+    assert out.dtype == q.dtype
+    assert_close(out, torch.cat(alone(case, call[1], "naive")[1]).double(), tolerance)
+
+
+@pytest.fixture(params=["one program for a list", "several"])
+def splits(request, monkeypatch):
+    """As on a GPU with idle multiprocessors: programs share a list or the blocks of a dense sequence."""
+    monkeypatch.setattr(triton_paged, "cores", lambda _: 1 if request.param.startswith("one") else 16)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_attention_equals_naive(heads, call, splits):
+    assert_attends(call, *filled(SMALL, call, heads))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_attention_over_pages_of_any_size(spec, call):
+    size = spec.block_size
+    scaled = tuple([n * size // 16 for n in x] for x in ([5, 20, 130, 97], [4, 19, 129, 95]))
+    call = scaled if call is DECODING else call
+    assert_attends(call, *filled(spec, call, (2, 1, 16, 12)))
+
+
+@pytest.mark.parametrize("name", ["96 tokens a block", "released", "small"])
+@pytest.mark.parametrize("call", [([130, 97], [129, 95]), ([300, 230], [297, 190])], ids=CALLS)
+def test_attention_in_tiles_of_a_gpu(name, call, monkeypatch):
+    for module in (triton_attend, triton_pairs):
+        monkeypatch.setattr(module, "triton_interpreted", lambda: False)
+    assert_attends(call, *filled(SPECS[name], call, (2, 1, 32, 32)))
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_without_blocks_all_are_dense(call, splits):
+    case, table, q = filled(SMALL, call, (4, 2, 32, 20), sparse=[1] * len(call[0]))
+    out = paged_attention(q, case.pool, table, None, SMALL, backend="triton")
+    case.sparse = [0] * len(call[0])
+    assert_close(out, torch.cat(alone(case, call[1], "naive")[1]).double(), 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pool_dtype", "tolerance"),
+    # rounding of weights and results to float16 (2^-11); in float32 only the order of sums differs
+    [(torch.float16, torch.float16, 3e-3), (torch.float32, torch.bfloat16, 2e-5)],
+    ids=str,
+)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_attention_over_half_pools(call, dtype, pool_dtype, tolerance):
+    case, table, q = filled(SMALL, call, (4, 2, 32, 32), pool_dtype=pool_dtype)
+    case.q = [x.to(dtype).float() for x in case.q]
+    assert_attends(call, case, table, q.to(dtype), tolerance)
 
 
 def test_storing_never_waits_for_the_device():

@@ -150,8 +150,13 @@ def paged_attention(
             f"blocks must be [T, Hkv, K] = [{q.shape[0]}, {pool.keys.shape[2]}, K], got {list(blocks.shape)}"
         )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    name = choose_backend("paged_attention", _widest(q, pool), backend, {"cpp": None})
+    special = {"cpp": None, "triton": head_dim_limit(q, pool.values)}
+    name = choose_backend("paged_attention", _widest(q, pool), backend, special)
     with torch.no_grad():
+        if name == "triton":
+            from .triton_paged import triton_paged_attention  # needs the package triton
+
+            return triton_paged_attention(q, pool, table, blocks, spec, scale)
         if name == "cpp":
             return cpp_paged_attention(q, pool, table, blocks, spec, scale)
         run = naive_sparse_attention if name == "naive" else attend_sequence

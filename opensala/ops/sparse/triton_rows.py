@@ -26,7 +26,7 @@ COUNTS = [
     "tokens",
     "sequences",
     "length",
-    "table_width",
+    "per_row",
     "capacity",
     "room",
     "room1",

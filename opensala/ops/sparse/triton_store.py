@@ -11,7 +11,6 @@ new tokens (see `find_document`), and each looks up by itself which window it ma
 Shapes: T new tokens of N sequences, Hkv kv heads, D/E key/value dim.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,8 +35,8 @@ LOADED = 8192  # elements of keys that a program sums at once
 
 @triton.jit
 def store_window(
-    k, keys, level, cu, lengths, row_of, slot, sequences, table_width, h, k_t, k_h, keys_p, keys_s, keys_h, level_p,
-    level_s, level_h, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+    k, keys, level, cu, lengths, pages, slot, sequences, per_row, h, k_t, k_h, keys_p, keys_s, keys_h,
+    level_p, level_s, level_h, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, PART: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The window of this level that ends in stride `slot` of all sequences' new tokens, if one does."""
@@ -47,7 +46,7 @@ def store_window(
     before = length - (tl.load(cu + n + 1).to(tl.int64) - start)
     j = windows_in(before, SIZE, STRIDE) + i
     exists = j < windows_in(length, SIZE, STRIDE)
-    pages = row_of + n * table_width
+    pages += n * per_row
     d = tl.arange(0, DP)
     total = tl.zeros((DP,), tl.float32)
     for first in range(0, tl.where(exists, SIZE, 0), PART):
@@ -68,7 +67,7 @@ def store_window(
 
 @triton.jit(do_not_specialize=COUNTS)
 def store_kernel(
-    k, v, keys, values, k1, k2, cu, lengths, pages, tokens, sequences, table_width, tiles, slots, k_t, k_h, v_t,
+    k, v, keys, values, k1, k2, cu, lengths, pages, tokens, sequences, per_row, tiles, slots, k_t, k_h, v_t,
     v_h, keys_p, keys_s, keys_h, values_p, values_s, values_h, k1_p, k1_s, k1_h, k2_p, k2_s, k2_h,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     DP: tl.constexpr, EP: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, PART2: tl.constexpr,
@@ -83,7 +82,7 @@ def store_kernel(
         there = t < tokens
         n = find_sequence(cu, tl.where(there, t, 0), sequences, STEPS)
         position = t + tl.load(lengths + n) - tl.load(cu + n + 1)
-        page = tl.load(pages + n * table_width + position // BLOCK, mask=there, other=0).to(tl.int64)
+        page = tl.load(pages + n * per_row + position // BLOCK, mask=there, other=0).to(tl.int64)
         slot = position % BLOCK
         x = load_rows(k + h * k_h, t * k_t, there, D, DP)
         y = load_rows(v + h * v_h, t * v_t, there, E, EP)
@@ -95,12 +94,12 @@ def store_kernel(
         tl.store(to_values[:, None] + e[None, :], y, mask=there[:, None] & (e < E)[None, :])
     elif index < tiles + slots:
         store_window(
-            k, keys, k1, cu, lengths, pages, index - tiles, sequences, table_width, h, k_t, k_h, keys_p, keys_s,
+            k, keys, k1, cu, lengths, pages, index - tiles, sequences, per_row, h, k_t, k_h, keys_p, keys_s,
             keys_h, k1_p, k1_s, k1_h, SIZE, STRIDE, BLOCK, D, DP, PART, STEPS,
         )  # fmt: skip
     else:
         store_window(
-            k, keys, k2, cu, lengths, pages, index - tiles - slots, sequences, table_width, h, k_t, k_h, keys_p,
+            k, keys, k2, cu, lengths, pages, index - tiles - slots, sequences, per_row, h, k_t, k_h, keys_p,
             keys_s, keys_h, k2_p, k2_s, k2_h, 4 * SIZE, 4 * STRIDE, BLOCK, D, DP, PART2, STEPS,
         )  # fmt: skip
 
@@ -155,7 +154,7 @@ def compile_cases(arch: int) -> CompileCases:
     for name, dtype, dim, spec in (("released", "bf16", 128, BlockSpec()), ("wide", "fp32", 256, small)):
         config = _config(spec, dim, dim)
         options = {"num_warps": config.pop("num_warps")}
-        counts = ("tokens", "sequences", "table_width", "tiles", "slots", "k_t", "k_h", "v_t", "v_h")
+        counts = ("tokens", "sequences", "per_row", "tiles", "slots", "k_t", "k_h", "v_t", "v_h")
         types = {
             **dict.fromkeys(("k", "v", "keys", "values", "k1", "k2"), f"*{dtype}"),
             **dict.fromkeys(("cu", "lengths", "pages"), "*i32"),
