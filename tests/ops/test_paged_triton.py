@@ -6,9 +6,10 @@ import torch
 from opensala.ops import KVPages, compress_keys, paged_attention, select_blocks_paged, store_kv
 from tests.ops.grid import HAS_TRITON, TRITON_DEVICE, assert_close, nothing_waits
 from tests.ops.test_paged import SMALL, SPECS, Case, alone
+from tests.ops.test_sparse_triton import assert_best
 
 if HAS_TRITON:
-    from opensala.ops.sparse import triton_attend, triton_paged, triton_pairs
+    from opensala.ops.sparse import triton_attend, triton_paged, triton_pairs, triton_select, triton_top
 
 pytestmark = [
     pytest.mark.triton,
@@ -157,9 +158,92 @@ def test_attention_over_half_pools(call, dtype, pool_dtype, tolerance):
     assert_attends(call, case, table, q.to(dtype), tolerance)
 
 
-def test_storing_never_waits_for_the_device():
-    case = DeviceCase(SMALL, [40, 20])
-    table = case.table([30, 20], [40, 20])
-    k, v = (case.packed(x, [30, 20], [40, 20]) for x in (case.k, case.v))
+def assert_selects(call, case, table, q, lse="coarse"):
+    """The best blocks in every row of a sparse sequence, up to near-ties; -1 in those of dense ones."""
+    blocks = select_blocks_paged(q, case.pool, table, case.spec, lse=lse, backend="triton").cpu()
+    bounds, cached = table.cu_seqlens.tolist(), call[1]
+    for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if not case.sparse[n]:
+            assert (blocks[a:b] == -1).all()
+            continue
+        queries, keys = case.q[n][cached[n] :].double(), case.k[n].double()
+        assert_best(blocks[None, a:b], queries[None], keys[None], case.spec, lse)
+
+
+# Around the first query that chooses, the first windows, and far behind them.
+CHOOSING = ([1, 97, 260, 113, 33, 150], [0, 95, 259, 110, 33, 149])
+READING = ([112, 20, 180, 150], [90, 0, 158, 149])
+
+
+@pytest.fixture(params=["few programs", "many"])
+def shares(request, monkeypatch):
+    """As on a GPU with idle multiprocessors: several programs share a denominator and a row of scores."""
+    monkeypatch.setattr(triton_select, "cores", lambda _: 1 if request.param.startswith("few") else 16)
+
+
+@pytest.mark.parametrize("call", [CHOOSING, READING], ids=["decoding", "prefill"])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_selection_takes_the_best_blocks(heads, call, shares):
+    assert_selects(call, *filled(SMALL, call, heads, sparse=[1, 0, 1, 1, 1, 1][: len(call[0])]))
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_selection_for_any_spec(spec):
+    room = spec.block_size * spec.num_blocks
+    call = ([room + 2, room + 3 * spec.block_size, 2 * room + spec.coarse_size], [room - 1, room, 2 * room])
+    call[1][2] = call[0][2] - 2
+    call[1][1] = call[0][1] - 1
+    assert_selects(call, *filled(spec, call, (2, 1, 20, 16), sparse=[1, 0, 1]))
+
+
+@pytest.mark.parametrize("lse", ["coarse", "exact"])
+def test_selection_with_denominators_that_differ_much(lse, shares):
+    call = ([700, 330], [698, 326])
+    case, table, q = filled(SMALL, call, (4, 1, 32, 32), sparse=[1, 1])
+    case.q = [20 * x for x in case.q]
+    assert_selects(call, case, table, 20 * q, lse)
+
+
+def test_selection_before_the_second_level_begins():
+    """Queries that must choose while no window of the second level has ended: the first serves."""
+    spec = SPECS["windows wider than a block"]
+    call = ([160, 163], [148, 155])
+    case, table, q = filled(spec, call, (16, 1, 16, 16), sparse=[1, 1])
+    case.q = [40 * x for x in case.q]  # denominators that differ much from head to head
+    assert_selects(call, case, table, 40 * q)
+
+
+def test_selection_in_chunks_and_long_rows(monkeypatch):
+    """Scores of 64 queries at once, rows of which pass through registers in pieces."""
+    monkeypatch.setattr(triton_select, "SCRATCH", 1)
+    monkeypatch.setattr(triton_top, "WIDEST", 16)
+    call = ([300, 40, 330], [245, 28, 300])
+    assert_selects(call, *filled(SMALL, call, (2, 1, 16, 16), sparse=[1, 0, 1]))
+
+
+def test_hierarchical_search_says_that_it_has_no_triton_form():
+    case, table, q = filled(SMALL, ([40], [39]), (2, 1, 16, 16))
+    with pytest.raises(ValueError, match="hierarchical search has no Triton form"):
+        select_blocks_paged(q, case.pool, table, SMALL, search="hierarchical", backend="triton")
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_whole_chain_equals_naive(call):
+    """Stored, selected and attended by Triton; selection may differ from the reference where blocks tie."""
+    case = DeviceCase(SMALL, call[0], (4, 2, 32, 20))
+    blocks, out = case.run(call[1], "triton")
+    chosen, outputs = alone(case, call[1], "naive")
+    same = (blocks.cpu() == torch.cat(chosen)).all(-1).all(-1)
+    assert same.double().mean() > 0.9
+    assert_close(out.cpu()[same], torch.cat(outputs)[same].double(), 2e-5)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_nothing_waits_for_the_device(call):
+    case, table, q = filled(SMALL, call, (4, 2, 32, 20))
+    k, v = (case.packed(x, call[1], call[0]) for x in (case.k, case.v))
     with nothing_waits():
         store_kv(k, v, case.pool, table, SMALL, backend="triton")
+        blocks = select_blocks_paged(q, case.pool, table, SMALL, backend="triton")
+        paged_attention(q, case.pool, table, blocks, SMALL, backend="triton")
+        paged_attention(q, case.pool, table, None, SMALL, backend="triton")

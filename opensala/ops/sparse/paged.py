@@ -99,9 +99,17 @@ def select_blocks_paged(
     check_search(spec, lse, search, regions)
     _check(pool, table, spec, q)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    op = "select_blocks_paged" if search == "exact" else "select_blocks_paged by regions"
-    name = choose_backend(op, _widest(q, pool), backend, {"cpp": None})
+    special = {"cpp": None, "triton": head_dim_limit(q)}
+    op = "select_blocks_paged"
+    if search != "exact":
+        op = "select_blocks_paged by regions"
+        special["triton"] = "hierarchical search has no Triton form: search='exact' has one"
+    name = choose_backend(op, _widest(q, pool), backend, special)
     with torch.no_grad():
+        if name == "triton":
+            from .triton_select import triton_select_paged  # needs the package triton
+
+            return triton_select_paged(q, pool, table, spec, scale, lse)
         if name == "cpp" and search == "exact":
             return cpp_select_paged(q, pool, table, spec, scale, lse)
         if name == "cpp":

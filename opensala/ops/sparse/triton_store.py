@@ -67,18 +67,27 @@ def store_window(
 
 @triton.jit(do_not_specialize=COUNTS)
 def store_kernel(
-    k, v, keys, values, k1, k2, cu, lengths, pages, tokens, sequences, per_row, tiles, slots, k_t, k_h, v_t,
+    k, v, keys, values, k1, k2, cu, lengths, pages, tokens, sequences, per_row, slots, slots2, k_t, k_h, v_t,
     v_h, keys_p, keys_s, keys_h, values_p, values_s, values_h, k1_p, k1_s, k1_h, k2_p, k2_s, k2_h,
     SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     DP: tl.constexpr, EP: tl.constexpr, BT: tl.constexpr, PART: tl.constexpr, PART2: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One kv head: the first `tiles` programs copy BT tokens each, then come `slots` windows of the first
-    level, then those of the second."""
+    """One kv head: `slots` windows of the first level, `slots2` of the second, then BT tokens a program."""
     index = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64)
-    if index < tiles:
-        t = index * BT + tl.arange(0, BT)
+    if index < slots:
+        store_window(
+            k, keys, k1, cu, lengths, pages, index, sequences, per_row, h, k_t, k_h, keys_p, keys_s, keys_h,
+            k1_p, k1_s, k1_h, SIZE, STRIDE, BLOCK, D, DP, PART, STEPS,
+        )  # fmt: skip
+    elif index < slots + slots2:
+        store_window(
+            k, keys, k2, cu, lengths, pages, index - slots, sequences, per_row, h, k_t, k_h, keys_p, keys_s,
+            keys_h, k2_p, k2_s, k2_h, 4 * SIZE, 4 * STRIDE, BLOCK, D, DP, PART2, STEPS,
+        )  # fmt: skip
+    else:
+        t = (index - slots - slots2) * BT + tl.arange(0, BT)
         there = t < tokens
         n = find_sequence(cu, tl.where(there, t, 0), sequences, STEPS)
         position = t + tl.load(lengths + n) - tl.load(cu + n + 1)
@@ -92,16 +101,6 @@ def store_kernel(
         to_values = values + h * values_h + page * values_p + slot * values_s
         tl.store(to_keys[:, None] + d[None, :], x, mask=there[:, None] & (d < D)[None, :])
         tl.store(to_values[:, None] + e[None, :], y, mask=there[:, None] & (e < E)[None, :])
-    elif index < tiles + slots:
-        store_window(
-            k, keys, k1, cu, lengths, pages, index - tiles, sequences, per_row, h, k_t, k_h, keys_p, keys_s,
-            keys_h, k1_p, k1_s, k1_h, SIZE, STRIDE, BLOCK, D, DP, PART, STEPS,
-        )  # fmt: skip
-    else:
-        store_window(
-            k, keys, k2, cu, lengths, pages, index - tiles - slots, sequences, per_row, h, k_t, k_h, keys_p,
-            keys_s, keys_h, k2_p, k2_s, k2_h, 4 * SIZE, 4 * STRIDE, BLOCK, D, DP, PART2, STEPS,
-        )  # fmt: skip
 
 
 def _config(spec: BlockSpec, dim: int, value_dim: int) -> dict[str, int]:
@@ -130,12 +129,11 @@ def triton_store_kv(k: Tensor, v: Tensor, pool: KVPages, table: PageTable, spec:
     target = KVPages(*map(computable, pool))
     (kv_heads, dim), value_dim = k.shape[1:], v.shape[2]
     config = _config(spec, dim, value_dim)
-    tiles = cdiv(tokens, config["BT"])
     slots, slots2 = (tokens // stride + sequences for stride in (spec.kernel_stride, spec.coarse_stride))
     with on_device(k):
-        store_kernel[(tiles + slots + slots2, kv_heads)](
+        store_kernel[(slots + slots2 + cdiv(tokens, config["BT"]), kv_heads)](
             k, v, *target, table.cu_seqlens, table.lengths, table.pages, tokens, sequences,
-            table.pages.shape[1], tiles, slots, *k.stride()[:2], *v.stride()[:2],
+            table.pages.shape[1], slots, slots2, *k.stride()[:2], *v.stride()[:2],
             *(stride for x in target for stride in x.stride()[:3]), SIZE=spec.kernel_size,
             STRIDE=spec.kernel_stride, BLOCK=spec.block_size, D=dim, E=value_dim,
             STEPS=search_steps(sequences), **config,
@@ -154,7 +152,7 @@ def compile_cases(arch: int) -> CompileCases:
     for name, dtype, dim, spec in (("released", "bf16", 128, BlockSpec()), ("wide", "fp32", 256, small)):
         config = _config(spec, dim, dim)
         options = {"num_warps": config.pop("num_warps")}
-        counts = ("tokens", "sequences", "per_row", "tiles", "slots", "k_t", "k_h", "v_t", "v_h")
+        counts = ("tokens", "sequences", "per_row", "slots", "slots2", "k_t", "k_h", "v_t", "v_h")
         types = {
             **dict.fromkeys(("k", "v", "keys", "values", "k1", "k2"), f"*{dtype}"),
             **dict.fromkeys(("cu", "lengths", "pages"), "*i32"),
