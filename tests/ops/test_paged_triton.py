@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from opensala.ops import KVPages, compress_keys, paged_attention, select_blocks_paged, store_kv
+from opensala.ops import (
+    BlockSpec,
+    KVPages,
+    PageTable,
+    compress_keys,
+    paged_attention,
+    select_blocks_paged,
+    store_kv,
+)
 from tests.ops.grid import HAS_TRITON, TRITON_DEVICE, assert_close, nothing_waits
 from tests.ops.test_paged import SMALL, SPECS, Case, alone
 from tests.ops.test_sparse_triton import assert_best
@@ -14,9 +22,10 @@ if HAS_TRITON:
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed"),
-    pytest.mark.filterwarnings(
-        "ignore:divide by zero encountered in log2"
-    ),  # a part without keys: -inf is meant
+    # a part without keys: -inf is meant
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2"),
+    # rows of dense sequences, which no part of a query has: made, and then written by another kernel
+    pytest.mark.filterwarnings("ignore:invalid value encountered in subtract"),
 ]
 
 
@@ -137,6 +146,67 @@ def test_attention_in_tiles_of_a_gpu(name, call, monkeypatch):
     assert_attends(call, *filled(SPECS[name], call, (2, 1, 32, 32)))
 
 
+@pytest.fixture
+def by_page(monkeypatch):
+    """Sends every call with lists to the kernels that go page by page, in chunks of 64 queries."""
+    monkeypatch.setattr(triton_paged, "shared_enough", lambda *_: True)
+    monkeypatch.setattr(triton_pairs, "PART_BYTES", 1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "call"),
+    [
+        (HEADS[0], PREFILL),
+        (HEADS[1], ([190, 20, 113], [118, 17, 110])),  # 72 queries of the first: two chunks
+        (HEADS[2], ([120, 20, 113], [113, 17, 110])),
+    ],
+    ids=str,
+)
+def test_attention_page_by_page_equals_naive(heads, call, by_page):
+    assert_attends(call, *filled(SMALL, call, heads, sparse=[1, 0, 1, 1, 1, 0][: len(call[0])]))
+
+
+@pytest.mark.parametrize("name", ["96 tokens a block", "nothing a power of two", "released"])
+def test_attention_page_by_page_in_tiles_of_a_gpu(name, by_page, monkeypatch):
+    for module in (triton_attend, triton_pairs):
+        monkeypatch.setattr(module, "triton_interpreted", lambda: False)
+    call = ([130, 97, 200], [119, 90, 192])
+    assert_attends(call, *filled(SPECS[name], call, (2, 1, 32, 20), sparse=[1, 0, 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_attention_page_by_page_over_a_half_pool(dtype, by_page):
+    case, table, q = filled(SMALL, PREFILL, (4, 2, 32, 32), pool_dtype=torch.float16)
+    case.q = [x.to(dtype).float() for x in case.q]
+    assert_attends(PREFILL, case, table, q.to(dtype), 3e-3 if dtype == torch.float16 else 2e-5)
+
+
+def test_a_page_that_sequences_share_is_read_for_all(by_page):
+    """Two continuations of a common beginning, the full pages of which lie in the pool only once."""
+    call = ([150, 130], [128, 112])
+    case = DeviceCase(SMALL, call[0], (2, 1, 32, 32), sparse=[1, 1])
+    for x in (case.k, case.v):
+        x[1][:112] = x[0][:112]
+    case.pages[1, :7] = case.pages[0, :7]
+    case.store([0, 0], [112, 0], case.pool, "torch")
+    case.store([112, 112], call[0], case.pool, "torch")
+    assert_attends(call, case, case.table(call[1], call[0]), case.packed(case.q, call[1], call[0]))
+
+
+def test_long_sparse_calls_go_page_by_page():
+    def asked(tokens, sequences, length, dim=128):
+        q = torch.empty(tokens, 32, dim, dtype=torch.bfloat16, device="meta")
+        kv = torch.empty(1 << 15, 64, 2, dim, dtype=torch.bfloat16, device="meta")
+        ints = [torch.empty(n, dtype=torch.int32) for n in (sequences + 1, sequences, sequences)]
+        table = PageTable(*ints[:2], torch.empty(sequences, length // 64, dtype=torch.int32), ints[2])
+        blocks = torch.empty(tokens, 2, 96, dtype=torch.int32, device="meta")
+        return triton_paged._shared_enough(q, KVPages(kv, kv, kv, kv), table, blocks, BlockSpec())
+
+    assert asked(4096, 1, 1 << 20) and asked(4096 + 32, 33, 1 << 17) and asked(200, 1, 8192)
+    assert not asked(64, 64, 8192) and not asked(256, 200, 8192) and not asked(200, 1, 1 << 20)
+    assert not asked(4096, 1, 1 << 20, 512)
+
+
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_without_blocks_all_are_dense(call, splits):
     case, table, q = filled(SMALL, call, (4, 2, 32, 20), sparse=[1] * len(call[0]))
@@ -238,8 +308,10 @@ def test_the_whole_chain_equals_naive(call):
     assert_close(out.cpu()[same], torch.cat(outputs)[same].double(), 2e-5)
 
 
+@pytest.mark.parametrize("pages_at_once", [False, True], ids=["by query", "by page"])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_nothing_waits_for_the_device(call):
+def test_nothing_waits_for_the_device(call, pages_at_once, monkeypatch):
+    monkeypatch.setattr(triton_paged, "shared_enough", lambda *_: pages_at_once)
     case, table, q = filled(SMALL, call, (4, 2, 32, 20))
     k, v = (case.packed(x, call[1], call[0]) for x in (case.k, case.v))
     with nothing_waits():

@@ -234,8 +234,13 @@ def attend_by_query(
     return whole, whole_lse
 
 
-INTEGERS = ("q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h", "tokens", "length", "capacity")
+INTEGERS = (
+    *("q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h"),
+    *("tokens", "length", "capacity", "per_row"),
+)
 KINDS = {
+    "pages": "*i32",
+    "sparse": "*i32",
     "blocks": "*i32",
     "lengths": "*i32",
     "cu": "*i32",

@@ -5,12 +5,12 @@ Two kernels, both of which find out by themselves which sequence they work for:
 
 - `paged_query_kernel` walks the list of one query and kv head: the blocks selected for it, or, in a dense
   sequence, all blocks up to its own. Lists are cut among programs, whose partial results `merge_kernel` joins
-  by their log-sum-exp. It is all there is in decoding, and serves the sparse sequences of every call.
+  by their log-sum-exp. It is all there is in decoding, and serves the sparse sequences of short calls.
 - `paged_tile_kernel` attends a tile of neighbouring queries of a dense sequence to all blocks up to theirs;
   it runs beside the other where a call may have that many new tokens in a sequence (`LEAST_TILED`).
 
-Long sparse calls therefore read a block once for each query that lists it, unlike the contiguous form, which
-goes block by block (`triton_pairs`).
+Where many queries share a page, the sparse sequences of a call go page by page instead, by the kernels of
+`triton_pairs`; `shared_enough` decides from shapes, as for the contiguous form.
 
 Shapes: T queries of N sequences, K blocks of a list, G query heads a kv head, D/E key/value dim, S tokens of
 a page.
@@ -37,8 +37,8 @@ from ..triton_common import (
 from .pages import KVPages, PageTable
 from .spec import BlockSpec
 from .triton_attend import PROGRAMS, SIZES, add_rows, case_types, list_config, merge, split_list
-from .triton_pairs import band_config
-from .triton_rows import COUNTS, cores, inner_contiguous, load_rows
+from .triton_pairs import attend_chunk, band_config, chunk_of, shared_enough
+from .triton_rows import COUNTS, Rows, cores, inner_contiguous, load_rows
 
 LEAST_TILED = 16  # new tokens that a sequence may have in a call, from which on dense ones go tile by tile
 
@@ -196,10 +196,13 @@ def triton_paged_attention(
     listed = None if blocks is None else blocks.contiguous()
     factor = scale * math.log2(math.e)
     tokens, sequences = q.shape[0], table.lengths.shape[0]
-    tiled = tokens - sequences >= LEAST_TILED
-    shape = (*q.shape[:2], pool.values.shape[3])
-    if tiled and listed is None:
+    by_page = listed is not None and _shared_enough(queries, pool, table, listed, spec)
+    tiled = by_page or tokens - sequences >= LEAST_TILED
+    if listed is None and tiled:
+        shape = (*q.shape[:2], pool.values.shape[3])
         out = torch.empty(shape, dtype=queries.dtype, device=q.device)
+    elif listed is not None and by_page:
+        out = _by_page(queries, pool, table, listed, spec, factor)
     else:
         out = _by_query(queries, pool, table, listed, spec, factor, sparse_only=tiled)
     if tiled:
@@ -235,6 +238,36 @@ def _by_query(
     whole = torch.empty(out.shape[1:], dtype=q.dtype, device=q.device)
     merge(out, lse, whole, torch.empty_like(lse[0]), splits, 1, 1, lse[0].numel())
     return whole
+
+
+def _rows(tokens: int, pool: KVPages, table: PageTable) -> Rows:
+    room = pool.keys.shape[0] * pool.keys.shape[1]
+    return Rows(tokens, room, 0, table.lengths, table.cu_seqlens, None, table.pages, table.sparse)
+
+
+def _shared_enough(q: Tensor, pool: KVPages, table: PageTable, blocks: Tensor, spec: BlockSpec) -> bool:
+    rows = _rows(q.shape[0], pool, table)
+    return shared_enough(q[None], pool.values, blocks[None], spec.block_size, rows)
+
+
+def _by_page(
+    q: Tensor, pool: KVPages, table: PageTable, blocks: Tensor, spec: BlockSpec, factor: float
+) -> Tensor:
+    """Attention `[T, Hq, E]` of the queries of sparse sequences; the rows of the others are not theirs."""
+    tokens, cu = q.shape[0], table.cu_seqlens
+    token = torch.arange(tokens, device=q.device, dtype=cu.dtype)
+    number = (torch.searchsorted(cu, token, right=True) - 1).int()
+    rows = _rows(tokens, pool, table)._replace(number=number)
+    out = torch.empty(*q.shape[:2], pool.values.shape[3], dtype=q.dtype, device=q.device)[None]
+    lse = torch.empty(out.shape[:3], dtype=torch.float32, device=q.device)
+    chunk = chunk_of(q[None], blocks[None], out.shape[3])
+    for begin in range(0, tokens, chunk):
+        part = slice(begin, min(begin + chunk, tokens))
+        attend_chunk(
+            q[None], pool.keys, pool.values, blocks[None, part], spec.block_size, rows, factor, begin,
+            out[:, part], lse[:, part],
+        )  # fmt: skip
+    return out[0]
 
 
 def _by_tile(
