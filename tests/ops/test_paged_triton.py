@@ -319,3 +319,12 @@ def test_nothing_waits_for_the_device(call, pages_at_once, monkeypatch):
         blocks = select_blocks_paged(q, case.pool, table, SMALL, backend="triton")
         paged_attention(q, case.pool, table, blocks, SMALL, backend="triton")
         paged_attention(q, case.pool, table, None, SMALL, backend="triton")
+
+
+def test_a_call_without_new_tokens():
+    call = ([40, 20], [40, 20])
+    case, table, q = filled(SMALL, call, (2, 1, 16, 16))
+    store_kv(q[:, :1], q[:, :1], case.pool, table, SMALL, backend="triton")
+    blocks = select_blocks_paged(q, case.pool, table, SMALL, backend="triton")
+    assert blocks.shape == (0, 1, SMALL.num_blocks)
+    assert paged_attention(q, case.pool, table, blocks, SMALL, backend="triton").shape == (0, 2, 16)

@@ -146,6 +146,8 @@ def paged_attention(
     Returns:
         `[T, Hq, Dv]` in q's dtype. With `cpp` a row has the same bits whatever else is in the call, however
         the sequence was cut into calls, and however many threads there are.
+        With `triton` they may differ: shapes decide whether sparse sequences go query by query or page by
+        page, and dense ones query by query or in tiles of queries (`triton_paged`).
 
     Raises:
         ValueError: tensors that do not fit together.
