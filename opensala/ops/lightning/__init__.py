@@ -93,8 +93,8 @@ def lightning_attention_slots(
             place.
         cu_seqlens (Tensor): `[N + 1]` integer boundaries of the sequences.
         read_slots (Tensor): `[N]` slots of the states the sequences begin with; -1 for zeros.
-        write_slots (Tensor): `[N]` slots for the states behind their last tokens; each may be the one that is
-            read.
+        write_slots (Tensor): `[N]` slots for the states behind their last tokens; each may be the one that
+            its own sequence reads, but not one that another sequence of the call reads or writes.
         scale (float): factor on the output; 1/sqrt(D) if None.
         backend: which implementation runs. With `cpp` a token's output and state have the same bits however a
             sequence was cut into calls and whatever else is in the call; with the others they do not.
@@ -137,6 +137,10 @@ def lightning_attention_slots(
     with torch.no_grad():
         if name == "cpp":
             return cpp_lightning_slots(q, k, v, decay, states, *places, scale).to(v.dtype)
+        if name == "triton":
+            from .triton_slots import triton_lightning_slots  # needs the package triton
+
+            return triton_lightning_slots(q, k, v, decay, states, *places, scale)
         return gather_lightning_slots(q, k, v, decay, states, *places, scale, _implementation(name))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
+from ..lightning import head_dim_limit
 from .attend import attend_sequence
 from .cpp_paged import cpp_paged_attention, cpp_select_paged, cpp_select_regions_paged, cpp_store_kv
 from .gather_paged import gather_attention, gather_select, gather_store_kv, naive_select_paged
@@ -33,7 +34,8 @@ def store_kv(
 
     A compressed key has the same bits however the tokens were cut into calls: the windows are summed token
         by token
-    from what the pages hold.
+    from what the pages hold. On a GPU they are the same on one machine: the order of the sum is fixed there
+        too, but is another one.
 
     Raises:
         ValueError: tensors that do not fit together.
@@ -47,9 +49,14 @@ def store_kv(
             raise ValueError(
                 f"{name} must be [T, Hkv, D] = {list(wanted)} as in the pool, got {list(x.shape)}"
             )
-    name = choose_backend("store_kv", pool.keys, backend, {"cpp": None})
+    limit = head_dim_limit(pool.keys, pool.values)
+    name = choose_backend("store_kv", pool.keys, backend, {"cpp": None, "triton": limit})
     with torch.no_grad():
-        if name == "cpp":
+        if name == "triton":
+            from .triton_store import triton_store_kv  # needs the package triton
+
+            triton_store_kv(k, v, pool, table, spec)
+        elif name == "cpp":
             cpp_store_kv(k, v, pool, table, spec)
         elif name == "naive":
             gather_store_kv(k, v, pool, table, spec, naive_compress_keys)
@@ -92,9 +99,17 @@ def select_blocks_paged(
     check_search(spec, lse, search, regions)
     _check(pool, table, spec, q)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    op = "select_blocks_paged" if search == "exact" else "select_blocks_paged by regions"
-    name = choose_backend(op, _widest(q, pool), backend, {"cpp": None})
+    special = {"cpp": None, "triton": head_dim_limit(q)}
+    op = "select_blocks_paged"
+    if search != "exact":
+        op = "select_blocks_paged by regions"
+        special["triton"] = "hierarchical search has no Triton form: search='exact' has one"
+    name = choose_backend(op, _widest(q, pool), backend, special)
     with torch.no_grad():
+        if name == "triton":
+            from .triton_select import triton_select_paged  # needs the package triton
+
+            return triton_select_paged(q, pool, table, spec, scale, lse)
         if name == "cpp" and search == "exact":
             return cpp_select_paged(q, pool, table, spec, scale, lse)
         if name == "cpp":
@@ -131,6 +146,8 @@ def paged_attention(
     Returns:
         `[T, Hq, Dv]` in q's dtype. With `cpp` a row has the same bits whatever else is in the call, however
         the sequence was cut into calls, and however many threads there are.
+        With `triton` they may differ: shapes decide whether sparse sequences go query by query or page by
+        page, and dense ones query by query or in tiles of queries (`triton_paged`).
 
     Raises:
         ValueError: tensors that do not fit together.
@@ -143,8 +160,13 @@ def paged_attention(
             f"blocks must be [T, Hkv, K] = [{q.shape[0]}, {pool.keys.shape[2]}, K], got {list(blocks.shape)}"
         )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    name = choose_backend("paged_attention", _widest(q, pool), backend, {"cpp": None})
+    special = {"cpp": None, "triton": head_dim_limit(q, pool.values)}
+    name = choose_backend("paged_attention", _widest(q, pool), backend, special)
     with torch.no_grad():
+        if name == "triton":
+            from .triton_paged import triton_paged_attention  # needs the package triton
+
+            return triton_paged_attention(q, pool, table, blocks, spec, scale)
         if name == "cpp":
             return cpp_paged_attention(q, pool, table, blocks, spec, scale)
         run = naive_sparse_attention if name == "naive" else attend_sequence
