@@ -79,11 +79,10 @@ def clock(run: Callable[[], object]) -> float:
 
 def asked_often(engine: Engine, tokens: int) -> None:
     """Ten questions about one document, against reading it once."""
-    rng, ratios, last = random.Random(1), [], ""
+    rng, ratios, last, params = random.Random(1), [], "", SamplingParams(max_tokens=12)
     for n in range(3):
         document = needle_document(engine.tokenizer, long_document(6 * tokens, seed=n), tokens, 10, rng)
         prompts = [document.ids + trial.question for trial in document.trials]
-        params = SamplingParams(max_tokens=12)
         engine.scheduler.tree.clear()
         once = clock(lambda ids=document.ids: engine.generate([ids], SamplingParams(max_tokens=1)))
         engine.scheduler.tree.clear()
