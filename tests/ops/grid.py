@@ -78,7 +78,11 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert not (self.watched[0] and name in {"_local_scalar_dense", *WAITS}), f"{name} waits"
+        waits = name in {"_local_scalar_dense", *WAITS} or (
+            name in ("index", "index_put", "index_put_")
+            and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        )
+        assert not (self.watched[0] and waits), f"{name} waits for the device"
         return func(*args, **(kwargs or {}))
 
 

@@ -98,5 +98,22 @@ def test_triton_never_waits_for_the_device(call):
     where = places(counts, read, write, TRITON_DEVICE)
     with nothing_waits():
         lightning_attention_slots(*args, backend="triton", **where)
-    with pytest.raises((AssertionError, RuntimeError)), nothing_waits():
-        where["cu_seqlens"].tolist()
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.tolist(),
+        lambda x: x[0].item(),
+        lambda x: int(x[0]),
+        lambda x: bool(x[0]),
+        lambda x: x[x > 0],
+    ],
+    ids=["tolist", "item", "int", "bool", "boolean index"],
+)
+def test_what_would_wait_is_noticed(read):
+    x = torch.arange(3, device=TRITON_DEVICE)
+    with pytest.raises((AssertionError, RuntimeError), match="wait|synchroniz"), nothing_waits():
+        read(x)
