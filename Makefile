@@ -15,7 +15,7 @@ define make-venv
 $(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 $(PYTHON) -m venv --clear $(@D)
 endef
-PIP-INSTALL = $(@D)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check
+PIP-INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check
 
 # torch alone, after the lock, which has everything both of its builds need: pip then takes the build for the CPU
 # wherever one is offered, and adds nothing to it; the build for CUDA brings its own libraries.
