@@ -73,8 +73,9 @@ class CacheStorage:
     def _new_pages(self, device: torch.device, pages: int) -> KVPages:
         config, size = self.config, self.config.block_spec.block_size
         rows = (size, size, *_compressed_per_page(config))
+        assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
         width = (config.num_key_value_heads, config.head_dim)
-        return KVPages(*(_zeros((pages, n, *width), self.dtype, device) for n in rows))  # type: ignore[arg-type]
+        return KVPages(*(_zeros((pages, n, *width), self.dtype, device) for n in rows))
 
     def _new_slots(self, device: torch.device, slots: int) -> Tensor:
         config = self.config

@@ -202,7 +202,8 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """Add a line to the metrics."""
         if self._metrics is None:
-            self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115 -- open for as long as the run lasts
+            # open for as long as the run lasts
+            self._metrics = open(self.path / "metrics.jsonl", "a")  # noqa: SIM115
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
 
