@@ -108,7 +108,7 @@ class Snapshot:
     """A point a cache can return to, at any time: it holds the pages and states it needs."""
 
     lengths: list[int]
-    columns: int
+    padded_length: int
     announced: list[int] | None
     held: Rows
 
@@ -130,7 +130,8 @@ class SALACache(Cache):
     def __init__(self, config: MiniCPMSALAConfig, *, record_past: bool = False) -> None:
         super().__init__(layers=[])
         self.config, self.record_past = config, record_past
-        self.columns = 0  # tokens of the rectangle seen, padding included: what transformers calls the length
+        # tokens of the rectangle seen, padding included: what transformers calls the length
+        self.padded_length = 0
         self._store = _Store(config)
         self._held = Rows(self._store, [])
         self._announced: list[int] | None = None
@@ -188,18 +189,18 @@ class SALACache(Cache):
             return
         batch, length = given.shape[:2]
         whole = length if mask is None else max(length, mask.shape[1])
-        if whole <= self.columns:
+        if whole <= self.padded_length:
             raise ValueError(
-                f"the cache already holds {self.columns} tokens and the prompt has {whole}: give the "
+                f"the cache already holds {self.padded_length} tokens and the prompt has {whole}: give the "
                 "whole text, "
                 "at least one token longer than what the cache holds"
             )
         if ids is not None and length == whole:
             self._check_beginning(ids, mask)
         if mask is not None:
-            new = [int(n) for n in mask[:, self.columns :].sum(1).tolist()]
+            new = [int(n) for n in mask[:, self.padded_length :].sum(1).tolist()]
         else:
-            new = [whole - self.columns] * batch
+            new = [whole - self.padded_length] * batch
         self.begin_prompt(new, new_tokens)
         self._prompt = whole
 
@@ -207,8 +208,8 @@ class SALACache(Cache):
         for n, row in enumerate(self.rows[: ids.shape[0]]):
             if row.ids is None:
                 continue
-            past = ids[n, : self.columns]
-            past = past if mask is None else past[mask[n, : self.columns].bool()]
+            past = ids[n, : self.padded_length]
+            past = past if mask is None else past[mask[n, : self.padded_length].bool()]
             if past.tolist() != list(row.ids):
                 raise ValueError(
                     f"row {n} of the cache holds other tokens than the beginning of the prompt: use a "
@@ -256,17 +257,18 @@ class SALACache(Cache):
 
     # --- a forward call ---
 
-    def begin_call(self, batch: int, columns: int) -> None:
-        """Start a forward call of `[batch, columns]` tokens.
+    def begin_call(self, batch: int, padded_length: int) -> None:
+        """Start a forward call of `[batch, padded_length]` tokens.
 
         Raises:
             ValueError: another number of rows than the cache holds; the whole of a prompt of which it holds a
                 part.
         """
         self._check_rows(batch)
-        if 0 < self.columns < self._prompt <= columns:
+        if 0 < self.padded_length < self._prompt <= padded_length:
             raise ValueError(
-                f"{self._prompt - self.columns} tokens of the prompt are left to read and {columns} came: "
+                f"{self._prompt - self.padded_length} tokens of the prompt are left to read and "
+                f"{padded_length} came: "
                 "what the "
                 "cache holds would be read twice (this version of transformers is not supported)"
             )
@@ -327,7 +329,7 @@ class SALACache(Cache):
         storage.copy_pages(copies)
         return storage
 
-    def commit(self, counts: Sequence[int], columns: int, ids: Sequence[array] | None) -> None:
+    def commit(self, counts: Sequence[int], padded_length: int, ids: Sequence[array] | None) -> None:
         """Make the changes of a finished call valid: `counts[b]` tokens for row b, whose ids (if known) are
         `ids[b]`."""
         assert self._call is not None, "begin_call comes first"
@@ -342,7 +344,7 @@ class SALACache(Cache):
         if self._before is not None:
             self._before.close()
         self._before, self._recorded = before, call.recorded
-        self.columns += columns
+        self.padded_length += padded_length
         if self._reserve and max(self.lengths) > self._reserve:
             self._reserve = 0
 
@@ -355,7 +357,7 @@ class SALACache(Cache):
         size = self.config.block_spec.block_size
         for row in self.rows:
             self._trim(row, -(-row.length // size))
-        if not self.columns:
+        if not self.padded_length:
             self._held = Rows(self._store, [])
 
     def _trim(self, row: Row, pages: int) -> None:
@@ -383,16 +385,16 @@ class SALACache(Cache):
     # --- what transformers asks of a cache ---
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
+        return self.padded_length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.padded_length + query_length, 0
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return self.columns > 0
+        return self.padded_length > 0
 
     @property
     def batch_size(self) -> int:
@@ -434,10 +436,10 @@ class SALACache(Cache):
         self.discard()
         self._put(Rows(self._store, []), 0, None)
 
-    def _put(self, held: Rows, columns: int, announced: list[int] | None) -> None:
+    def _put(self, held: Rows, padded_length: int, announced: list[int] | None) -> None:
         """Take over rows that are held already in place of those there are."""
         self._held.close()
-        self._held, self.columns, self._announced = held, columns, announced
+        self._held, self.padded_length, self._announced = held, padded_length, announced
         self._reserve = self._prompt = 0
         if self._before is not None:
             self._before.close()
@@ -451,15 +453,15 @@ class SALACache(Cache):
         ValueError, and the cache is unchanged: take a `snapshot` at points you want to return to.
         """
         tokens_to_remove = int(tokens_to_remove)  # prompt lookup of transformers 5.17 brings a tensor
-        if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
+        if tokens_to_remove > 0 or -tokens_to_remove > self.padded_length:
             raise ValueError(
-                f"crop takes {-self.columns} (all tokens held) to 0, got {tokens_to_remove}: "
+                f"crop takes {-self.padded_length} (all tokens held) to 0, got {tokens_to_remove}: "
                 "crop(-n) removes the last n tokens"
             )
         if tokens_to_remove == 0:
             return
         removed = -tokens_to_remove
-        if removed == self.columns:
+        if removed == self.padded_length:
             self.reset()
             return
         before = self._before
@@ -492,7 +494,7 @@ class SALACache(Cache):
             row.length -= removed
             row.ids = None if row.ids is None else row.ids[: row.length]
             self._trim(row, -(-row.length // size))
-        self.columns -= removed
+        self.padded_length -= removed
         if self._announced is not None:
             self._announced = [min(a, n) for a, n in zip(self._announced, self.lengths, strict=True)]
 
@@ -517,7 +519,7 @@ class SALACache(Cache):
     def _select_rows(self, rows: list[int]) -> None:
         held = Rows(self._store, [_copy(self.rows[r]) for r in rows])
         announced = None if self._announced is None else [self._announced[r] for r in rows]
-        self._put(held, self.columns, announced)
+        self._put(held, self.padded_length, announced)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take row beam_idx[b] as the new row b (beam search)."""
@@ -534,7 +536,7 @@ class SALACache(Cache):
     def snapshot(self) -> Snapshot:
         """A point to `restore` later; it shares pages and states, nothing is copied."""
         held = Rows(self._store, [_copy(row) for row in self.rows])
-        return Snapshot(self.lengths, self.columns, self._announced, held)
+        return Snapshot(self.lengths, self.padded_length, self._announced, held)
 
     def restore(self, point: Snapshot) -> None:
         """Go back to a snapshot of this cache or of one it was forked from, exactly.
@@ -549,14 +551,14 @@ class SALACache(Cache):
             )
         self.discard()
         held = Rows(self._store, [_copy(row) for row in point.held.rows])
-        self._put(held, point.columns, point.announced)
+        self._put(held, point.padded_length, point.announced)
 
     def fork(self) -> "SALACache":
         """A cache that goes on from here by itself; both share what they have in common."""
         twin = SALACache(self.config, record_past=self.record_past)
         twin._store = self._store
         twin._held = Rows(self._store, [_copy(row) for row in self.rows])
-        twin.columns, twin._announced = self.columns, self._announced
+        twin.padded_length, twin._announced = self.padded_length, self._announced
         return twin
 
     def num_bytes(self, allocated: bool = False) -> int:

@@ -505,9 +505,9 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         cache.announce(
             ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), given["max_new_tokens"] or 0
         )
-        before = cache.columns
+        before = cache.padded_length
         output = super().generate(inputs, generation_config, **kwargs, **{CACHE_ARGUMENT: cache})
-        if cache.columns == before:
+        if cache.padded_length == before:
             raise RuntimeError(
                 "the model never saw the cache that generate was given, so its answer is worth nothing: "
                 "this version of transformers is not supported"

@@ -77,7 +77,7 @@ def test_crop_refuses_without_recording_and_leaves_the_cache_alone():
     )
     cache.crop(0)
     cache.crop(-155)
-    assert cache.columns == 0 and cache.num_bytes() == 0
+    assert cache.padded_length == 0 and cache.num_bytes() == 0
 
 
 @pytest.mark.parametrize("dropped", [1, 7, 20])
@@ -222,7 +222,7 @@ def test_an_interrupted_call_changes_nothing(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         following(model, cache, tokens(30, seed=8))
     handle.remove()
-    assert cache.lengths == [150] and cache.columns == 150
+    assert cache.lengths == [150] and cache.padded_length == 150
     torch.testing.assert_close(following(model, cache, ids[:, :9]), expected)
 
 

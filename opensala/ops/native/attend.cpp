@@ -20,7 +20,7 @@ struct Problem {
   const float* q;
   Rows k, v;  // of head 0
   const int32_t* blocks;  // [T, Hkv, K]; null: each query attends to all blocks up to its own
-  int64_t tokens, length, heads, kv_heads, dim, value_dim, chosen, size;
+  int64_t tokens, length, heads, kv_heads, dim, value_dim, num_blocks, block_size;
   int64_t k_head, v_head;  // elements from head to head; q is contiguous [T, Hq, D]
   float factor;  // scale * log2(e)
   float *out = nullptr, *lse = nullptr;  // [T, Hq, E] and, if wanted, [T, Hq]
@@ -28,7 +28,7 @@ struct Problem {
   int64_t group() const { return heads / (kv_heads * slices); }
   int64_t kv_head(int64_t head) const { return head / slices; }
   int64_t position(int64_t t) const { return length - tokens + t; }
-  int64_t blocks_up_to(int64_t t) const { return position(t) / size + 1; }
+  int64_t blocks_up_to(int64_t t) const { return position(t) / block_size + 1; }
 };
 
 // Queries of a tile: those listed, or all from one on.
@@ -47,9 +47,9 @@ struct Pairs {
     start.assign(total + 2, 0);
     auto each = [&](auto&& use) {
       for (int64_t t = first; t < last; ++t) {
-        const int32_t* row = p.blocks + (t * p.kv_heads + p.kv_head(head)) * p.chosen;
-        int64_t own = p.position(t) / p.size;
-        for (int64_t i = 0; i < p.chosen; ++i)
+        const int32_t* row = p.blocks + (t * p.kv_heads + p.kv_head(head)) * p.num_blocks;
+        int64_t own = p.position(t) / p.block_size;
+        for (int64_t i = 0; i < p.num_blocks; ++i)
           if (row[i] >= 0 && row[i] <= own) use(row[i], t - first);
       }
     };
@@ -60,7 +60,7 @@ struct Pairs {
   }
   Queries of(const Problem& p, int64_t block, int64_t first, int64_t last) const {
     if (p.blocks) return {query.data() + start[block], 0, start[block + 1] - start[block]};
-    int64_t begin = std::max<int64_t>(0, block * p.size - p.position(first));
+    int64_t begin = std::max<int64_t>(0, block * p.block_size - p.position(first));
     return {nullptr, begin, last - first - begin};
   }
 };
@@ -76,11 +76,11 @@ struct Batch {
 
 template <typename Use>
 void for_each_batch(const Problem& p, const Queries& queries, int64_t block, int64_t first, const Use& use) {
-  int64_t group = p.group(), base = block * p.size;
+  int64_t group = p.group(), base = block * p.block_size;
   Batch rows;
   for (int64_t i = 0; i < queries.count; ++i) {
     int64_t t = queries[i];
-    int64_t seen = std::min<int64_t>(p.size, p.position(first + t) + 1 - base);
+    int64_t seen = std::min<int64_t>(p.block_size, p.position(first + t) + 1 - base);
     for (int64_t g = 0; g < group; ++g) {
       rows.index[rows.count] = int32_t(t * group + g);
       rows.seen[rows.count++] = int32_t(seen);
@@ -94,7 +94,7 @@ void for_each_batch(const Problem& p, const Queries& queries, int64_t block, int
 struct Block {
   int64_t base, keys;
   Block(const Problem& p, int64_t block, int64_t last)
-      : base(block * p.size), keys(std::min(p.size, p.position(last - 1) + 1 - base)) {}
+      : base(block * p.block_size), keys(std::min(p.block_size, p.position(last - 1) + 1 - base)) {}
 };
 
 // Keys a row does not see get -inf.
@@ -104,7 +104,7 @@ void hide(float* row, int64_t seen, int64_t padded) {
 
 void forward_tile(const Problem& p, int64_t first, int64_t last, int64_t head) {
   int64_t group = p.group(), rows_in_tile = (last - first) * group;
-  int64_t padded = round_up(p.size, W), width = round_up(p.value_dim, W);
+  int64_t padded = round_up(p.block_size, W), width = round_up(p.value_dim, W);
   Scratch keys(p.dim * padded), values(padded * width), scores(BATCH * padded), result(rows_in_tile * width);
   Scratch peaks(rows_in_tile), sums(rows_in_tile);
   std::fill_n(result.data, rows_in_tile * width, 0.0f);
@@ -169,7 +169,7 @@ struct Gradients {
 
 void backward_tile(const Problem& p, const Gradients& g, int64_t first, int64_t last, int64_t head) {
   int64_t group = p.group(), rows_in_tile = (last - first) * group;
-  int64_t padded = round_up(p.size, W), width = round_up(p.value_dim, W), inner = round_up(p.dim, W);
+  int64_t padded = round_up(p.block_size, W), width = round_up(p.value_dim, W), inner = round_up(p.dim, W);
   Scratch keys_t(p.dim * padded), values_t(p.value_dim * padded), keys(padded * inner), dq(rows_in_tile * inner);
   Scratch weights(BATCH * padded), slopes(BATCH * padded), q_rows(BATCH * inner), g_rows(BATCH * width);
   Scratch dk(padded * inner), dv(padded * width);
@@ -233,8 +233,8 @@ constexpr int64_t SHARED = 32;  // queries of a tile that a block should have, f
 
 // Queries of a tile: some tiles for each thread, but where blocks are many (a long context) rather fewer and larger ones.
 int64_t tile_queries(const Problem& p, int64_t tokens_of_call, int64_t rows, int64_t threads) {
-  int64_t share = (tokens_of_call * p.kv_heads + threads - 1) / threads, blocks = (p.length + p.size - 1) / p.size;
-  int64_t shared = p.blocks ? SHARED * blocks / p.chosen : SHARED;
+  int64_t share = (tokens_of_call * p.kv_heads + threads - 1) / threads, blocks = (p.length + p.block_size - 1) / p.block_size;
+  int64_t shared = p.blocks ? SHARED * blocks / p.num_blocks : SHARED;
   int64_t wanted = std::max((share + 3) / 4, std::min(share, shared));
   return std::max<int64_t>(1, std::min(rows / p.group() + 1, wanted));
 }
@@ -245,7 +245,7 @@ struct Unit {
   int64_t first, last, head;
   int64_t cost() const {  // multiplications at most, of queries with keys
     int64_t blocks = p->blocks_up_to(last - 1);
-    return (last - first) * (p->blocks ? std::min(blocks, p->chosen) : blocks) * p->size * p->group() * p->dim;
+    return (last - first) * (p->blocks ? std::min(blocks, p->num_blocks) : blocks) * p->block_size * p->group() * p->dim;
   }
 };
 
@@ -286,11 +286,11 @@ void forward_all(std::vector<Problem>& problems, int64_t tile_rows, int64_t thre
 
 extern "C" void opensala_attend_forward(
     const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, float* out, float* lse,
-    int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t chosen,
+    int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t num_blocks,
     int64_t size, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float factor, int64_t tile_rows,
     int64_t threads) {
   std::vector<Problem> one{{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim,
-                            chosen, size, k_head, v_head, factor, out, lse}};
+                            num_blocks, size, k_head, v_head, factor, out, lse}};
   forward_all(one, tile_rows, threads);
 }
 
@@ -299,7 +299,7 @@ extern "C" void opensala_attend_forward(
 extern "C" void opensala_attend_paged(
     const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, float* out, const int32_t* cu_seqlens,
     const int32_t* lengths, const int32_t* pages, const int32_t* sparse, int64_t sequences, int64_t table_width, int64_t heads,
-    int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t chosen, int64_t size, int64_t k_page, int64_t k_token,
+    int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t num_blocks, int64_t size, int64_t k_page, int64_t k_token,
     int64_t k_head, int64_t v_page, int64_t v_token, int64_t v_head, float factor, int64_t tile_rows, int64_t threads) {
   PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
   std::vector<Problem> problems;
@@ -308,8 +308,8 @@ extern "C" void opensala_attend_paged(
     int64_t begin = cu_seqlens[n];
     problems.push_back({q + begin * heads * dim, table.rows(n, k, kind, k_page, k_token, size),
                         table.rows(n, v, kind, v_page, v_token, size),
-                        blocks && sparse[n] ? blocks + begin * kv_heads * chosen : nullptr, table.tokens(n), lengths[n], heads,
-                        kv_heads, dim, value_dim, chosen, size, k_head, v_head, factor, out + begin * heads * value_dim});
+                        blocks && sparse[n] ? blocks + begin * kv_heads * num_blocks : nullptr, table.tokens(n), lengths[n], heads,
+                        kv_heads, dim, value_dim, num_blocks, size, k_head, v_head, factor, out + begin * heads * value_dim});
   }
   forward_all(problems, tile_rows, threads);
 }
@@ -319,9 +319,9 @@ extern "C" void opensala_attend_paged(
 extern "C" void opensala_attend_backward(
     const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, const float* grad, const float* lse,
     const float* delta, float* dq, float* dk, float* dv, int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads,
-    int64_t dim, int64_t value_dim, int64_t chosen, int64_t size, int64_t k_token, int64_t k_head, int64_t v_token,
+    int64_t dim, int64_t value_dim, int64_t num_blocks, int64_t size, int64_t k_token, int64_t k_head, int64_t v_token,
     int64_t v_head, float factor, int64_t tile_rows, int64_t parts, int64_t threads) {
-  Problem p{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim, chosen, size, k_head, v_head, factor};
+  Problem p{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim, num_blocks, size, k_head, v_head, factor};
   int64_t step = tile_queries(p, tokens, tile_rows, threads), tiles = (tokens + step - 1) / step;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t unit = 0; unit < parts * kv_heads; ++unit) {

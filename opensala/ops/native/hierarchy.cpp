@@ -144,7 +144,7 @@ class RegionTile : public Scorer {
     pairs_.clear();
     std::vector<char> taken(padded_);
     for (int64_t t = 0; t < queries(); ++t) {
-      int64_t n = complete(t), all = s_.position(first_ + t) / s_.size / REGION;
+      int64_t n = complete(t), all = s_.position(first_ + t) / s_.block_size / REGION;
       for (int64_t r = n; r <= all; ++r) pairs_.push_back({int32_t(r), int32_t(t)});  // not complete: always looked into
       if (n <= budget_) {
         for (int64_t r = 0; r < n; ++r) pairs_.push_back({int32_t(r), int32_t(t)});
@@ -160,7 +160,7 @@ class RegionTile : public Scorer {
       best_regions(t, n, budget_ - budget_ / 2, taken, [&](int64_t row, int64_t r) { return load(bound_.data + row * padded_ + r); });
     }
     // Counting sort by region; within a region the queries stay in order.
-    start_.assign(s_.position(last_ - 1) / s_.size / REGION + 3, 0);
+    start_.assign(s_.position(last_ - 1) / s_.block_size / REGION + 3, 0);
     for (auto [region, t] : pairs_) ++start_[region + 2];
     for (size_t r = 2; r < start_.size(); ++r) start_[r] += start_[r - 1];
     by_region_.resize(pairs_.size());
@@ -185,7 +185,7 @@ class RegionTile : public Scorer {
 
   void score() {
     int64_t group = s_.group(), columns = W * s_.ratio(), windows = visible(queries() - 1);
-    int64_t blocks = s_.position(last_ - 1) / s_.size + 1, together = std::max<int64_t>(1, CHUNK / group);
+    int64_t blocks = s_.position(last_ - 1) / s_.block_size + 1, together = std::max<int64_t>(1, CHUNK / group);
     for (int64_t t = 0; t < queries(); ++t) std::fill_n(scores_.data + t * row_stride_, row_stride_, -INF);
     for (int64_t first_block = 0; first_block < blocks; first_block += REGION) {
       int64_t a = start_[first_block / REGION], b = start_[first_block / REGION + 1];
@@ -233,9 +233,9 @@ void select_all(const std::vector<Selection>& selections, int64_t budget, int64_
 extern "C" void opensala_select_regions(
     const float* q, const void* k1, int64_t kind, int32_t* out, int64_t tokens, int64_t first, int64_t heads, int64_t kv_heads,
     int64_t dim, int64_t k1_window, int64_t k1_head, int64_t size, int64_t stride, int64_t kernel, int64_t init,
-    int64_t window_blocks, int64_t chosen, float factor, int64_t budget, int64_t tile_rows, int64_t threads) {
+    int64_t window_blocks, int64_t num_blocks, float factor, int64_t budget, int64_t tile_rows, int64_t threads) {
   Selection s{q,    {k1, kind, k1_window}, {}, k1_head, 0, tokens, first, heads, kv_heads, dim, size, stride, kernel, init,
-              window_blocks, chosen, false, factor, out};
+              window_blocks, num_blocks, false, factor, out};
   select_all({s}, budget, tile_rows, threads);
 }
 
@@ -244,9 +244,9 @@ extern "C" void opensala_select_regions_paged(
     const float* q, const void* k1, int64_t kind, int32_t* out, const int32_t* cu_seqlens, const int32_t* lengths,
     const int32_t* pages, const int32_t* sparse, int64_t sequences, int64_t table_width, int64_t heads, int64_t kv_heads,
     int64_t dim, int64_t k1_page, int64_t k1_window, int64_t k1_head, int64_t size, int64_t stride, int64_t kernel,
-    int64_t init, int64_t window_blocks, int64_t chosen, float factor, int64_t budget, int64_t tile_rows, int64_t threads) {
+    int64_t init, int64_t window_blocks, int64_t num_blocks, float factor, int64_t budget, int64_t tile_rows, int64_t threads) {
   Selection like{q,    {k1, kind, k1_window}, {}, k1_head, 0, 0, 0, heads, kv_heads, dim, size, stride, kernel, init,
-                 window_blocks, chosen, false, factor, out};
+                 window_blocks, num_blocks, false, factor, out};
   PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
   select_all(paged_selections(table, like, k1_page, 0), budget, tile_rows, threads);
 }

@@ -71,7 +71,7 @@ class Tile : public Scorer {
   // Block scores: maximum over the windows that touch the block of the probabilities summed over heads.
   void score_blocks() {
     int64_t group = s_.group(), columns = W * s_.ratio(), queries = last_ - first_;
-    int64_t windows = visible(queries - 1), blocks = s_.position(last_ - 1) / s_.size + 1;
+    int64_t windows = visible(queries - 1), blocks = s_.position(last_ - 1) / s_.block_size + 1;
     std::fill_n(carry_.data, queries * W, -INF);
     int64_t together = std::max<int64_t>(1, CHUNK / group);
     for (int64_t block = 0; block < blocks; block += W) {
@@ -101,14 +101,14 @@ void select_all(const std::vector<Selection>& selections, int64_t tile_rows, int
 
 }  // namespace
 
-// Queries at positions first ... first + tokens - 1; out `[T, Hkv, chosen]`, ascending, padded with -1.
+// Queries at positions first ... first + tokens - 1; out `[T, Hkv, num_blocks]`, ascending, padded with -1.
 extern "C" void opensala_select(
     const float* q, const void* k1, const void* k2, int64_t kind, int32_t* out, int64_t tokens, int64_t first, int64_t heads,
     int64_t kv_heads, int64_t dim, int64_t k1_window, int64_t k1_head, int64_t k2_window, int64_t k2_head, int64_t size,
-    int64_t stride, int64_t kernel, int64_t init, int64_t window_blocks, int64_t chosen, int64_t coarse, float factor,
+    int64_t stride, int64_t kernel, int64_t init, int64_t window_blocks, int64_t num_blocks, int64_t coarse, float factor,
     int64_t tile_rows, int64_t threads) {
   Selection s{q,    {k1, kind, k1_window}, {k2, kind, k2_window}, k1_head, k2_head, tokens, first, heads, kv_heads, dim, size,
-              stride, kernel, init, window_blocks, chosen, coarse != 0, factor, out};
+              stride, kernel, init, window_blocks, num_blocks, coarse != 0, factor, out};
   select_all({s}, tile_rows, threads);
 }
 
@@ -117,10 +117,10 @@ extern "C" void opensala_select_paged(
     const float* q, const void* k1, const void* k2, int64_t kind, int32_t* out, const int32_t* cu_seqlens,
     const int32_t* lengths, const int32_t* pages, const int32_t* sparse, int64_t sequences, int64_t table_width, int64_t heads,
     int64_t kv_heads, int64_t dim, int64_t k1_page, int64_t k1_window, int64_t k1_head, int64_t k2_page, int64_t k2_window,
-    int64_t k2_head, int64_t size, int64_t stride, int64_t kernel, int64_t init, int64_t window_blocks, int64_t chosen,
+    int64_t k2_head, int64_t size, int64_t stride, int64_t kernel, int64_t init, int64_t window_blocks, int64_t num_blocks,
     int64_t coarse, float factor, int64_t tile_rows, int64_t threads) {
   Selection like{q,    {k1, kind, k1_window}, {k2, kind, k2_window}, k1_head, k2_head, 0, 0, heads, kv_heads, dim, size,
-                 stride, kernel, init, window_blocks, chosen, coarse != 0, factor, out};
+                 stride, kernel, init, window_blocks, num_blocks, coarse != 0, factor, out};
   PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
   select_all(paged_selections(table, like, k1_page, k2_page), tile_rows, threads);
 }

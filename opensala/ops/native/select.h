@@ -15,12 +15,12 @@ struct Selection {
   Rows k1, k2;              // compressed keys of head 0, a row a window
   int64_t k1_head, k2_head;  // elements from head to head
   int64_t tokens, first, heads, kv_heads, dim;     // first: position of query 0
-  int64_t size, stride, kernel, init, window_blocks, chosen;
+  int64_t block_size, stride, kernel, init, window_blocks, num_blocks;
   bool coarse;
   float factor;  // scale * log2(e)
-  int32_t* out;  // [T, Hkv, chosen], ascending, padded with -1
+  int32_t* out;  // [T, Hkv, num_blocks], ascending, padded with -1
   int64_t group() const { return heads / kv_heads; }
-  int64_t ratio() const { return size / stride; }
+  int64_t ratio() const { return block_size / stride; }
   int64_t position(int64_t t) const { return first + t; }
 };
 
@@ -29,7 +29,7 @@ struct Unit {
   const Selection* s;
   int64_t first, last, head;
   int64_t cost() const { return (last - first) * s->position(last - 1); }
-  int64_t blocks() const { return s->position(last - 1) / s->size + 1; }
+  int64_t blocks() const { return s->position(last - 1) / s->block_size + 1; }
 };
 
 // Full windows that end at or before a position.
@@ -189,20 +189,20 @@ class Scorer {
 
   void choose() {
     for (int64_t t = first_; t < last_; ++t) {
-      int64_t own = s_.position(t) / s_.size;
+      int64_t own = s_.position(t) / s_.block_size;
       best_.choose(scores_.data + (t - first_) * row_stride_, own + 1, std::min(s_.init, own + 1),
-                   std::max<int64_t>(0, own - s_.window_blocks), s_.chosen, s_.out + (t * s_.kv_heads + head_) * s_.chosen);
+                   std::max<int64_t>(0, own - s_.window_blocks), s_.num_blocks, s_.out + (t * s_.kv_heads + head_) * s_.num_blocks);
     }
   }
 };
 
 // As long as there is room for all blocks, all are taken: fills those rows and returns how many queries they are.
 static inline int64_t take_all(const Selection& s) {
-  int64_t everything = std::min(s.tokens, std::max<int64_t>(0, s.chosen * s.size - s.first));
+  int64_t everything = std::min(s.tokens, std::max<int64_t>(0, s.num_blocks * s.block_size - s.first));
   for (int64_t t = 0; t < everything; ++t)
     for (int64_t h = 0; h < s.kv_heads; ++h)
-      for (int64_t i = 0; i < s.chosen; ++i)
-        s.out[(t * s.kv_heads + h) * s.chosen + i] = i <= (s.first + t) / s.size ? int32_t(i) : -1;
+      for (int64_t i = 0; i < s.num_blocks; ++i)
+        s.out[(t * s.kv_heads + h) * s.num_blocks + i] = i <= (s.first + t) / s.block_size ? int32_t(i) : -1;
   return everything;
 }
 
@@ -230,13 +230,13 @@ static inline std::vector<Selection> paged_selections(const PageTable& table, co
   std::vector<Selection> selections;
   for (int64_t n = 0; n < table.sequences; ++n) {
     int64_t begin = table.cu_seqlens[n], tokens = table.tokens(n);
-    int32_t* out = like.out + begin * like.kv_heads * like.chosen;
-    if (!table.sparse[n]) std::fill_n(out, tokens * like.kv_heads * like.chosen, -1);
+    int32_t* out = like.out + begin * like.kv_heads * like.num_blocks;
+    if (!table.sparse[n]) std::fill_n(out, tokens * like.kv_heads * like.num_blocks, -1);
     if (!table.sparse[n] || !tokens) continue;
     Selection s = like;
     s.q += begin * s.heads * s.dim, s.tokens = tokens, s.first = table.lengths[n] - tokens, s.out = out;
-    s.k1 = table.rows(n, s.k1.data, s.k1.kind, k1_page, s.k1.stride, s.size, s.stride, s.kernel - 1);
-    s.k2 = table.rows(n, s.k2.data, s.k2.kind, k2_page, s.k2.stride, s.size, 4 * s.stride, 4 * s.kernel - 1);
+    s.k1 = table.rows(n, s.k1.data, s.k1.kind, k1_page, s.k1.stride, s.block_size, s.stride, s.kernel - 1);
+    s.k2 = table.rows(n, s.k2.data, s.k2.kind, k2_page, s.k2.stride, s.block_size, 4 * s.stride, 4 * s.kernel - 1);
     selections.push_back(s);
   }
   return selections;
