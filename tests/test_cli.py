@@ -1,6 +1,7 @@
 """The command line: what goes where, and one line with exit code 2 for every kind of bad input."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def refuse(monkeypatch, capsys, message, *arguments):
         (["ask", "DOC"], "Missing option '--question'"),
         (["ask", "DOC", "-q", "x", "--topk", "3"], "No such option: --topk"),
         (["ask", "DOC", "-q", "x", "--max-new-tokens", "many"], "Invalid value for '--max-new-tokens'"),
-        (["ask", "DOC", "-q", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["ask", "DOC", "-q", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["ask", "DOC", "-q", "x", "--attention-mode", "sprse"], "Did you mean 'sparse'?"),
         (["ask", "DOC", "-q", "x", "--dtype", "int3"], "dtype must be"),
         (["ask", "DOC", "-q", "x", "--device", "tpu"], "device must be"),
@@ -177,7 +178,14 @@ def test_a_question_beyond_the_models_limit(monkeypatch, capsys, document, tmp_p
 
 def test_a_prompt_beyond_memory(monkeypatch, capsys, document):
     monkeypatch.setattr("opensala.engine.memory.available_bytes", lambda device: 1 << 20)
-    refuse(monkeypatch, capsys, "bytes on cpu, 0 are available", "ask", document, "-q", QUESTION)
+    refuse(monkeypatch, capsys, "0 bytes are available for texts on cpu", "ask", document, "-q", QUESTION)
+    monkeypatch.setattr("opensala.engine.memory.available_bytes", lambda device: 226_000_000)
+    message = (
+        r"a prompt of 3,\d+ tokens and an answer of up to 64 need [\d,]+ bytes of cache on cpu, the "
+        r"engine has"
+    )
+    code, out, err = run(monkeypatch, capsys, "ask", document, "-q", QUESTION)
+    assert code == 2 and out == "" and re.search(message, err) and "shorten the document" in err
 
 
 @pytest.mark.parametrize("kind", ["wrong mixers", "heads", "corrupt", "pickle", "other model"])
@@ -213,7 +221,7 @@ def test_ctrl_c_leaves_cleanly(monkeypatch, capsys, document):
     def interrupt(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("opensala.engine.generate.prefill", interrupt)
+    monkeypatch.setattr("opensala.engine.runner.Runner.run", interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code, out, err = run(monkeypatch, capsys, "ask", document, "-q", QUESTION)
     assert (

@@ -150,7 +150,8 @@ class Engine:
         most = 16 * max(1 << 20, self.config.max_position_embeddings) // size
         if pages < 2:
             raise ValueError(
-                f"{budget:,} bytes hold no text: a page takes {page:,} bytes and the states of "
+                f"{budget:,} bytes are available for texts on {self.device.type}, which hold none: a page "
+                f"takes {page:,} bytes and the states of "
                 f"{options.max_running} "
                 f"sequences {running * slot:,}; allow more memory or fewer sequences at a time"
             )

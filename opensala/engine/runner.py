@@ -48,6 +48,7 @@ class Runner:
         record = any(work.drafted for work in step.works)
         tokens = torch.tensor(ids, dtype=torch.int32).to(self.device)
         x = self.model.model.embed_tokens(tokens)[None] * self.model.config.scale_emb
+        self.model.model.say_attention((work.sparse for work in step.works), x)
         replayed = self.graphs.run(x, rows, record)
         if replayed is not None:
             hidden, self._batch = replayed

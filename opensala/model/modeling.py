@@ -135,7 +135,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.parallel: SequenceParallel | None = None  # set where rows are split over ranks
-        self._said: set[str] = set()
+        self._said: set[tuple[Any, ...]] = set()
         self.post_init()
 
     def forward(
@@ -194,7 +194,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
     def _learn(self, x: Tensor, call: "_Call", every: list[Tensor] | None) -> Tensor:
         """Whole sequences with gradients: normalised hidden states `[B, T, W]`."""
         layout = self._layout(call, x.device)
-        self._say(layout.sparse, x)
+        self.say_attention(layout.sparse, x)
         for layer in self.layers:
             if every is not None:
                 every.append(x)
@@ -214,7 +214,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
                 where = None
                 if call.places is not None or len(steps) > 1:
                     where = torch.cat([call.places_of(p.row)[p.offset : p.offset + p.count] for p in pieces])
-                self._say([p.sparse for p in pieces], x)
+                self.say_attention([p.sparse for p in pieces], x)
                 chosen = positions if positions is None or where is None else positions[where]
                 batch = cache.step(pieces, x, self.layer_devices(), chosen)
                 layers: list[Tensor] | None = None if every is None else []
@@ -308,14 +308,14 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         check_choice("attention_mode", self.config.attention_mode, ATTENTION_MODES)
         return [self.config.attends_sparsely(n) for n in lengths]
 
-    def _say(self, modes: Iterable[bool], like: Tensor) -> None:
-        """State once for each device and mode how the layers attend."""
+    def say_attention(self, modes: Iterable[bool], like: Tensor) -> None:
+        """State once for each mode (sparse or not), device and setting how the layers attend."""
         for sparse in set(modes):
-            line = describe_attention(self.config, "sparse" if sparse else "dense", like)
-            if line not in self._said:
-                self._said.add(line)
+            key = (sparse, like.device, self.config.attention_mode, self.config.block_search)
+            if key not in self._said:
+                self._said.add(key)
                 # shown without any logging set up: which attention runs is never a guess
-                logger.warning(line)
+                logger.warning(describe_attention(self.config, "sparse" if sparse else "dense", like))
 
 
 @dataclass
@@ -388,12 +388,12 @@ def describe_attention(config: MiniCPMSALAConfig, mode: str, like: Tensor) -> st
     how = (
         f"block-sparse, {spec.num_blocks} blocks of {spec.block_size}{search} ({backend})"
         if mode == "sparse"
-        else "dense (scaled_dot_product_attention)"
+        else "dense"
     )
     return (
         f"attention on {like.device.type}: {sparse} sparse layers {how}; "
         f"{config.num_hidden_layers - sparse} lightning layers "
-        f"chunked ({backend}); mode {config.attention_mode}, sparse from {config.dense_len} tokens"
+        f"({backend}); mode {config.attention_mode}, sparse from {config.dense_len} tokens"
     )
 
 

@@ -187,9 +187,7 @@ def test_mode_and_backend_are_said_once(caplog):
         wanted = [describe_attention(model.config, mode, torch.zeros(1)) for mode in ("dense", "sparse")]
     lines = [r.getMessage() for r in caplog.records if "sparse layers" in r.getMessage()]
     assert lines == wanted
-    assert (
-        "2 sparse layers block-sparse, 7 blocks of 16 (torch); 2 lightning layers chunked (torch)" in lines[1]
-    )
+    assert "2 sparse layers block-sparse, 7 blocks of 16 (torch); 2 lightning layers (torch)" in lines[1]
 
 
 class Rows(torch.utils.data.Dataset):
