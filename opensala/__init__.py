@@ -1,12 +1,11 @@
 """OpenSALA: MiniCPM-SALA hybrid sparse/linear language models, from conversion to million-token inference.
 
-Importing this package registers the model with transformers' Auto classes, and with lm-eval where that is
-used (without importing it). It needs no GPU and no extra.
+Importing this package registers the model with transformers' Auto classes. It needs no GPU and no extra.
 """
 
+from . import starting as _starting  # noqa: F401, I001 -- before what takes seconds to import
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from . import evaluate as _evaluate  # noqa: F401 -- makes the model known to lm-eval
 from .model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, MiniCPMSALAModel, SALACache
 
 __version__ = "0.1.0"

@@ -23,8 +23,7 @@ from transformers import __version__ as transformers_version
 
 from opensala.data.needles import needle_document
 from opensala.data.text import documents
-from opensala.engine import Engine
-from opensala.engine.probe import answer_all
+from opensala.engine import Engine, SamplingParams, load_engine
 from opensala.engine.progress import token_progress
 
 ROOT = Path(__file__).parents[1]
@@ -89,10 +88,9 @@ def measure(
         rng = random.Random(f"{seed} {kind.split()[0]} {length} {n}")  # the same documents for every search
         document = needle_document(engine.tokenizer, shuffled(texts, length * 5, rng), length, FACTS, rng)
         with token_progress(f"{kind} {length:,} #{n}", len(document.ids)) as advance:
-            answers = answer_all(
-                engine, document.ids, [t.question for t in document.trials], progress=advance
-            )
-        for trial, answer in zip(document.trials, answers, strict=True):
+            prompts = [document.ids + trial.question for trial in document.trials]
+            done = engine.generate(prompts, SamplingParams(max_tokens=24), on_read=advance)
+        for trial, answer in zip(document.trials, (c.text.strip() for c in done), strict=True):
             yield {
                 "length": length,
                 "kind": kind,
@@ -170,7 +168,7 @@ def main(
 ) -> None:
     torch.set_flush_denormal(True)
     if not report_only:
-        engine = Engine(model, block_search=search)
+        engine = load_engine(model, block_search=search)
         new = not ROWS.exists()
         ROWS.parent.mkdir(exist_ok=True)
         with open(ROWS, "a", newline="") as file:

@@ -1,6 +1,7 @@
 """The command line: what goes where, and one line with exit code 2 for every kind of bad input."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -127,12 +128,15 @@ def refuse(monkeypatch, capsys, message, *arguments):
         (["ask", "DOC"], "Missing option '--question'"),
         (["ask", "DOC", "-q", "x", "--topk", "3"], "No such option: --topk"),
         (["ask", "DOC", "-q", "x", "--max-new-tokens", "many"], "Invalid value for '--max-new-tokens'"),
-        (["ask", "DOC", "-q", "x", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["ask", "DOC", "-q", "x", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
         (["ask", "DOC", "-q", "x", "--attention-mode", "sprse"], "Did you mean 'sparse'?"),
         (["ask", "DOC", "-q", "x", "--dtype", "int3"], "dtype must be"),
         (["ask", "DOC", "-q", "x", "--device", "tpu"], "device must be"),
         (["ask", "DOC", "-q", "x", "--model", "./nowhere"], "./nowhere: no such checkpoint folder"),
         (["generate", ""], "the prompt is empty"),
+        (["ask", "", "-q", "x"], "a document's name is empty"),
+        (["ask", "DOC", "-q", "caf\udce9"], "the question is not valid UTF-8 (character 4)"),
+        (["generate", "caf\udce9"], "the prompt is not valid UTF-8 (character 4)"),
         (["answer"], "No such command 'answer'"),
         (["demo", "--tokens", "5"], "should be greater than or equal to 2048"),
     ],
@@ -143,7 +147,8 @@ def test_bad_input_ends_with_one_line_and_code_2(monkeypatch, capsys, document, 
 
 
 @pytest.mark.parametrize(
-    ("data", "message"), [(b"", "empty"), (b"\xff\xfe\x00x", "not UTF-8"), (b"a\0b", "binary")]
+    ("data", "message"),
+    [(b"", "empty"), (b"caf\xe9", "not UTF-8"), (b"\xff\xfe\x00\xd8x\0", "not UTF-16"), (b"a\0b", "binary")],
 )
 def test_undecodable_and_empty_documents(monkeypatch, capsys, tmp_path, data, message):
     (tmp_path / "doc").write_bytes(data)
@@ -173,7 +178,14 @@ def test_a_question_beyond_the_models_limit(monkeypatch, capsys, document, tmp_p
 
 def test_a_prompt_beyond_memory(monkeypatch, capsys, document):
     monkeypatch.setattr("opensala.engine.memory.available_bytes", lambda device: 1 << 20)
-    refuse(monkeypatch, capsys, "bytes on cpu, 0 are available", "ask", document, "-q", QUESTION)
+    refuse(monkeypatch, capsys, "0 bytes are available for texts on cpu", "ask", document, "-q", QUESTION)
+    monkeypatch.setattr("opensala.engine.memory.available_bytes", lambda device: 226_000_000)
+    message = (
+        r"a prompt of 3,\d+ tokens and an answer of up to 64 need [\d,]+ bytes of cache on cpu, the "
+        r"engine has"
+    )
+    code, out, err = run(monkeypatch, capsys, "ask", document, "-q", QUESTION)
+    assert code == 2 and out == "" and re.search(message, err) and "shorten the document" in err
 
 
 @pytest.mark.parametrize("kind", ["wrong mixers", "heads", "corrupt", "pickle", "other model"])
@@ -209,7 +221,7 @@ def test_ctrl_c_leaves_cleanly(monkeypatch, capsys, document):
     def interrupt(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("opensala.engine.generate.prefill", interrupt)
+    monkeypatch.setattr("opensala.engine.runner.Runner.run", interrupt)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code, out, err = run(monkeypatch, capsys, "ask", document, "-q", QUESTION)
     assert (

@@ -169,6 +169,8 @@ def test_command(command, folder, monkeypatch, capsys):
 def test_python_example(code, folder):
     """Run as written; the released model's name stands for the shipped model's folder, for want of a
     network."""
+    if "import lm_eval" in code:  # the environments of the oldest and newest dependencies are without it
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
     code = code.replace(f'"{HUB_NAME}"', repr(str(shipped_model()))).replace(', device_map="auto"', "")
     code = code.replace("torch.bfloat16", "torch.float32")
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -186,20 +188,26 @@ def test_the_python_page_prints_the_right_answers(folder):
         check=True,
         timeout=300,
     )
-    assert done.stdout.splitlines()[:2] == [" 48213", " Marla Quist"]
+    assert done.stdout.splitlines()[::2] == ["48213", "Marla Quist"]
 
 
 def test_the_table_of_phrasings_works(folder):
     """Each row of the README's table: the fact in a short document, the question, the right answer."""
-    from opensala.engine import Document, Engine, Sampling, ask
+    from opensala.engine import Document, SamplingParams, ask, load_engine
 
     rows = re.findall(r"^\| (.+?) \| ((?:What|Who) .+?) \|$", (ROOT / "README.md").read_text(), re.M)
     assert len(rows) == 5
-    engine, filler = Engine(), "Nothing of note happened that day.\n" * 40
+    engine, filler = load_engine(), "Nothing of note happened that day.\n" * 40
     for fact, question in rows:
         fact = re.sub(r" \(also .*", "", fact)
         expected = re.search(r"(\d{3,}|Orla Brandt)\.?$", fact).group(1)
-        result = ask(engine, [Document("d", f"{filler}{fact}\n{filler}")], question, Sampling(24), quiet=True)
+        result = ask(
+            engine,
+            [Document("d", f"{filler}{fact}\n{filler}")],
+            question,
+            SamplingParams(max_tokens=24),
+            quiet=True,
+        )
         assert result.text == expected, (fact, question, result.text)
 
 

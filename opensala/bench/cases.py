@@ -1,4 +1,4 @@
-"""The ops timed: each against its peers on the same tensors, with rows for the report and seconds for the
+"""The ops timed: each against its baselines on the same tensors, with rows for the report and seconds for the
 targets.
 
 Shapes: B = 1 row, T tokens, Hq query heads, Hkv kv heads, D head dim.
@@ -23,11 +23,11 @@ from ..ops import (
 )
 from ..ops.backends import Backend, use_backend
 from ..ops.sparse import num_windows
-from . import counts, peers
+from . import baselines, counts
 from .record import Report
 from .timing import Timing, Work, take_turns
 
-NAIVE_TOKENS = 1024  # the plain statements are for reading, not for running
+NAIVE_TOKENS = 1024  # the reference implementations are for reading, not for running
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def time_lightning(
     }
     if best != "torch":
         works["torch"] = lambda: lightning_attention(q, k, v, decay, backend="torch")
-    if device.type == "cuda" and peers.fla_installed():
-        theirs = peers.simple_gla(q, k, v, decay)
+    if device.type == "cuda" and baselines.fla_installed():
+        theirs = baselines.simple_gla(q, k, v, decay)
         works["fla simple_gla"] = theirs
         report.note(
             "fla simple_gla differs from ours by "
@@ -211,7 +211,7 @@ def time_sparse(
         "sparse_attention", best, ours["sparse_attention"], shape=str(shape), dtype=shape.dtype, flops=flops
     )
     dense = _time_dense(report, shape, q, k, v, budget, dense_most)
-    if device.type == "cuda" and peers.fla_installed():
+    if device.type == "cuda" and baselines.fla_installed():
         _time_fla(report, shape, q, k, v, blocks, budget)
     back = None
     if backward:
@@ -229,7 +229,7 @@ def time_sparse(
 
 
 def _check_rows(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, out: Tensor) -> None:
-    """A few rows of the output against the plain statement in float64, at the very size that is timed."""
+    """A few rows of the output against the reference implementation in float64, at the size that is timed."""
     tolerance = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[q.dtype]
     for end in {1, 65, q.shape[1] // 2 + 1, q.shape[1]}:
         row = slice(end - 1, end)
@@ -256,12 +256,12 @@ def _time_dense(
     fastest."""
     flops = counts.dense_flops(shape.tokens, shape.heads, shape.dim)
     if report.device.type == "cpu":
-        works: dict[str, Work] = {"": lambda: peers.dense_attention(q, k, v)}
+        works: dict[str, Work] = {"": lambda: baselines.dense_attention(q, k, v)}
     else:
-        usable, refused = peers.usable_kinds(q, k, v)
+        usable, refused = baselines.usable_kinds(q, k, v)
         for line in refused:
             report.note(f"dense attention, {line}")
-        works = {kind: partial(peers.dense_attention, q, k, v, kind) for kind in usable}
+        works = {kind: partial(baselines.dense_attention, q, k, v, kind) for kind in usable}
     timings = take_turns(works, report.device, budget, most=most)
     for kind, timing in timings.items():
         report.add(
@@ -281,8 +281,8 @@ def _time_fla(
     """flash-linear-attention's sparse attentions, as far as they accept these tensors."""
     ours = sparse_attention(q, k, v, blocks, shape.spec.block_size)
     makers = {
-        "fla nsa": lambda: peers.nsa(q, k, v, blocks, shape.spec.block_size),
-        "fla moba": lambda: peers.moba(q, k, v, shape.spec.block_size, shape.spec.num_blocks),
+        "fla nsa": lambda: baselines.nsa(q, k, v, blocks, shape.spec.block_size),
+        "fla moba": lambda: baselines.moba(q, k, v, shape.spec.block_size, shape.spec.num_blocks),
     }
     for name, make in makers.items():
         try:

@@ -7,47 +7,43 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor
 
-from ..data.facts import attribute_fact, format_question
+from ..data.facts import attribute_fact
+from ..data.prompts import PromptFormat
 from ..data.text import long_document, provenance
-from ..engine import Engine, Sampling
+from ..engine import Engine, SamplingParams, generate, load_engine
 from .twin import TwinTiming, build_dense, time_twin, twin_config
 
 
-def hide_fact(engine: Engine, tokens: int, rng: random.Random) -> tuple[Tensor, str, str, str, float]:
+def hide_fact(engine: Engine, tokens: int, rng: random.Random) -> tuple[list[int], str, str, str, float]:
     """A document of about `tokens` tokens of standard-library sources with one fact in it.
 
-    Returns prompt ids `[1, T]`, the statement, the question, the expected answer, and how deep (0 to 1) the
+    Returns prompt ids, the statement, the question, the expected answer, and how deep (0 to 1) the
     fact lies.
     """
     fact = attribute_fact(rng, attribute=rng.choice(("access code", "vault code", "serial number")))
     while not fact.answer.isdigit():
         fact = attribute_fact(rng, attribute="access code")
     sample = long_document(200_000, seed=rng.randrange(1 << 30))
-    rate = len(engine.tokenizer(sample)["input_ids"]) / len(sample)
-    text = long_document(int(tokens / rate), seed=rng.randrange(1 << 30))
+    tokens_per_character = len(engine.tokenizer(sample)["input_ids"]) / len(sample)
+    text = long_document(int(tokens / tokens_per_character), seed=rng.randrange(1 << 30))
     cut = text.rfind("\n", 0, rng.randrange(1, len(text))) + 1
     depth = cut / len(text)
     text = f"{text[:cut]}{fact.statement}\n{text[cut:]}"
-    return (
-        engine.encode_prompt(text + format_question(fact.question)),
-        fact.statement,
-        fact.question,
-        fact.answer,
-        depth,
-    )
+    form = PromptFormat(engine.tokenizer)
+    ids = form.encode(form.question(text, fact.question))
+    return ids, fact.statement, fact.question, fact.answer, depth
 
 
 def run(tokens: int = 32768, seed: int | None = None) -> None:
     """Run the demonstration and print a table. Exits with code 1 if the answer is wrong."""
     seed = random.randrange(10**6) if seed is None else seed
     console = Console(stderr=True)
-    engine = Engine()
+    engine = load_engine()
     ids, statement, question, expected, depth = hide_fact(engine, tokens, random.Random(seed))
     count = sum(p.numel() for p in engine.model.parameters())
     console.print(
-        f"{ids.shape[1]:,} tokens of {provenance()} sources; hidden {depth:.0%} deep: {statement!r} (seed "
+        f"{len(ids):,} tokens of {provenance()} sources; hidden {depth:.0%} deep: {statement!r} (seed "
         f"{seed})",
         highlight=False,
     )
@@ -56,8 +52,8 @@ def run(tokens: int = 32768, seed: int | None = None) -> None:
         f"threads: {torch.get_num_threads()}",
         highlight=False,
     )
-    result = engine.generate(ids, Sampling(max_new_tokens=24), label="MiniCPM-SALA reads")
-    answer = result.text.strip()
+    result = generate(engine, ids, SamplingParams(max_tokens=24), label="MiniCPM-SALA reads")
+    answer = PromptFormat(engine.tokenizer).answer(result.text)
 
     twin = build_dense(twin_config(engine.config))
     with Progress(
@@ -68,7 +64,7 @@ def run(tokens: int = 32768, seed: int | None = None) -> None:
         console=console,
     ) as bar:
         task = bar.add_task("full-attention twin reads", total=len(twin.model.layers))
-        timing = time_twin(twin, ids.cpu(), on_layer=lambda: bar.advance(task))
+        timing = time_twin(twin, torch.tensor([ids]), on_layer=lambda: bar.advance(task))
 
     found = expected in answer
     print(
@@ -78,7 +74,7 @@ def run(tokens: int = 32768, seed: int | None = None) -> None:
         result.time_to_first_token,
         result.decode_tokens_per_second or 0.0,
         result.cache_bytes,
-        ids.shape[1],
+        len(ids),
         timing,
     )
     if not found:

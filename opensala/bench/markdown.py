@@ -1,4 +1,4 @@
-"""A measured run as a page to read: targets first, then every row beside the machine's own ceilings."""
+"""A measured run as a page to read: targets first, then every row beside the machine's own roofline."""
 
 from typing import Any
 
@@ -14,15 +14,17 @@ def as_markdown(result: dict[str, Any], title: str, tests: str = "") -> str:
         tests: the last line of the test run that came before, if there was one.
     """
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value)
-    rates, copy = ceilings(result["rows"])
+    matmul, copy = roofline(result["rows"])
     parts = [f"# {title}", f"{machine}."]
     if tests:
         parts.append(f"Tests before it: {tests}.")
-    best = "; ".join(f"{dtype} matrix product {rate / 1e3:,.1f} TFLOP/s" for dtype, rate in rates.items())
+    best = "; ".join(
+        f"{dtype} matrix product {gflops / 1e3:,.1f} TFLOP/s" for dtype, gflops in matmul.items()
+    )
     parts.append(
-        f"Ceilings measured in the same run: {best}; copy {copy:,.0f} GB/s, read and written bytes "
-        "counted. `of ceiling` is the "
-        "larger of a row's share of the matrix rate of its dtype and its share of the copy rate."
+        f"Roofline measured in the same run: {best}; copy {copy:,.0f} GB/s, read and written bytes "
+        "counted. `of roofline` is the "
+        "larger of a row's share of its dtype's matrix product and its share of the copy."
     )
     parts.append("## Targets")
     parts.append(
@@ -48,7 +50,7 @@ def as_markdown(result: dict[str, Any], title: str, tests: str = "") -> str:
             str(r["runs"]),
             f"{r['gflops'] / 1e3:,.3g}" if r["gflops"] else "",
             f"{r['gbs']:,.4g}" if r["gbs"] else "",
-            _share(r, rates, copy),
+            _share(r, matmul, copy),
         ]
         for r in result["rows"]
     ]
@@ -65,7 +67,7 @@ def as_markdown(result: dict[str, Any], title: str, tests: str = "") -> str:
                 "runs",
                 "TFLOP/s",
                 "GB/s",
-                "of ceiling",
+                "of roofline",
             ],
             cells,
         )
@@ -75,18 +77,18 @@ def as_markdown(result: dict[str, Any], title: str, tests: str = "") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def ceilings(rows: list[Row]) -> tuple[dict[str, float], float]:
-    """The best matrix rate of each dtype in GFLOP/s and the copy rate in GB/s among the rows."""
-    rates: dict[str, float] = {}
+def roofline(rows: list[Row]) -> tuple[dict[str, float], float]:
+    """The most GFLOP/s of each dtype\'s matrix products, and the most GB/s of a copy, among the rows."""
+    matmul: dict[str, float] = {}
     for row in rows:
         if row["op"] == "matmul":
-            rates[row["dtype"]] = max(rates.get(row["dtype"], 0.0), row["gflops"])
-    return rates, max((row["gbs"] for row in rows if row["op"] == "copy"), default=0.0)
+            matmul[row["dtype"]] = max(matmul.get(row["dtype"], 0.0), row["gflops"])
+    return matmul, max((row["gbs"] for row in rows if row["op"] == "copy"), default=0.0)
 
 
-def _share(row: Row, rates: dict[str, float], copy: float) -> str:
+def _share(row: Row, matmul: dict[str, float], copy: float) -> str:
     shares = [
-        row["gflops"] / rates[row["dtype"]] if row["gflops"] and row["dtype"] in rates else 0.0,
+        row["gflops"] / matmul[row["dtype"]] if row["gflops"] and row["dtype"] in matmul else 0.0,
         row["gbs"] / copy if row["gbs"] and copy else 0.0,
     ]
     return f"{max(shares):.0%}" if max(shares) else ""

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from ..engine import Engine, prefill
+from ..engine import load_engine, prefill
 from ..engine.memory import peak_bytes
 from ..engine.progress import token_progress
 from ..model import SALACache
@@ -78,7 +78,7 @@ def random_lists(tokens: int) -> torch.Tensor:
 
 
 def _model(tokens: int) -> dict[str, float]:
-    engine = Engine()
+    engine = load_engine()
     cache = SALACache(engine.config)
     ids = torch.randint(3, engine.config.vocab_size, (1, tokens))
     start = time.perf_counter()

@@ -1,5 +1,5 @@
-"""No figure without a right answer: every op, in every backend to be timed, against its plain statement in
-float64.
+"""No figure without a right answer: every op, in every backend to be timed, against its reference
+implementation in float64.
 
 Outputs and gradients on odd shapes, fresh random inputs at each call. The test suite does this far more
 thoroughly; here it guards the very process, machine and versions that are about to be timed.
@@ -53,7 +53,7 @@ def verify_ops(device: torch.device, dtype: torch.dtype, backends: tuple[Backend
             raise ValueError(
                 f"select_blocks is not timed: with backend {backend!r} only {agreement:.3f} of its lists "
                 "are those of "
-                f"the plain statement, at least {AGREE} are asked for"
+                f"the reference implementation, at least {AGREE} are asked for"
             )
         lines.append(f"select_blocks, {backend}: {agreement:.4f} of the lists are those of float64")
     return lines

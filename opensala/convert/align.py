@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import MiniCPMSALAForCausalLM
+from ..model.layout import rows_layout
 from .config import Phase
 
 CLIP = 1.0
@@ -35,16 +36,18 @@ class Alignment:
 
         Returns the mean squared error of each layer, and the same relative to the mean square of its target.
         """
+        # The teacher reads without gradients, the mixers learn with them: they need whole sequences
+        # of their own.
+        sparse = [self.teacher.config.attends_sparsely(ids.shape[1])] * ids.shape[0]
+        layout = rows_layout((ids.shape[0], ids.shape[1]), None, sparse, ids.device)
         squared: list[Tensor] = []
         power: list[Tensor] = []
 
         def fit(n: int) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                target = output.detach().float()
+                x, target = (y.detach().float().view(*ids.shape, -1) for y in (args[0], output))
                 with torch.enable_grad():
-                    loss = nn.functional.mse_loss(
-                        self.mixers[n](args[0].detach().float(), args[1], None), target
-                    )
+                    loss = nn.functional.mse_loss(self.mixers[n](x, layout), target)
                     loss.backward()
                 squared.append(loss.detach())
                 power.append(target.square().mean())

@@ -1,59 +1,16 @@
-"""What a run tells its user: the plan, progress bars, plots. Nothing here decides anything."""
+"""What a run tells its user: the plan and plots. Nothing here decides anything."""
 
-import importlib.util
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from ..model import MiniCPMSALAForCausalLM
 from .config import ConvertConfig
-
-
-class Bar:
-    """A progress bar that counts steps and shows the last figures."""
-
-    def __init__(self, progress: Progress, label: str, total: int, done: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task(label, total=total, completed=done, note="")
-
-    def advance(self, note: str = "") -> None:
-        self._progress.update(self._task, advance=1, note=note)
-
-
-@contextmanager
-def progress_bar(label: str, total: int, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
-    """Show a bar on stderr while the block runs."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as progress:
-        yield Bar(progress, label, total, done)
-
-
-def require_matplotlib() -> None:
-    """Raise ValueError with the command to run if plots cannot be made: before the work, not after it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the run's plots need matplotlib: pip install 'opensala[train]'")
 
 
 def memory_bytes(teacher: MiniCPMSALAForCausalLM, mixers: int, config: ConvertConfig) -> int:
@@ -70,7 +27,7 @@ def print_plan(rows: list[tuple[str, int, int, float]], needed: int, device: tor
     """Phases with steps, tokens and seconds, and the memory needed, on stderr.
 
     Args:
-        rows: name, steps left, tokens a step, seconds a step as measured.
+        rows: name, steps left, tokens per step, seconds per step as measured.
         needed: bytes, as `memory_bytes` counts them.
     """
     table = Table(box=None, pad_edge=False)

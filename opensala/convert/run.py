@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
 
-from ..model import MiniCPMSALAForCausalLM
+from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from ..runs import RunFolder, progress_bar, read_json, require_matplotlib, write_errors, write_json
 from .align import Alignment
 from .batches import Batches
 from .config import ConvertConfig, RunIdentity
 from .distill import Distillation, cache_step, cached_targets, live_targets
-from .folder import RunFolder, read_json, write_json
 from .probes import Prober, replaced
 from .report import (
     memory_bytes,
@@ -33,11 +34,9 @@ from .report import (
     plot_distillation,
     plot_importance,
     print_plan,
-    progress_bar,
-    require_matplotlib,
 )
 from .selection import Scores, default_keep, importance, select_layers
-from .teacher import load_teacher, read_config, teacher_config
+from .teacher import check_vocabulary, load_teacher, read_config, teacher_config
 from .transfer import assemble, lightning_mixers, student_config
 
 logger = logging.getLogger("opensala")
@@ -65,15 +64,17 @@ def convert(
     Args:
         config: what to do.
         output: folder of the run.
-        resume: go on with a run that was stopped.
+        resume: resume a run that was stopped.
         plan_only: print the plan and stop.
         quiet: no progress bars, no plan.
 
     Raises:
-        ValueError: an unsupported teacher, data without a full sequence, a folder of another run, a number of
-            layers that cannot be kept, or a loss that is not finite (the last saved state stays as it is).
+        ValueError: an unsupported teacher, data without a full sequence, a folder of another run or one that
+            another process works in, a number of layers that cannot be kept, a loss that is not finite, or a
+            disk that is full or cannot be written (the last saved state stays as it is).
     """
-    return Conversion(config, output, resume, quiet).run(plan_only)
+    with write_errors(Path(output), "go on with --resume"):
+        return Conversion(config, output, resume, quiet).run(plan_only)
 
 
 def _device(name: str) -> torch.device:
@@ -102,20 +103,24 @@ class Conversion:
         config.check()
         require_matplotlib()
         given = read_config(config.teacher)
-        layers = teacher_config(given).num_hidden_layers
+        shape = teacher_config(given)
         self.config, self.quiet = config, quiet
-        self.keep = self._number_kept(layers)
-        device = _device(config.device)
+        self.keep = self._number_kept(shape.num_hidden_layers)
+        self._student_config(shape, list(range(self.keep)))  # refuses now what it would refuse after hours
+        self.device = _device(config.device)
         self.tokenizer = _tokenizer(config.teacher)
+        check_vocabulary(self.tokenizer, shape, f"teacher: {config.teacher}")
         self.batches = Batches(self.tokenizer, config)
         self.prober = Prober(self.batches, config.probes)
         self.texts = self.batches.fingerprint
         self._check_texts(Path(output))
         self.folder = RunFolder(output, RunIdentity(config, self.texts), resume)
-        self.teacher = load_teacher(config.teacher, getattr(torch, config.dtype), device)
+
+    def _load(self) -> None:
+        """The teacher and fresh mixers, once the folder is ours."""
+        self.teacher = load_teacher(self.config.teacher, getattr(torch, self.config.dtype), self.device)
         self._fill_end_of_text()
         self.mixers = lightning_mixers(self.teacher)
-        self.scores: dict[str, Any] = {}
 
     def _check_texts(self, run: Path) -> None:
         """Raise ValueError if a run began with other texts: its data order would be another one from here
@@ -156,9 +161,17 @@ class Conversion:
             self.teacher.config.eos_token_id = self.tokenizer.eos_token_id
 
     def run(self, plan_only: bool = False) -> Path:
+        with self.folder.held():
+            finished = self._run(plan_only)
+            if plan_only:
+                self.folder.forget_unbegun()
+            return finished
+
+    def _run(self, plan_only: bool) -> Path:
         finished = self.folder.path / "model"
         if finished.exists():
             return finished
+        self._load()
         if plan_only or not self.quiet:
             self.print_plan()
         if plan_only:
@@ -169,7 +182,6 @@ class Conversion:
         kept = self.choose()
         student = self.distill(kept)
         self.export(student, kept)
-        self.folder.close()
         return finished
 
     # --- the plan ---
@@ -358,16 +370,19 @@ class Conversion:
 
     # --- distillation ---
 
-    def _student(self, kept: list[int]) -> MiniCPMSALAForCausalLM:
+    def _student_config(self, teacher: MiniCPMSALAConfig, kept: list[int]) -> MiniCPMSALAConfig:
         config = self.config
-        built = student_config(
-            self.teacher.config,
+        return student_config(
+            teacher,
             kept,
             hype=config.hype,
             attn_qk_norm=config.attn_qk_norm,
             attn_scale_base=config.attn_scale_base,
             sparse_config=config.sparse_config,
         )
+
+    def _student(self, kept: list[int]) -> MiniCPMSALAForCausalLM:
+        built = self._student_config(self.teacher.config, kept)
         student = assemble(self.teacher, built, dict(enumerate(self.mixers)), torch.float32)
         student.set_attention_mode(
             "dense"
@@ -443,9 +458,13 @@ class Conversion:
         student.generation_config = self.teacher.generation_config
         partial = self.folder.path / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        student.save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
-        partial.replace(self.folder.path / "model")
+        try:
+            student.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            partial.replace(self.folder.path / "model")
+        except (OSError, SafetensorError):
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk is not kept full
+            raise
         if not self.quiet:
             record = read_json(self.folder.path / "result.json")
             for name, score in record.items():

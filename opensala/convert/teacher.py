@@ -7,6 +7,7 @@ transformers), and one class serves as teacher and student. It knows nothing of 
 """
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import ROPE_SCALINGS, SPARSE
 
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")  # OWNER/NAME, or a name alone
 _SAME = (
     "vocab_size",
     "hidden_size",
@@ -94,6 +96,8 @@ def teacher_config(given: dict[str, Any]) -> MiniCPMSALAConfig:
     if missing:
         raise ValueError(f"teacher: its config.json lacks {', '.join(missing)}")
     values = {key: given[key] for key in _SAME if key in given}
+    if values.get("pad_token_id") == -1:  # how the first Llama models say that there is none
+        values["pad_token_id"] = None
     values |= {
         "num_key_value_heads": given.get("num_key_value_heads") or given["num_attention_heads"],
         "head_dim": given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"],
@@ -130,11 +134,27 @@ def _rope(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_vocabulary(tokenizer: Any, config: MiniCPMSALAConfig, whose: str) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the model has rows for."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{whose}: the tokenizer has {len(tokenizer):,} tokens and the model's vocabulary "
+            f"{config.vocab_size:,}: they are not of one model"
+        )
+
+
+def check_place(field: str, path: str | Path) -> None:
+    """Raise ValueError for what is no folder here and cannot be the name of a checkpoint on the hub."""
+    if not Path(path).exists() and not _HUB_NAME.fullmatch(str(path)):
+        raise ValueError(f"{field}: there is no folder {path}")
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The `config.json` of a folder or hub name, with the defaults of its class where transformers has one.
 
-    Raises ValueError for a folder without one.
+    Raises ValueError for a folder without one, or that is not there.
     """
+    check_place("teacher", path)
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"teacher: {path} holds no config.json: give the folder or hub name of a checkpoint")
     try:

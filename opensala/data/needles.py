@@ -31,10 +31,12 @@ def needle_document(tokenizer: Any, text: str, length: int, facts: int, rng: ran
     whole is tokenized as one text, as a user's document would be. Raises ValueError if the text is too short.
     """
     sample = text[:200_000]
-    rate = len(sample) / len(tokenizer(sample, add_special_tokens=False)["input_ids"])
-    if len(text) < 0.98 * length * rate:
-        raise ValueError(f"the text has about {int(len(text) / rate):,} tokens, {length:,} are needed")
-    text = text[: int(length * rate)]
+    characters_per_token = len(sample) / len(tokenizer(sample, add_special_tokens=False)["input_ids"])
+    if len(text) < 0.98 * length * characters_per_token:
+        raise ValueError(
+            f"the text has about {int(len(text) / characters_per_token):,} tokens, {length:,} are needed"
+        )
+    text = text[: int(length * characters_per_token)]
     chosen = random_facts(rng, facts)
     spots = sorted(min(len(text) - 1, int((i + rng.random()) / facts * len(text))) for i in range(facts))
     parts, last, depths = [], 0, []

@@ -18,7 +18,7 @@ class PackedText:
     Args:
         tokenizer: a transformers tokenizer with an end-of-text token.
         texts: documents.
-        length: tokens a sequence.
+        length: tokens per sequence.
         name: of the data, for messages.
         characters: stop reading after so many.
 

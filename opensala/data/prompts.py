@@ -4,10 +4,13 @@ A model with a chat template gets both as one user message; one without gets the
 as `facts.format_question` writes it. It knows the tokenizer, but no model.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
 from .facts import format_question
+
+NEXT_QUESTION = "\nQuestion:"  # how a model without chat template goes on when its answer is complete
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,33 @@ class PromptFormat:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         turns = [f"{m['role'].capitalize()}: {m['content']}" for m in messages]
         return "\n\n".join([*turns, "Assistant:"])
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Text at which generation may stop: what follows is no part of the answer."""
+        return [] if self.uses_chat else [NEXT_QUESTION]
+
+    def answer(self, text: str) -> str:
+        """The answer in a generated text: it ends where an invented next question begins."""
+        for stop in self.stop_strings:
+            text = text.partition(stop)[0]
+        return text.strip()
+
+    def encode_question(self, document: str, question: str) -> tuple[list[int], int]:
+        """Token ids of `question(document, question)`, and how many of them end before the question's own
+        text.
+
+        0 where the template changes the question, or the tokenizer does not say where its tokens lie.
+        """
+        text = self.question(document, question)
+        start = text.rfind(question)
+        if start < 0 or not self.tokenizer.is_fast:
+            return self.encode(text), 0
+        found = self.tokenizer(
+            text, add_special_tokens=not self.uses_chat, return_offsets_mapping=True, verbose=False
+        )
+        offsets = found["offset_mapping"]
+        return found["input_ids"], bisect_right(offsets, start, key=lambda place: place[1])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt; a chat template brings its own special tokens."""

@@ -40,8 +40,8 @@ def place(rng: random.Random, fact: Fact) -> str:
 
 
 def _decoy(rng: random.Random, fact: Fact, words: list[str]) -> str:
-    """Text that begins like the fact's value and goes on otherwise: only the whole fact, not the value's own
-    beginning, may tell how a copied value continues and where it ends."""
+    """Text that begins like the fact's value and continues differently: only the whole fact, not the value's
+    own beginning, may tell how a copied value continues and where it ends."""
     kept = fact.answer[: rng.randrange(1, len(fact.answer) + 1)]
     digits = "".join(rng.choice("0123456789") for _ in range(rng.randrange(1, 5)))
     tail = digits if fact.answer.isdigit() else rng.choice(words)

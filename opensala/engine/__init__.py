@@ -1,17 +1,31 @@
 """Long-context inference: documents in, answers out. Never imports training or conversion."""
 
+from .answer import Generation, generate
 from .ask import ask, build_prompt
-from .documents import Document, read_documents
-from .generate import Engine, Generation, Sampling, shipped_model
+from .decode import check_text
+from .documents import Document, Reading, Skipped, read_documents
+from .engine import Engine, EngineOptions
+from .load import load_engine, shipped_model
 from .prefill import prefill
+from .request import Completion, FinishReason, Reuse, SamplingParams, TokenEvent
 
 __all__ = [
+    "Completion",
     "Document",
     "Engine",
+    "EngineOptions",
+    "FinishReason",
     "Generation",
-    "Sampling",
+    "Reading",
+    "Reuse",
+    "SamplingParams",
+    "Skipped",
+    "TokenEvent",
     "ask",
     "build_prompt",
+    "check_text",
+    "generate",
+    "load_engine",
     "prefill",
     "read_documents",
     "shipped_model",

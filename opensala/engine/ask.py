@@ -1,19 +1,30 @@
 """Asking a question about documents: build the prompt, check it, generate the answer."""
 
-from torch import Tensor
+from dataclasses import replace
 
-from ..data.facts import format_question
+from ..data.prompts import PromptFormat
+from .answer import Generation, generate
+from .decode import check_text
 from .documents import Document, join_documents
-from .generate import Engine, Generation, Sampling
+from .engine import Engine
+from .request import SamplingParams
+
+# Of the shipped model's right answers 1% have a token less likely than this, of its wrong ones 74%
+# (scripts/measure_confidence.py, docs/small-model.md).
+DOUBTFUL = 0.8
 
 
-def build_prompt(engine: Engine, documents: list[Document], question: str) -> Tensor:
-    """Token ids `[1, T]`: the documents, then the question, in the model's chat template if it has one.
+def build_prompt(engine: Engine, documents: list[Document], question: str) -> tuple[list[int], int]:
+    """Token ids: the documents, then the question, in the form that evaluation scores.
 
-    Raises ValueError for an empty question, or one that alone exceeds the model's limit.
+    Returns:
+        The ids, and how many of them come before the question: from there another question may continue.
+
+    Raises:
+        ValueError: a question that is empty, not valid UTF-8, or alone exceeds the model's limit.
     """
-    if not question.strip():
-        raise ValueError("the question is empty")
+    question = question.strip()
+    check_text("the question", question)
     limit = engine.config.max_position_embeddings
     asked = len(engine.tokenizer(question, add_special_tokens=False)["input_ids"])
     if asked >= limit:
@@ -21,25 +32,35 @@ def build_prompt(engine: Engine, documents: list[Document], question: str) -> Te
             f"the question has {asked:,} tokens, the model's limit is {limit:,}: put long text into a "
             "document"
         )
-    text = join_documents(documents)
-    if engine.tokenizer.chat_template:
-        messages = [{"role": "user", "content": f"{text}\n\n{question.strip()}"}]
-        ids = engine.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return ids["input_ids"].to(engine.device)
-    return engine.encode_prompt(text + format_question(question.strip()))
+    return PromptFormat(engine.tokenizer).encode_question(join_documents(documents), question)
 
 
 def ask(
-    engine: Engine, documents: list[Document], question: str, sampling: Sampling, *, quiet: bool = False
+    engine: Engine,
+    documents: list[Document],
+    question: str,
+    params: SamplingParams | None = None,
+    *,
+    quiet: bool = False,
 ) -> Generation:
-    """Read the documents and answer the question.
+    """Read the documents and answer the question. The answer ends where an invented next question begins.
+
+    An answer with a token less likely than `DOUBTFUL` comes with a note that the documents may not say it.
+
+    Another question about the same documents, asked of the same engine, does not read them again.
 
     Raises:
-        ValueError: see `build_prompt` and `Engine.generate`.
+        ValueError: see `build_prompt` and `Engine.add`.
     """
-    ids = build_prompt(engine, documents, question)
-    result = engine.generate(ids, sampling, label=f"reading {ids.shape[1]:,} tokens", quiet=quiet)
-    result.text = result.text.strip()
+    ids, before = build_prompt(engine, documents, question)
+    form, params = PromptFormat(engine.tokenizer), params or SamplingParams()
+    params = replace(params, stop=(*params.stop, *form.stop_strings))
+    marks = (before,) if before else ()
+    result = generate(engine, ids, params, marks=marks, label=f"reading {len(ids):,} tokens", quiet=quiet)
+    result.text = form.answer(result.text)
+    if result.least_confidence is not None and result.least_confidence < DOUBTFUL:
+        result.notes.append(
+            "the documents may not say this: the least likely token of the answer has probability "
+            f"{result.least_confidence:.2f} (answers that they give rarely have one below {DOUBTFUL})"
+        )
     return result

@@ -1,25 +1,20 @@
-"""Reading what users point at: files, directories and standard input, as one text.
+"""Reading what users point at: files, pipes, directories and standard input.
 
-Text of any kind is taken as it is (UTF-8); PDF goes through pypdf. Everything else is refused with the
-reason. It knows nothing of tokens or models.
+Nothing is left out without a word: what a directory holds and is not read, and what is missing of a file, is
+part of the result. It knows nothing of tokens or models.
 """
 
+import os
+import stat
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from .decode import read_text
+
 STDIN = "-"
-_SKIPPED_FOLDERS = {
-    ".git",
-    ".hg",
-    ".svn",
-    "__pycache__",
-    "node_modules",
-    ".venv",
-    "venv",
-    ".tox",
-    ".mypy_cache",
-}
+_TOOL_FOLDERS = {"__pycache__", "node_modules", "venv"}
 
 
 @dataclass(frozen=True)
@@ -30,29 +25,55 @@ class Document:
     text: str
 
 
-def read_documents(sources: list[str]) -> list[Document]:
-    """Read files, directories (all their text files, in order of name) and `-` (standard input).
+@dataclass(frozen=True)
+class Skipped:
+    """An entry of a directory that was not read, and why."""
 
-    Inside a directory, hidden entries, tool folders and files that are not text are passed over.
+    name: str
+    reason: str
+
+
+@dataclass
+class Reading:
+    """What was read; what directories hold beside it; remarks on what is missing of the documents."""
+
+    documents: list[Document] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, text: str, notes: list[str]) -> None:
+        self.documents.append(Document(name, text))
+        self.notes += [f"{name}: {note}" for note in notes]
+
+
+def read_documents(sources: list[str]) -> Reading:
+    """Read files and pipes, directories (all their text files, in order of name) and `-` (standard input).
+
+    In a directory, hidden entries, folders of tools, links to folders (which may go round in circles) and
+    files without text are passed over and listed.
 
     Raises:
         ValueError: a source that does not exist, is empty, or cannot be decoded; a directory without text.
     """
-    documents: list[Document] = []
+    if not sources:
+        raise ValueError("no document given: name a file, a directory, or - for standard input")
+    if sources.count(STDIN) > 1:
+        raise ValueError("- is given twice, but standard input can be read only once")
+    reading = Reading()
     for source in sources:
-        if source == STDIN:
-            documents.append(
-                _checked(Document("standard input", _decode(sys.stdin.buffer.read(), "standard input")))
-            )
-            continue
-        path = Path(source)
-        if path.is_dir():
-            documents += _read_directory(path)
-        elif path.is_file():
-            documents.append(_checked(_read_file(path)))
-        else:
-            raise ValueError(f"{source}: no such file or directory")
-    return documents
+        if not source:
+            raise ValueError("a document's name is empty: name a file, a directory (. for this one), or -")
+        name = "standard input" if source == STDIN else shown(Path(source))
+        try:
+            if source == STDIN:
+                reading.add(name, *_read_stdin())
+            elif _is_folder(source):
+                _read_folder(Path(source), reading)
+            else:
+                reading.add(name, *_read_file(source))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: {_reason(error)}") from error
+    return reading
 
 
 def join_documents(documents: list[Document]) -> str:
@@ -62,60 +83,91 @@ def join_documents(documents: list[Document]) -> str:
     return "\n\n".join(f"=== {d.name} ===\n{d.text}" for d in documents)
 
 
-def _checked(document: Document) -> Document:
-    if not document.text.strip():
-        raise ValueError(f"{document.name}: empty (no text in it)")
-    return document
+def shown(path: str | Path) -> str:
+    """A path as one line of valid text: what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
 
 
-def _read_file(path: Path) -> Document:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    text = _pdf_text(path) if data.startswith(b"%PDF-") else _decode(data, str(path))
-    return Document(str(path), text)
+def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file or directory"
+    return f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error)
 
 
-def _decode(data: bytes, name: str) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: not UTF-8 text (byte {data[error.start]:#04x} at offset {error.start}); convert it "
-            "first, "
-            "for example with iconv"
-        ) from error
-    if "\0" in text:
-        raise ValueError(
-            f"{name}: looks like a binary file (it holds zero bytes); only text and PDF are read"
-        )
-    return text.replace("\r\n", "\n")
+def _is_folder(source: str) -> bool:
+    mode = os.stat(source).st_mode
+    if stat.S_ISBLK(mode):
+        raise ValueError("a block device, not a document")
+    return stat.S_ISDIR(mode)
 
 
-def _pdf_text(path: Path) -> str:
-    from pypdf import PdfReader
-    from pypdf.errors import PyPdfError
-
-    try:
-        reader = PdfReader(path)
-        if reader.is_encrypted:
-            raise ValueError(f"{path}: the PDF is encrypted; decrypt it first")
-        return "\n\n".join(page.extract_text() for page in reader.pages)
-    except PyPdfError as error:
-        raise ValueError(f"{path}: not a readable PDF ({error})") from error
+def _read_file(path: str | Path) -> tuple[str, list[str]]:
+    with open(path, "rb") as file:
+        return read_text(file)
 
 
-def _read_directory(folder: Path) -> list[Document]:
-    found = []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        if not path.is_file() or _SKIPPED_FOLDERS & set(parts) or any(p.startswith(".") for p in parts):
+def _read_stdin() -> tuple[str, list[str]]:
+    if sys.stdin is None:
+        raise ValueError("it is closed")
+    return read_text(sys.stdin.buffer)
+
+
+def _read_folder(folder: Path, reading: Reading) -> None:
+    found, skipped = len(reading.documents), len(reading.skipped)
+    for path, reason in _walk(folder):
+        if not reason:
+            try:
+                reading.add(shown(path), *_read_file(path))
+            except (OSError, ValueError) as error:
+                reason = _reason(error)
+        if reason:
+            reading.skipped.append(Skipped(shown(path), reason))
+    if len(reading.documents) > found:
+        return
+    left = reading.skipped[skipped:]
+    why = f" ({len(left):,} skipped, first: {left[0].name}: {left[0].reason})" if left else ""
+    raise ValueError(f"no text files in this directory{why}")
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+    """What is below a folder, in order of name: each file with "", each other entry with why it is passed
+    over. Without recursion: folders may be nested deeper than Python's stack.
+
+    Raises:
+        OSError: the folder itself cannot be listed.
+    """
+    pending = _entries(folder)
+    while pending:
+        path, is_folder, passed_over = pending.pop()
+        if passed_over or not is_folder:
+            yield path, passed_over
             continue
         try:
-            found.append(_checked(_read_file(path)))
-        except ValueError:  # not text: a directory is read for the text in it
-            continue
-    if not found:
-        raise ValueError(f"{folder}: no text files in this directory")
-    return found
+            pending += _entries(path)
+        except OSError as error:
+            yield path, _reason(error)
+
+
+def _entries(folder: Path) -> list[tuple[Path, bool, str]]:
+    """Path, whether it is a folder, and why it is passed over, last name first."""
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name, reverse=True)
+    return [
+        (folder / entry.name, entry.is_dir(follow_symlinks=False), _passed_over(entry)) for entry in entries
+    ]
+
+
+def _passed_over(entry: "os.DirEntry[str]") -> str:
+    """Why an entry of a folder is not read; empty if it is."""
+    if entry.name.startswith("."):
+        return "hidden (its name begins with a dot)"
+    try:
+        if entry.is_dir():
+            if entry.is_symlink():
+                return "a link to a directory, not followed"
+            return "a folder of tools" if entry.name in _TOOL_FOLDERS else ""
+        if entry.is_file():
+            return ""
+    except OSError as error:  # a link that leads to itself, or through a folder without permission
+        return _reason(error)
+    return "a link to nothing" if entry.is_symlink() else "a pipe, socket or device"

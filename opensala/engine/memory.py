@@ -1,4 +1,4 @@
-"""How much memory a prompt will need and how much there is: asked before any work is done."""
+"""How much memory there is for texts: asked before any work is done."""
 
 import resource
 import sys
@@ -7,34 +7,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..model import MiniCPMSALAConfig
-from ..ops.sparse import num_windows
-
 _RESERVE = 200 << 20  # bytes left alone: allocator slack, the operating system
-
-
-def cache_bytes(config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes the cache of one sequence of `tokens` tokens takes: K, V, two levels of compressed keys,
-    states."""
-    assert (
-        config.num_key_value_heads and config.head_dim and config.lightning_nh and config.lightning_head_dim
-    )
-    spec, layers = config.block_spec, config.num_hidden_layers
-    sparse = sum(config.is_sparse(i) for i in range(layers))
-    rows = 2 * tokens + num_windows(tokens, spec.kernel_size, spec.kernel_stride)
-    rows += num_windows(tokens, spec.coarse_size, spec.coarse_stride)
-    per_row = config.num_key_value_heads * config.head_dim * dtype.itemsize
-    state = 4 * config.lightning_nh * config.lightning_head_dim**2
-    return sparse * rows * per_row + (layers - sparse) * state
-
-
-def activation_bytes(config: MiniCPMSALAConfig, chunk: int, tokens: int, dtype: torch.dtype) -> int:
-    """A rough upper bound of what one forward call on `chunk` tokens needs beside weights and cache."""
-    width = max(config.hidden_size * 12, 3 * config.intermediate_size + 3 * config.hidden_size)
-    assert config.head_dim
-    attention = 96 * config.num_attention_heads * config.head_dim + 24 * config.block_spec.num_blocks
-    keys = tokens * config.head_dim * 8  # one layer's keys and compressed keys in float32
-    return chunk * 4 * (width + attention) + keys + (256 << 20)
+_SHARES = {"cpu": 0.6, "cuda": 0.8}  # of the rest
 
 
 def available_bytes(device: torch.device) -> int:
@@ -54,18 +28,13 @@ def available_bytes(device: torch.device) -> int:
     return free
 
 
-def check_prompt_fits(
-    config: MiniCPMSALAConfig, tokens: int, chunk: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Raise ValueError with needed and available bytes if a prompt of `tokens` tokens cannot fit."""
-    needed = cache_bytes(config, tokens, dtype) + activation_bytes(config, min(chunk, tokens), tokens, dtype)
-    free = available_bytes(device) - _RESERVE
-    if needed > free:
-        raise ValueError(
-            f"a prompt of {tokens:,} tokens needs {needed:,} bytes on {device.type}, {max(free, 0):,} are "
-            "available: "
-            "shorten the document, free memory, or use a smaller --dtype"
-        )
+def cache_budget(device: torch.device) -> int:
+    """Bytes for keys, values and states: most of what is free, the rest being left for activations.
+
+    On a CPU it is a bound, not an allocation: memory is taken as texts fill it.
+    """
+    share = _SHARES.get(device.type, _SHARES["cpu"])
+    return max(0, int(share * (available_bytes(device) - _RESERVE)))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import Engine
+from ..runs import FolderLock, write_errors
 from .provenance import circumstances, identity
 from .results import Results
 from .standard import NO_LEAVE
@@ -50,8 +51,8 @@ def load_tasks(
         quiet: no progress bars of the loading.
 
     Raises:
-        ValueError: lm-eval is missing; unknown names; data or packages that cannot be had; programs would be
-            run without leave.
+        ValueError: lm-eval is missing; unknown names; unavailable data or packages; programs would be
+            run without permission.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -101,7 +102,7 @@ def _load_all(names: Sequence[str], manager: Any) -> list[Any]:
             OSError,
             RuntimeError,
             ValueError,
-        ) as error:  # datasets' and the hub's own kinds of "cannot be had" are among these
+        ) as error:  # datasets' and the hub's own errors for unavailable data are among these
             failed[name] = " ".join(str(error).split())[:200]
     if failed:
         rest = [name for name in names if name not in failed]
@@ -147,8 +148,23 @@ def run_tasks(
     """Run loaded tasks into a folder of results, or finish what is there; returns what `lm_eval.json` holds.
 
     Raises:
-        ValueError: the folder holds results of something else; see `OpenSALALM`.
+        ValueError: the folder holds results of something else, another process works in it, or it cannot be
+            written; see `OpenSALALM`.
     """
+    with FolderLock(folder), write_errors(folder, "run the same command again"):
+        return _run_tasks(engine, harness, folder, limit, chat, batch_size, allow_code, quiet)
+
+
+def _run_tasks(
+    engine: Engine,
+    harness: Harness,
+    folder: Path,
+    limit: int | None,
+    chat: bool | None,
+    batch_size: int,
+    allow_code: bool,
+    quiet: bool,
+) -> dict[str, Any]:
     import lm_eval
 
     from .requests import ResumingLM

@@ -21,8 +21,8 @@ def read_jsonl(path: Path, fields: dict[str, Any]) -> Iterator[tuple[int, dict[s
         fields: what each object must have: name and type (`list` means a list of strings that is not empty).
 
     Raises:
-        ValueError: no such file, nothing in it, a line that is no JSON object, a field missing or of another
-            type.
+        ValueError: no such file, nothing in it, a line that is not a JSON object, a field missing or of
+            another type.
     """
     try:
         file = path.open(encoding="utf-8")

@@ -1,24 +1,20 @@
 """This engine as a model of lm-eval (EleutherAI's lm-evaluation-harness): `model="opensala"`.
 
-Short prompts run in padded batches; prompts longer than a chunk run alone, chunk by chunk, and continuations
-of one long context share its reading. lm-eval is imported here and nowhere else in the package.
+Requests go to the engine in groups, ordered so that those with the same beginning stand together: what they
+share is read once. lm-eval is imported here and nowhere else in the package.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
-from torch import Tensor
 
-from ..engine import Engine
-from ..engine.prefill import CHUNK, prefill
+from ..engine import Completion, Engine, EngineOptions, SamplingParams, load_engine
+from ..engine.prefill import CHUNK
 from ..engine.progress import token_progress
-from ..model import SALACache
 
-_LOGITS_BYTES = 256 << 20  # of one block of scored positions
+_GROUP = 64  # requests handed to the engine at a time
 
 
 class OpenSALALM(TemplateLM):
@@ -26,15 +22,15 @@ class OpenSALALM(TemplateLM):
 
     Args:
         pretrained: folder or hub name; None for the shipped model. Or an `Engine`.
-        batch_size: short prompts that run together.
+        batch_size: requests that run together.
         max_length: tokens of a window of `loglikelihood_rolling`, and what longer contexts are cut to from
             the left; None for the length the model was made for.
         max_gen_toks: tokens to generate where a task does not say.
-        chunk: tokens of a long prompt read at a time.
-        device, dtype, attention_mode, block_search: as for `Engine`.
+        chunk: tokens computed at a time.
+        device, dtype, attention_mode, block_search: as for `load_engine`.
 
     Raises:
-        ValueError: a value out of range; see `Engine` for the checkpoint.
+        ValueError: a value out of range; see `load_engine` for the checkpoint.
     """
 
     def __init__(
@@ -52,24 +48,24 @@ class OpenSALALM(TemplateLM):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.engine = (
-            pretrained
-            if isinstance(pretrained, Engine)
-            else Engine(
+        self.batch_size = _positive("batch_size", batch_size)
+        self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
+        if max_batch_size is not None:
+            self.batch_size = min(self.batch_size, _positive("max_batch_size", max_batch_size))
+        if not isinstance(pretrained, Engine):
+            pretrained = load_engine(
                 pretrained,
                 device=device or "auto",
                 dtype=dtype,
                 attention_mode=attention_mode,
                 block_search=block_search,
+                options=EngineOptions(
+                    max_running=self.batch_size, max_batch_tokens=_positive("chunk", chunk)
+                ),
             )
-        )
+        self.engine = pretrained
         self.tokenizer = self.engine.tokenizer
-        self.batch_size = _positive("batch_size", batch_size)
         self.max_length = _positive("max_length", max_length or self.engine.config.max_position_embeddings)
-        self.max_gen_toks = _positive("max_gen_toks", max_gen_toks)
-        self.chunk = _positive("chunk", chunk)
-        if max_batch_size is not None:
-            self.batch_size = min(self.batch_size, _positive("max_batch_size", max_batch_size))
 
     # --- tokens ---
 
@@ -122,20 +118,14 @@ class OpenSALALM(TemplateLM):
             for _, context, wanted in requests
         ]
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        short = [i for i, (c, w) in enumerate(pairs) if len(c) + len(w) - 1 <= self.chunk]
-        long = [i for i, (c, w) in enumerate(pairs) if len(c) + len(w) - 1 > self.chunk]
-        with token_progress("loglikelihood", sum(len(c) + len(w) for c, w in pairs), disable_tqdm) as advance:
-            for batch in _batches(
-                sorted(short, key=lambda i: -len(pairs[i][0]) - len(pairs[i][1])), self.batch_size
-            ):
-                for i, result in zip(batch, self._score_batch([pairs[i] for i in batch]), strict=True):
-                    results[i] = self._remember(requests[i][0], result)
-                    advance(len(pairs[i][0]) + len(pairs[i][1]))
-            for _, same in groupby(sorted(long, key=lambda i: pairs[i][0]), key=lambda i: pairs[i][0]):
-                indices = list(same)
-                for i, result in zip(indices, self._score_long([pairs[i] for i in indices]), strict=True):
-                    results[i] = self._remember(requests[i][0], result)
-                    advance(len(pairs[i][0]) + len(pairs[i][1]))
+        total = sum(len(context) + len(wanted) - 1 for context, wanted in pairs)
+        with token_progress("loglikelihood", total, disable_tqdm) as advance:
+            for group in _groups(sorted(range(len(pairs)), key=lambda i: pairs[i])):
+                for i, result in zip(group, self._score([pairs[i] for i in group], advance), strict=True):
+                    results[i] = result
+                    key = requests[i][0]
+                    if key is not None:
+                        self.cache_hook.add_partial("loglikelihood", key, result)
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -150,8 +140,7 @@ class OpenSALALM(TemplateLM):
             )
             total = 0.0
             for context, wanted in windows:  # what the window predicts, and the tokens before it
-                whole = [*context[: len(context) - len(wanted) + 1], *wanted]
-                total += self._score_long([(whole[: len(whole) - len(wanted)], wanted)])[0][0]
+                total += self._score([(context[: len(context) - len(wanted) + 1], wanted)])[0][0]
             totals.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -159,77 +148,36 @@ class OpenSALALM(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         results = [""] * len(requests)
-        settings = [repr(sorted(request.args[1].items(), key=str)) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(prompts[i])))
-        with token_progress("generate_until", sum(map(len, prompts)), disable_tqdm) as advance:
-            for _, same in groupby(order, key=lambda i: settings[i]):
-                indices = list(same)
-                long = [[i] for i in indices if len(prompts[i]) > self.chunk]
-                for batch in [
-                    *long,
-                    *_batches([i for i in indices if len(prompts[i]) <= self.chunk], self.batch_size),
-                ]:
-                    texts = self._generate([prompts[i] for i in batch], dict(requests[batch[0]].args[1]))
-                    for i, text in zip(batch, texts, strict=True):
-                        results[i] = text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                        advance(len(prompts[i]))
+        settings = [self._params(dict(request.args[1])) for request in requests]
+        kept = [p[-max(1, self.max_length - s.max_tokens) :] for p, s in zip(prompts, settings, strict=True)]
+        with token_progress("generate_until", sum(map(len, kept)), disable_tqdm) as advance:
+            for group in _groups(sorted(range(len(requests)), key=lambda i: kept[i])):
+                done = self._run([kept[i] for i in group], [settings[i] for i in group], advance)
+                for i, completion in zip(group, done, strict=True):
+                    results[i] = completion.text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, completion.text)
         return results
 
     # --- how ---
 
-    def _remember(self, key: tuple[str, str] | None, result: tuple[float, bool]) -> tuple[float, bool]:
-        if key is not None:
-            self.cache_hook.add_partial("loglikelihood", key, result)
-        return result
+    def _run(
+        self, prompts: list[list[int]], params: list[SamplingParams], advance: Callable[[int], None] | None
+    ) -> list[Completion]:
+        return self.engine.generate(prompts, params, on_read=advance)
 
-    @torch.no_grad()
-    def _score_batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """One padded call; padding is on the left, so that the continuations end together."""
-        rows = [[*context, *wanted][:-1] for context, wanted in pairs]
-        ids, mask = self._pad(rows)
-        kept = max(len(wanted) for _, wanted in pairs)
-        logits = self.engine.model(
-            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept
-        ).logits
-        return [_score(logits[i, kept - len(wanted) :], wanted) for i, (_, wanted) in enumerate(pairs)]
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], advance: Callable[[int], None] | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation behind its context, and whether each token was the most likely
+        one."""
+        params = [SamplingParams(max_tokens=0, score_from=len(context)) for context, _ in pairs]
+        done = self._run([[*context, *wanted] for context, wanted in pairs], params, advance)
+        return [
+            (sum(logprob for logprob, _ in c.scores), all(likely for _, likely in c.scores)) for c in done
+        ]
 
-    @torch.no_grad()
-    def _score_long(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Continuations of one context, which is read once; the logits of a few hundred positions exist at a
-        time."""
-        model, context = self.engine.model, pairs[0][0]
-        longest = max(len(wanted) for _, wanted in pairs)
-        self.engine.check_prompt(len(context) + longest, 0, self.chunk)
-        cache = SALACache(self.engine.config)
-        modes = model.model._sparse([len(context) + len(wanted) - 1 for _, wanted in pairs])
-        shared, read = len(context) > 1 and len(set(modes)) == 1, context[:-1]
-        if shared:
-            prefill(model, self._ids(read), cache, chunk=self.chunk, following=longest)
-            point = cache.snapshot()
-        block = max(16, min(self.chunk, _LOGITS_BYTES // (4 * self.engine.config.vocab_size)))
-        results = []
-        for _, wanted in pairs:
-            if shared:
-                cache.restore(point)
-            else:
-                cache.reset()
-                if read:
-                    prefill(model, self._ids(read), cache, chunk=self.chunk, following=len(wanted))
-            total, greedy = 0.0, True
-            inputs = [context[-1], *wanted[:-1]]
-            cache.begin_prompt([len(inputs)])
-            for start in range(0, len(inputs), block):
-                part = self._ids(inputs[start : start + block])
-                logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
-                some, best = _score(logits, wanted[start : start + block])
-                total, greedy = total + some, greedy and best
-            results.append((total, greedy))
-        return results
-
-    @torch.no_grad()
-    def _generate(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
-        """Continue prompts; greedy unless the task asks for sampling. The text ends before the first stop
+    def _params(self, options: dict[str, Any]) -> SamplingParams:
+        """What a task asks for; greedy unless it asks for sampling. The text ends before the first stop
         sequence."""
         given = options.pop("until", None) or []
         until = [stop for stop in ([given] if isinstance(given, str) else given) if stop]
@@ -240,54 +188,16 @@ class OpenSALALM(TemplateLM):
         if unknown := set(options) - allowed:
             raise ValueError(
                 f"generation options {sorted(unknown)} are not known here; allowed are until, "
-                "max_gen_toks, do_sample, temperature, "
-                f"{', '.join(sorted(allowed))}"
+                f"max_gen_toks, do_sample, temperature, {', '.join(sorted(allowed))}"
             )
-        chosen = (
-            {"do_sample": True, "temperature": temperature, **options}
-            if sample
-            else {"do_sample": False, **{k: v for k, v in options.items() if k == "repetition_penalty"}}
+        chosen = options if sample else {k: v for k, v in options.items() if k == "repetition_penalty"}
+        return SamplingParams(
+            max_tokens=tokens, temperature=temperature if sample else 0.0, stop=tuple(until), **chosen
         )
-        room = max(1, self.max_length - tokens)
-        ids, mask = self._pad([p[-room:] for p in prompts])
-        self.engine.check_prompt(ids.shape[1] * len(prompts), tokens, self.chunk)
-        output = self.engine.model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=tokens,
-            stop_strings=until or None,
-            tokenizer=self.tokenizer,
-            prefill_chunk_size=self.chunk,
-            pad_token_id=self._pad_id(),
-            **chosen,
-        )
-        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-        return [min((text.split(stop)[0] for stop in until), key=len, default=text) for text in texts]
-
-    def _pad(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        width = max(map(len, rows))
-        ids = [[self._pad_id()] * (width - len(r)) + r for r in rows]
-        mask = [[0] * (width - len(r)) + [1] * len(r) for r in rows]
-        return torch.tensor(ids, device=self.engine.device), torch.tensor(mask, device=self.engine.device)
-
-    def _pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return self.eot_token_id if pad is None else pad
-
-    def _ids(self, tokens: list[int]) -> Tensor:
-        return torch.tensor([tokens], device=self.engine.device)
 
 
-def _score(logits: Tensor, wanted: list[int]) -> tuple[float, bool]:
-    """Log-probability of `wanted` given logits `[len(wanted), vocab]`, and whether each was the most likely
-    token."""
-    targets = torch.tensor(wanted, device=logits.device)
-    logprobs = torch.log_softmax(logits.float(), -1)
-    return float(logprobs.gather(1, targets[:, None]).sum()), bool((logits.argmax(-1) == targets).all())
-
-
-def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (indices[i : i + size] for i in range(0, len(indices), size))
+def _groups(indices: Sequence[int]) -> Iterator[Sequence[int]]:
+    return (indices[i : i + _GROUP] for i in range(0, len(indices), _GROUP))
 
 
 def _positive(name: str, value: Any) -> int:

@@ -33,7 +33,7 @@ class MRCRSuite:
         samples: rows of each number of needles and bin; 0 for all.
 
     Raises:
-        ValueError: no such file; a row without the columns; a length that is no bin.
+        ValueError: no such file; a row without the columns; a length that is not a bin.
     """
 
     name = "mrcr"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runs import write_errors
 from .harness import read_figures
 from .html import to_html
 from .nolima import BASE_LENGTHS, effective_length
@@ -30,9 +31,14 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     former's path.
 
     Raises:
-        ValueError: a folder without results; no matplotlib.
+        ValueError: a folder without results; no matplotlib; an output that cannot be written.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    with write_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        return _write(folders, output)
+
+
+def _write(folders: Sequence[Path], output: Path) -> Path:
     parts, details = ["# Evaluation", ""], list[str]()
     ours: dict[str, dict[str, Any]] = {}
     standard: dict[str, dict[str, float]] = {}

@@ -1,5 +1,5 @@
 """lm-eval's requests with their answers in a file, each on disk before the next begins: a run killed at any
-moment goes on there.
+moment resumes there.
 
 lm-eval's own cache (`use_cache`) works too, but writes in a thread of its own, keeps no sampled answers and
 does not know the model.
@@ -30,7 +30,7 @@ class RequestLog:
             one's.
 
     Raises:
-        ValueError: a line that is no answer.
+        ValueError: a line that is not an answer.
     """
 
     def __init__(self, path: Path, whose: str = "") -> None:

@@ -28,7 +28,7 @@ class Results:
         run: circumstances of this run, added to the list of runs.
 
     Raises:
-        ValueError: the folder holds results of something else, or a line that is no result.
+        ValueError: the folder holds results of something else, or a line that is not a result.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ def read_samples(folder: Path, *, repair: bool = False) -> list[dict[str, Any]]:
     file.
 
     Raises:
-        ValueError: a line that is no result, with its number and field.
+        ValueError: a line that is not a result, with its number and field.
     """
     path = folder / "samples.jsonl"
     if not path.exists():

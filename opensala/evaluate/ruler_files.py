@@ -46,7 +46,7 @@ def score_file(path: Path) -> FileScore:
     """Score a file of predictions by RULER's rules.
 
     Raises:
-        ValueError: a name that is no task; see `read_jsonl` for what is wrong inside.
+        ValueError: a name that is not a task; see `read_jsonl` for what is wrong inside.
     """
     task = task_of(path)
     rule = string_match_part if TASKS[task].any_reference else string_match_all

@@ -1,12 +1,12 @@
 """Running suites: every sample not yet in the results is asked, scored and written down at once."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data.prompts import PromptFormat
-from ..engine import Engine
+from ..engine import Engine, SamplingParams, TokenEvent
 from ..engine.progress import token_progress
-from ..engine.shared import answer_shared
 from .results import Results
 from .samples import Sample, Suite
 from .scoring import without_thoughts
@@ -42,19 +42,35 @@ def run(
             samples = [s for s in group.load() if s.id in missing]
             total = sum(len(s.prompt) for s in samples)
             with token_progress(samples[0].id, total, quiet) as advance:
-                answers = answer_shared(
-                    engine, [s.prompt for s in samples], max_new_tokens=samples[0].budget, progress=advance
+                params = SamplingParams(max_tokens=samples[0].budget)
+                clock = _Clock()
+                answers = engine.generate(
+                    [s.prompt for s in samples], params, on_event=clock, on_read=advance
                 )
                 for sample, answer in zip(samples, answers, strict=True):
                     text = without_thoughts(answer.text) if strip_thoughts else answer.text
+                    assert answer.reuse is not None, "it ran"
                     row = _row(suite.name, sample, text) | {
-                        "new_tokens": answer.new_tokens,
-                        "read_tokens": answer.read_tokens,
-                        "seconds": round(answer.seconds, 3),
+                        "new_tokens": len(answer.tokens),
+                        "read_tokens": answer.reuse.computed,
+                        "seconds": round(clock.seconds[answer.request_id], 3),
                     }
                     results.add(row)
                     if done is not None:
                         done(row)
+
+
+class _Clock:
+    """Seconds between the end of one request of a group and the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, event: TokenEvent) -> None:
+        if event.completion is not None:
+            now = time.perf_counter()
+            self.seconds[event.request_id], self._last = now - self._last, now
 
 
 def _row(suite: str, sample: Sample, prediction: str) -> dict[str, Any]:

@@ -82,8 +82,8 @@ def build_suites(names: Sequence[str], options: Options) -> list[Suite]:
     """The suites behind names of ours; several tasks of RULER are one suite.
 
     Raises:
-        ValueError: an unknown name, data missing or of a suite that does not exist, programs without leave,
-            and what the suites refuse.
+        ValueError: an unknown name, data missing or of a suite that does not exist, programs without
+            permission, and what the suites refuse.
     """
     for given in options.data:
         if given not in SUITES:

@@ -1,10 +1,12 @@
 """The two token mixers of MiniCPM-SALA, from hidden states to hidden states.
 
-Both take the layout of the call and, if there is one, their layer's part of the cache. They pack padding
-away, run the ops on whole sequences, and unpack. Which tokens exist and which mode applies is the
-layout's business; how an op runs is the ops' business.
+Each has two ways. Given a `SequenceLayout` it computes whole sequences with gradients and without a cache
+(training, conversion). Given a `ForwardBatch` it computes the next tokens of sequences that live in pages and
+slots (inference):
+one call for all sequences, each in its own mode. Which tokens exist and which mode applies is the business of
+layout and batch; how an op runs is that of the ops.
 
-Shapes: B rows, T tokens, H query heads, Hkv kv heads, D head dim.
+Shapes: B rows, T tokens, H query heads, Hkv kv heads, D head dim, W hidden size.
 """
 
 import math
@@ -12,14 +14,25 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import alibi_slopes, lightning_attention, norm_gate, norm_rope, select_blocks, sparse_attention
-from .cache import LightningCacheLayer, SALACache, SparseCacheLayer
+from ..ops import (
+    alibi_slopes,
+    lightning_attention,
+    lightning_attention_slots,
+    norm_gate,
+    norm_rope,
+    paged_attention,
+    select_blocks,
+    select_blocks_paged,
+    sparse_attention,
+    store_kv,
+)
+from .batch import ForwardBatch
 from .config import MiniCPMSALAConfig
-from .layers import RMSNorm
+from .layers import Linear, RMSNorm
 from .layout import SequenceLayout
-from .replay import once
+from .replay import record_or_replay
 
-_DENSE_TILE = 1 << 24  # mask elements of one tile of dense attention over a cache
+_DENSE_TILE = 1 << 24  # mask elements of one tile of dense attention over earlier ranks
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -34,24 +47,20 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     attend = nn.functional.scaled_dot_product_attention
     if tokens == length:
         return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
-    if tokens == 1:
-        return attend(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
     tile = max(64, _DENSE_TILE // length)
     column = torch.arange(length, device=q.device)
     parts = []
     for a in range(0, tokens, tile):
         b = min(a + tile, tokens)
         end = length - tokens + b
-        row = torch.arange(length - tokens + a, end, device=q.device)
-        mask = column[:end] <= row[:, None]
-        parts.append(
-            attend(q[:, :, a:b], k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale, enable_gqa=True)
-        )
+        mask = column[:end] <= column[length - tokens + a : end, None]
+        keys, values = k[:, :, :end], v[:, :, :end]
+        parts.append(attend(q[:, :, a:b], keys, values, attn_mask=mask, scale=scale, enable_gqa=True))
     return torch.cat(parts, 2).transpose(1, 2)
 
 
 class SparseMixer(nn.Module):
-    """InfLLM-V2 attention (`minicpm4`): block-sparse, or dense for a sequence the layout calls dense."""
+    """InfLLM-V2 attention (`minicpm4`): block-sparse, or dense for a sequence that is called dense."""
 
     def __init__(self, config: MiniCPMSALAConfig, layer: int) -> None:
         super().__init__()
@@ -60,23 +69,22 @@ class SparseMixer(nn.Module):
             "filled by the configuration"
         )
         self.head_dim, hidden, bias = config.head_dim, config.hidden_size, config.attention_bias
-        inner, kv_inner = (
-            config.num_attention_heads * self.head_dim,
-            config.num_key_value_heads * self.head_dim,
-        )
-        self.q_proj = nn.Linear(hidden, inner, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_inner, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_inner, bias=bias)
-        self.o_proj = nn.Linear(inner, hidden, bias=bias)
+        inner = config.num_attention_heads * self.head_dim
+        kv_inner = config.num_key_value_heads * self.head_dim
+        self.q_proj = Linear(hidden, inner, bias=bias)
+        self.k_proj = Linear(hidden, kv_inner, bias=bias)
+        self.v_proj = Linear(hidden, kv_inner, bias=bias)
+        self.o_proj = Linear(inner, hidden, bias=bias)
         if config.attn_qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         if config.attn_use_output_gate:
-            self.o_gate = nn.Linear(hidden, inner, bias=bias)
+            self.o_gate = Linear(hidden, inner, bias=bias)
         self.scale = 1.0 / math.sqrt(self.head_dim)
+        self.spec = config.block_spec
 
-    def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` in x's dtype."""
+    def project(self, x: Tensor, layout: SequenceLayout | ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` in x's dtype, from x `[B, T, W]`."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = layout.angles(self.head_dim, self.config) if self.config.attn_use_rope else (None, None)
         if self.config.attn_qk_norm or cos is not None:
@@ -87,51 +95,53 @@ class SparseMixer(nn.Module):
             )
         base = self.config.attn_scale_base
         if base is not None:  # on the query, so that the selection of blocks follows
-            q = (
-                q
-                * (torch.log(layout.positions.double() + base) / math.log(base)).to(q.dtype)[..., None, None]
-            )
+            growth = torch.log(layout.positions.double() + base) / math.log(base)
+            q = q * growth.to(q.dtype)[..., None, None]
         return q, k, v
 
-    def forward(self, x: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
-        q, k, v = (layout.pack(y) for y in self.project(x, layout))
-        if cache is None and layout.rectangular and layout.parallel is None and not layout.sparse[0]:
-            o = dense_attention(q, k, v, self.scale)
-        else:
-            pieces = zip(layout.split(q), layout.split_whole(k, v), strict=True)
-            rows = [self._one(n, piece, *keys, layout, cache) for n, (piece, keys) in enumerate(pieces)]
-            o = torch.cat(rows, 0 if layout.rectangular else 1)
-        o = layout.unpack(o).flatten(2)
+    def forward(self, x: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:
+        attend = self._paged if isinstance(context, ForwardBatch) else self._whole
+        o = attend(x, context).flatten(-2)  # type: ignore[arg-type]  # chosen by the type of context
         if self.config.attn_use_output_gate:
             o = norm_gate(o, None, self.o_gate(x), self.config.rms_norm_eps)
         return self.o_proj(o)
 
-    def _one(
-        self, n: int, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: SALACache | None
-    ) -> Tensor:
-        """Sequence n of the call: q `[1, T, H, D]`, k, v from all tokens that are not in a cache -> `[1, T,
-        H, D]`."""
-        if q.shape[1] == 0:
-            return q
-        compressed = None
-        if cache is not None:
-            entry = cache.layers[self.layer]
-            assert isinstance(entry, SparseCacheLayer), "the cache is built from the same configuration"
-            k, v, *levels = entry.append(n, len(layout.past), layout.past[n], k, v, cache.reserve)
-            compressed = (levels[0], levels[1])
-        if not layout.sparse[n]:
-            return dense_attention(q, k, v, self.scale)
-        spec = self.config.block_spec
-        blocks = once(
-            lambda: select_blocks(
+    def _paged(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """Next tokens x `[1, T, W]` of the batch's sequences: `[1, T, H, D]`."""
+        q, k, v = (y[0] for y in self.project(x, batch))
+        pool = batch.storage.kv[self.layer]
+        store_kv(k, v, pool, batch.table, self.spec)
+        blocks = None
+        if batch.any_sparse:
+            blocks = select_blocks_paged(
                 q,
-                k,
-                spec,
-                compressed=compressed,
+                pool,
+                batch.table,
+                self.spec,
                 scale=self.scale,
                 lse=self.config.lse,
                 search=self.config.block_search,
             )
+        return paged_attention(q, pool, batch.table, blocks, self.spec, scale=self.scale)[None]
+
+    def _whole(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        """All tokens x `[B, T, W]` of whole sequences: `[B, T, H, D]`."""
+        q, k, v = (layout.pack(y) for y in self.project(x, layout))
+        if layout.rectangular and layout.parallel is None and not layout.sparse[0]:
+            return dense_attention(q, k, v, self.scale)
+        pieces = zip(layout.split(q), layout.split_whole(k, v), strict=True)
+        rows = [self._one(layout.sparse[n], piece, *keys) for n, (piece, keys) in enumerate(pieces)]
+        return layout.unpack(torch.cat(rows, 0 if layout.rectangular else 1))
+
+    def _one(self, sparse: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One sequence: q `[1, T, H, D]`, k and v `[1, L, Hkv, D]` -> `[1, T, H, D]`."""
+        if q.shape[1] == 0:
+            return q
+        if not sparse:
+            return dense_attention(q, k, v, self.scale)
+        spec, config = self.spec, self.config
+        blocks = record_or_replay(
+            lambda: select_blocks(q, k, spec, scale=self.scale, lse=config.lse, search=config.block_search)
         )
         return sparse_attention(q, k, v, blocks, spec.block_size, scale=self.scale)
 
@@ -149,20 +159,21 @@ class LightningMixer(nn.Module):
         self.repeats = config.lightning_nh // config.lightning_nkv
         hidden, bias = config.hidden_size, config.attention_bias
         inner, kv_inner = self.heads * self.head_dim, config.lightning_nkv * self.head_dim
-        self.q_proj = nn.Linear(hidden, inner, bias=bias)
-        self.k_proj = nn.Linear(hidden, kv_inner, bias=bias)
-        self.v_proj = nn.Linear(hidden, kv_inner, bias=bias)
-        self.o_proj = nn.Linear(inner, hidden, bias=bias)
+        self.q_proj = Linear(hidden, inner, bias=bias)
+        self.k_proj = Linear(hidden, kv_inner, bias=bias)
+        self.v_proj = Linear(hidden, kv_inner, bias=bias)
+        self.o_proj = Linear(inner, hidden, bias=bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         if config.use_output_norm:
             self.o_norm = RMSNorm(inner, config.rms_norm_eps)
         if config.use_output_gate:
-            self.z_proj = nn.Linear(hidden, inner, bias=bias)
+            self.z_proj = Linear(hidden, inner, bias=bias)
         self.slopes = alibi_slopes(self.heads)
+        self._decay: dict[torch.device, Tensor] = {}
 
-    def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, layout: SequenceLayout | ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[B, T, H, D]`, normalised, rotated and repeated to the query heads."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = (
@@ -179,48 +190,51 @@ class LightningMixer(nn.Module):
             k, v = (y.repeat_interleave(self.repeats, dim=2) for y in (k, v))
         return q, k, v
 
-    def forward(self, x: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
-        q, k, v = (layout.pack(y) for y in self.project(x, layout))
-        entry = None if cache is None else cache.layers[self.layer]
-        assert entry is None or isinstance(entry, LightningCacheLayer), (
-            "the cache is built from the same configuration"
-        )
-        decay = torch.tensor(self.slopes, dtype=torch.float32, device=x.device)
-        before = None if entry is None else entry.state
-        if layout.parallel is not None:
-            before = layout.parallel.state_before(k, v, self.slopes, layout)
-        o, state = self._run(q, k, v, decay, layout, before)
-        if entry is not None and cache is not None:
-            recorded = (k, v) if cache.record_past and layout.rectangular else (None, None)
-            entry.stage(state, *recorded)
-        o = layout.unpack(o).flatten(2)
+    def forward(self, x: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:
+        attend = self._paged if isinstance(context, ForwardBatch) else self._whole
+        o = attend(x, context).flatten(-2)  # type: ignore[arg-type]  # chosen by the type of context
         weight = self.o_norm.weight if self.config.use_output_norm else None
         gate = self.z_proj(x) if self.config.use_output_gate else None
         if weight is not None or gate is not None:
             o = norm_gate(o, weight, gate, self.config.rms_norm_eps)
         return self.o_proj(o)
 
-    def _run(
-        self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, layout: SequenceLayout, state: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def decay(self, device: torch.device) -> Tensor:
+        """`[H]` decay rates per token; made once for each device (a buffer would not survive the meta
+        device)."""
+        if device not in self._decay:
+            self._decay[device] = torch.tensor(self.slopes, dtype=torch.float32, device=device)
+        return self._decay[device]
+
+    def _paged(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """Next tokens x `[1, T, W]` of the batch's sequences: `[1, T, H, D]`."""
+        q, k, v = (y[0] for y in self.project(x, batch))
+        if batch.recorded is not None:
+            batch.recorded[self.layer] = k, v
+        o = lightning_attention_slots(
+            q,
+            k,
+            v,
+            self.decay(x.device),
+            batch.storage.states[self.layer],
+            cu_seqlens=batch.table.cu_seqlens,
+            read_slots=batch.read,
+            write_slots=batch.write,
+            scale=self.config.lightning_scale_value,
+        )
+        return o.to(x.dtype)[None]
+
+    def _whole(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        """All tokens x `[B, T, W]` of whole sequences: `[B, T, H, D]`."""
+        q, k, v = (layout.pack(y) for y in self.project(x, layout))
+        if not any(layout.lengths):
+            return layout.unpack(v)
+        before = None
+        if layout.parallel is not None:
+            before = layout.parallel.state_before(k, v, self.slopes, layout)
+        bounds = None if layout.rectangular else layout.cu_seqlens
         scale = self.config.lightning_scale_value
-        if layout.rectangular:
-            return lightning_attention(q, k, v, decay, scale=scale, initial_state=state)
-        present = [n for n, length in enumerate(layout.lengths) if length]
-        if len(present) == len(layout.lengths):
-            return lightning_attention(
-                q, k, v, decay, scale=scale, initial_state=state, cu_seqlens=layout.cu_seqlens
-            )
-        # A row that is all padding in this call keeps its state.
-        rows = torch.tensor(present, device=q.device)
-        whole = q.new_zeros(
-            len(layout.lengths), self.heads, self.head_dim, self.head_dim, dtype=torch.float32
+        o, _ = lightning_attention(
+            q, k, v, self.decay(x.device), scale=scale, initial_state=before, cu_seqlens=bounds
         )
-        whole = whole if state is None else state
-        if not present:
-            return v, whole
-        bounds = torch.tensor([0, *(layout.lengths[n] for n in present)], device=q.device).cumsum(0)
-        o, new = lightning_attention(
-            q, k, v, decay, scale=scale, initial_state=whole[rows], cu_seqlens=bounds
-        )
-        return o, whole.index_copy(0, rows, new)
+        return layout.unpack(o)

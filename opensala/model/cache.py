@@ -1,201 +1,126 @@
-"""What a model remembers of the tokens it has read, for both kinds of layer.
+"""The cache that transformers hands to the model: rows of a batch over pages and slots.
 
-A sparse layer keeps K and V of every token and two levels of compressed keys; a lightning layer keeps one
-float32 state. Rows of a batch may have different lengths: each row is stored from its own first real token.
-A forward call stages its changes and `commit` makes them valid at once, so that an interrupted call leaves
-the cache as it was. It knows nothing of how attention is computed.
+It is an adapter. Pages of keys and values and slots of states are those of `CacheStorage`; who holds which is
+counted by `opensala.cache.Pool`, so that rows, forks and snapshots share what they have in common, and a page
+is copied when one of its holders goes on writing. A forward call writes its states into fresh slots and
+`commit` puts them in place, so that an interrupted call leaves the cache as it was.
 
-Shapes: B rows, L tokens, Hkv kv heads, D head dim, n windows.
+Rows of a batch may have different lengths: each row is stored from its own first real token.
 """
 
-import math
-import weakref
-from dataclasses import dataclass
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..ops import BlockSpec, alibi_slopes, extend_compressed
+from ..cache import Pool
+from ..ops import alibi_slopes, lightning_attention_slots
 from ..ops.sparse import num_windows
+from .batch import BatchRow, ForwardBatch
 from .config import MiniCPMSALAConfig
+from .storage import CacheStorage, cache_sizes
 
-_GROWTH = 1.5
-_FIRST = 256  # tokens
+_GROWTH = 2  # of a cache whose prompt was not announced
+_FIRST = 1024  # tokens per row
+
+
+@dataclass
+class Row:
+    """One text of a cache: its tokens' pages, how many tokens, and the slot of the states behind them (-1:
+    none)."""
+
+    pages: array = field(default_factory=lambda: array("i"))
+    length: int = 0
+    slot: int = -1
+    ids: array | None = field(default_factory=lambda: array("i"))  # None once embeddings came without ids
+
+
+@dataclass
+class Piece:
+    """Some of a call's tokens of one row that are computed in one mode: `count` of them from place `offset`
+    on."""
+
+    row: int
+    offset: int
+    count: int
+    sparse: bool
+
+
+@dataclass
+class _Call:
+    """What an unfinished call has taken: nothing of it counts before `commit`."""
+
+    written: list[int]  # the slot of each row's states so far, -1 for one that has not moved
+    recorded: list[tuple[list[Piece], dict[int, tuple[Tensor, Tensor]]]]
+
+
+class Rows:
+    """Rows that hold their pages and slots in the pools, until `close` or the end of their life."""
+
+    def __init__(self, store: "_Store", rows: list[Row]) -> None:
+        self.store, self.rows = store, rows
+        for row in rows:
+            store.pages.share(row.pages)
+            store.slots.share([row.slot] if row.slot >= 0 else [])
+
+    def close(self) -> None:
+        for row in self.rows:
+            self.store.pages.release(row.pages)
+            self.store.slots.release([row.slot] if row.slot >= 0 else [])
+        self.rows = []
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class _Store:
-    """A `[B, capacity, Hkv, D]` tensor that grows along tokens by a constant factor, keeping its contents."""
+    """Storage and the pools that count who holds what of it; shared by a cache, its forks and its
+    snapshots."""
 
-    def __init__(self) -> None:
-        self.data: Tensor | None = None
+    def __init__(self, config: MiniCPMSALAConfig) -> None:
+        self.config = config
+        self.pages, self.slots = Pool(0, "pages"), Pool(0, "state slots")
+        self.storage: CacheStorage | None = None
 
-    def reserve(self, like: Tensor, batch: int, needed: int, exact: bool = False) -> Tensor:
-        """Make room for `needed` tokens in each row and return the storage."""
-        old = self.data
-        if old is not None and old.shape[1] >= needed:
-            return old
-        capacity = (
-            needed
-            if exact
-            else max(needed, _FIRST, math.ceil(_GROWTH * (0 if old is None else old.shape[1])))
-        )
-        with torch.inference_mode(
-            False
-        ):  # usable inside and outside of inference mode, whichever comes first
-            new = torch.empty(batch, capacity, *like.shape[2:], dtype=like.dtype, device=like.device)
-        if old is not None:
-            new[:, : old.shape[1]] = old
-        self.data = new
-        return new
-
-    def select(self, rows: Tensor) -> None:
-        if self.data is not None:
-            self.data = self.data.index_select(0, rows.to(self.data.device))
-
-    @property
-    def token_bytes(self) -> int:
-        return 0 if self.data is None else self.data[0, :1].numel() * self.data.element_size()
-
-    @property
-    def allocated(self) -> int:
-        return 0 if self.data is None else self.data.numel() * self.data.element_size()
-
-
-class SparseCacheLayer:
-    """K, V and the two levels of compressed keys of one sparse layer."""
-
-    is_compileable = False
-    is_croppable = True
-
-    def __init__(self, spec: BlockSpec) -> None:
-        self.spec = spec
-        self.keys, self.values, self.k1, self.k2 = _Store(), _Store(), _Store(), _Store()
-
-    def append(
-        self, row: int, batch: int, past: int, k: Tensor, v: Tensor, reserve: int
-    ) -> tuple[Tensor, ...]:
-        """Put k, v `[1, T, Hkv, D]` behind the first `past` tokens of a row and extend its compressed keys.
-
-        Returns K, V `[1, past + T, Hkv, D]` and both levels of compressed keys `[1, n, Hkv, D]`, as views.
-        """
-        end = past + k.shape[1]
-        room = max(end, reserve)
-        exact = reserve >= end
-        keys = self.keys.reserve(k, batch, room, exact)
-        values = self.values.reserve(v, batch, room, exact)
-        keys[row, past:end] = k[0]
-        values[row, past:end] = v[0]
-        levels = []
-        for store, size, stride in (
-            (self.k1, self.spec.kernel_size, self.spec.kernel_stride),
-            (self.k2, self.spec.coarse_size, self.spec.coarse_stride),
-        ):
-            data = store.reserve(k, batch, max(1, num_windows(room, size, stride)), exact)
-            extend_compressed(keys[row : row + 1], data[row : row + 1], past, k.shape[1], size, stride)
-            levels.append(data[row : row + 1, : num_windows(end, size, stride)])
-        return keys[row : row + 1, :end], values[row : row + 1, :end], *levels
-
-    def used_bytes(self, lengths: list[int]) -> int:
-        spec, total = self.spec, 0
-        for length in lengths:
-            total += length * (self.keys.token_bytes + self.values.token_bytes)
-            total += num_windows(length, spec.kernel_size, spec.kernel_stride) * self.k1.token_bytes
-            total += num_windows(length, spec.coarse_size, spec.coarse_stride) * self.k2.token_bytes
-        return total
-
-    def allocated_bytes(self) -> int:
-        return sum(s.allocated for s in self._stores())
-
-    def select(self, rows: Tensor) -> None:
-        for store in self._stores():
-            store.select(rows)
-
-    def _stores(self) -> tuple[_Store, ...]:
-        return self.keys, self.values, self.k1, self.k2
-
-
-class LightningCacheLayer:
-    """The recurrent state `[B, H, D, Dv]` (float32) of one lightning layer, and what a rollback needs.
-
-    With recording on, the keys and values of the last call are kept beside the state before it, so that the
-    state after any of that call's tokens can be computed again.
-    """
-
-    is_compileable = False
-    is_croppable = False
-
-    def __init__(self, heads: int) -> None:
-        self.state: Tensor | None = None
-        self.staged: Tensor | None = None
-        self.record: tuple[Tensor | None, Tensor, Tensor] | None = None  # state before, k, v of the last call
-        self._staged_record: tuple[Tensor | None, Tensor, Tensor] | None = None
-        self._slopes = alibi_slopes(heads)
-
-    def stage(self, state: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> None:
-        self.staged = state.detach()
-        self._staged_record = None if k is None or v is None else (self.state, k.detach(), v.detach())
-
-    def commit(self) -> None:
-        if self.staged is not None:
-            self.state, self.record = self.staged, self._staged_record
-        self.staged = self._staged_record = None
-
-    def discard(self) -> None:
-        self.staged = self._staged_record = None
-
-    def can_drop(self, tokens: int) -> bool:
-        return self.record is not None and tokens <= self.record[1].shape[1]
-
-    def drop(self, tokens: int) -> None:
-        """Go back by `tokens` within the recorded call."""
-        assert self.record is not None and self.can_drop(tokens), "checked by the cache"
-        before, k, v = self.record
-        kept = k.shape[1] - tokens
-        k, v = k[:, :kept], v[:, :kept]
-        decay = torch.tensor(self._slopes, device=k.device, dtype=torch.float32)
-        steps = torch.arange(kept - 1, -1, -1, device=k.device)
-        weights = torch.exp(-decay * steps[:, None])[None, :, :, None]
-        state = torch.einsum("bthd,bthe->bhde", k.float() * weights, v.float())
-        if before is not None:
-            state = state + torch.exp(-decay * kept)[None, :, None, None] * before
-        self.state, self.record = state, (before, k, v)
-
-    def used_bytes(self) -> int:
-        return 0 if self.state is None else self.state.numel() * self.state.element_size()
-
-    def select(self, rows: Tensor) -> None:
-        rows = rows if self.state is None else rows.to(self.state.device)
-        if self.state is not None:
-            self.state = self.state.index_select(0, rows)
-        if self.record is not None:
-            before, k, v = self.record
-            self.record = (
-                None if before is None else before.index_select(0, rows),
-                k.index_select(0, rows),
-                v.index_select(0, rows),
-            )
+    def reserve(self, pages: int, slots: int, exact: bool, dtype: torch.dtype, devices: Any) -> CacheStorage:
+        """See that so many pages and slots are free."""
+        if self.storage is None:
+            self.storage = CacheStorage(self.config, 0, 0, dtype, devices)
+        num_pages = self.pages.size + max(0, pages - self.pages.num_free)
+        if num_pages > self.pages.size and not exact:
+            num_pages = max(num_pages, _GROWTH * self.pages.size)
+        num_slots = self.slots.size
+        if slots > self.slots.num_free:
+            num_slots = max(num_slots + slots - self.slots.num_free, _GROWTH * num_slots)
+        self.storage.grow(num_pages, num_slots)
+        self.pages.grow(num_pages)
+        self.slots.grow(num_slots)
+        return self.storage
 
 
 @dataclass(eq=False)
 class Snapshot:
-    """A point a cache can return to: lengths and recurrent states. Keys and values stay where they are, so it
-    holds until the cache is cut back below it, reordered or reset (`valid` turns False)."""
+    """A point a cache can return to, at any time: it holds the pages and states it needs."""
 
     lengths: list[int]
-    columns: int
-    announced: list[int]
-    states: list[Tensor | None]
-    valid: bool = True
+    padded_length: int
+    announced: list[int] | None
+    held: Rows
 
 
 class SALACache(Cache):
-    """The cache of a MiniCPM-SALA model; pass it to `forward` or `generate` as `past_key_values`.
+    """The cache of a MiniCPM-SALA model; pass it to `forward` or `generate` as `past_key_values` (or
+    `cache`).
 
     `begin_prompt` announces a prompt that will come in several calls: its whole length decides between dense
     and sparse attention, so that the answer does not depend on how the prompt is cut, and room for it is
-    made once. Without an announcement each call is taken for a whole prompt (or a decoding step).
+    made once. What comes behind an announced prompt is taken for generated: each token's own length decides.
+    Without an announcement each call is taken for a whole prompt or turn (or a decoding step).
 
     Args:
         config: the model's configuration.
@@ -203,129 +128,302 @@ class SALACache(Cache):
     """
 
     def __init__(self, config: MiniCPMSALAConfig, *, record_past: bool = False) -> None:
-        self.config = config
-        assert config.lightning_nh is not None, "filled by the configuration"
-        layers = [
-            SparseCacheLayer(config.block_spec)
-            if config.is_sparse(i)
-            else LightningCacheLayer(config.lightning_nh)
-            for i in range(config.num_hidden_layers)
-        ]
-        super().__init__(layers=layers)
-        self.record_past = record_past
-        self.lengths: list[int] = []  # real tokens of each row
-        self.columns = 0  # tokens of the rectangle seen, padding included: what transformers calls the length
-        self._announced: list[int] = []
+        super().__init__(layers=[])
+        self.config, self.record_past = config, record_past
+        # tokens of the rectangle seen, padding included: what transformers calls the length
+        self.padded_length = 0
+        self._store = _Store(config)
+        self._held = Rows(self._store, [])
+        self._announced: list[int] | None = None
         self._reserve = 0
-        self._points: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self._prompt = 0  # tokens of the rectangle that `generate` announced
+        self._call: _Call | None = None
+        self._before: Rows | None = None  # the rows before the last call, if it was recorded
+        self._recorded: list[tuple[list[Piece], dict[int, tuple[Tensor, Tensor]]]] = []
 
     def __repr__(self) -> str:
         return f"SALACache(lengths={self.lengths}, bytes={self.num_bytes()})"
 
-    def begin_prompt(self, lengths: list[int], new_tokens: int = 0) -> None:
-        """Announce that row b will grow by `lengths[b]` prompt tokens, then by up to `new_tokens` more.
+    @property
+    def rows(self) -> list[Row]:
+        return self._held.rows
 
-        Raises ValueError if the number of rows differs from the rows already held.
+    @property
+    def storage(self) -> CacheStorage | None:
+        """Where pages and states lie; None before the first token."""
+        return self._store.storage
+
+    @property
+    def lengths(self) -> list[int]:
+        """Real tokens of each row."""
+        return [row.length for row in self.rows]
+
+    # --- prompts ---
+
+    def begin_prompt(self, lengths: list[int], new_tokens: int = 0) -> None:
+        """Announce that row b will grow by `lengths[b]` prompt tokens, then by up to `new_tokens` generated
+        ones.
+
+        Raises:
+            ValueError: another number of rows than the cache holds.
         """
-        past = self.lengths or [0] * len(lengths)
         self._check_rows(len(lengths))
+        past = self.lengths or [0] * len(lengths)
         self._announced = [a + b for a, b in zip(past, lengths, strict=True)]
         self._reserve = max(self._announced) + new_tokens
 
     def announce(
         self, ids: Tensor | None, embeds: Tensor | None, mask: Tensor | None, new_tokens: int
     ) -> None:
-        """`begin_prompt` for what `generate` is given: token ids `[B, T]` or embeddings `[B, T, hidden]`, and
-        a mask.
+        """`begin_prompt` for what `generate` is given: ids `[B, T]` or embeddings `[B, T, hidden]`, and a
+        mask.
 
         The rows may be repeated afterwards (beams, several answers): the announcement is repeated with them.
 
         Raises:
-            ValueError: the cache holds all of the prompt, so that there is no token left to predict from.
+            ValueError: the cache holds all of the prompt, so that there is no token left to predict from, or
+                other tokens than its beginning.
         """
         given = ids if ids is not None else embeds
         if given is None:
             return
         batch, length = given.shape[:2]
         whole = length if mask is None else max(length, mask.shape[1])
-        if whole <= self.columns:
+        if whole <= self.padded_length:
             raise ValueError(
-                f"the cache already holds {self.columns} tokens and the prompt has {whole}: give the "
+                f"the cache already holds {self.padded_length} tokens and the prompt has {whole}: give the "
                 "whole text, "
                 "at least one token longer than what the cache holds"
             )
+        if ids is not None and length == whole:
+            self._check_beginning(ids, mask)
         if mask is not None:
-            new = [int(n) for n in mask[:, self.columns :].sum(1).tolist()]
+            new = [int(n) for n in mask[:, self.padded_length :].sum(1).tolist()]
         else:
-            new = [whole - self.columns] * batch
+            new = [whole - self.padded_length] * batch
         self.begin_prompt(new, new_tokens)
+        self._prompt = whole
 
-    def past_lengths(self, batch: int) -> list[int]:
-        """Tokens held for each of `batch` rows; ValueError if the cache holds another number of rows."""
-        self._check_rows(batch)
-        return list(self.lengths) or [0] * batch
+    def _check_beginning(self, ids: Tensor, mask: Tensor | None) -> None:
+        for n, row in enumerate(self.rows[: ids.shape[0]]):
+            if row.ids is None:
+                continue
+            past = ids[n, : self.padded_length]
+            past = past if mask is None else past[mask[n, : self.padded_length].bool()]
+            if past.tolist() != list(row.ids):
+                raise ValueError(
+                    f"row {n} of the cache holds other tokens than the beginning of the prompt: use a "
+                    "cache of this "
+                    "text, or a fresh one"
+                )
 
-    def decisive_lengths(self, ends: list[int]) -> list[int]:
-        """The lengths that decide between dense and sparse when a call ends at `ends`."""
-        announced = self._announced or [0] * len(ends)
-        if len(announced) != len(ends) and len(ends) % len(announced) == 0:  # beams, several answers
-            announced = [n for n in announced for _ in range(len(ends) // len(announced))]
+    def plan(self, counts: Sequence[int]) -> list[list[Piece]]:
+        """Cut a call that brings `counts[b]` tokens to row b into steps, each row of each in one mode.
+
+        More than one step only where generated tokens cross `dense_len` within a call (speculative decoding).
+        """
+        announced = self._announced
+        if announced is not None and len(announced) != len(counts):  # beams, several answers
+            if len(counts) % len(announced):
+                raise ValueError(
+                    f"a prompt of {len(announced)} rows was announced, the call has {len(counts)}"
+                )
+            announced = [n for n in announced for _ in range(len(counts) // len(announced))]
             self._announced = announced
-        return [max(a, b) for a, b in zip(announced, ends, strict=True)]
+        past = self.lengths or [0] * len(counts)
+        steps: list[list[Piece]] = []
+        for n, (start, count) in enumerate(zip(past, counts, strict=True)):
+            end = None if announced is None else announced[n]
+            for i, (offset, size, sparse) in enumerate(self._modes(start, count, end)):
+                if i == len(steps):
+                    steps.append([])
+                steps[i].append(Piece(n, offset, size, sparse))
+        return steps
 
-    @property
-    def reserve(self) -> int:
-        """Tokens a row is known to grow to; 0 if unknown."""
-        return self._reserve
+    def _modes(self, start: int, count: int, announced: int | None) -> list[tuple[int, int, bool]]:
+        """Runs `(offset, count, sparse)` of the tokens start ... start + count - 1."""
+        decide, end, runs = self.config.attends_sparsely, start + count, []
+        prompt = end if announced is None else min(end, announced)
+        if prompt > start:
+            runs.append((0, prompt - start, decide(max(prompt, announced or 0))))
+        behind = max(start, prompt)
+        if behind < end:
+            turn = min(
+                max(self.config.dense_len - 1, behind), end
+            )  # from here on a token's own length is sparse
+            cuts = [behind, turn, end] if decide(behind + 1) != decide(end) else [behind, end]
+            runs += [(a - start, b - a, decide(b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return runs
 
-    def commit(self, new_lengths: list[int], columns: int) -> None:
-        """Make the changes of a finished forward call valid."""
-        for layer in self.layers:
-            if isinstance(layer, LightningCacheLayer):
-                layer.commit()
-        self.lengths = [a + b for a, b in zip(self.past_lengths(len(new_lengths)), new_lengths, strict=True)]
-        self.columns += columns
-        if not self._reserve or max(self.lengths) > self._reserve:
+    # --- a forward call ---
+
+    def begin_call(self, batch: int, padded_length: int) -> None:
+        """Start a forward call of `[batch, padded_length]` tokens.
+
+        Raises:
+            ValueError: another number of rows than the cache holds; the whole of a prompt of which it holds a
+                part.
+        """
+        self._check_rows(batch)
+        if 0 < self.padded_length < self._prompt <= padded_length:
+            raise ValueError(
+                f"{self._prompt - self.padded_length} tokens of the prompt are left to read and "
+                f"{padded_length} came: "
+                "what the "
+                "cache holds would be read twice (this version of transformers is not supported)"
+            )
+        self.discard()
+        if not self.rows:
+            self._held = Rows(self._store, [Row() for _ in range(batch)])
+        self._call = _Call([-1] * batch, [])
+
+    def step(
+        self,
+        pieces: list[Piece],
+        like: Tensor,
+        devices: Sequence[torch.device],
+        positions: Tensor | None = None,
+    ) -> ForwardBatch:
+        """The batch of one step of `plan`, with room made for its tokens; activations are like `like`."""
+        assert self._call is not None, "begin_call comes first"
+        storage = self._make_room(pieces, like.dtype, devices)
+        rows = []
+        for piece in pieces:
+            row, written = self.rows[piece.row], self._call.written[piece.row]
+            if written < 0:  # the row's own slot stays as it is until the call is done
+                read, written = row.slot, self._store.slots.take()[0]
+                self._call.written[piece.row] = written
+            else:
+                read = written
+            # a copy: a view would keep the array from being cut
+            pages, start = np.array(row.pages, np.int32), row.length + piece.offset
+            rows.append(BatchRow(pages, start, piece.count, piece.sparse, read, written))
+        batch = ForwardBatch.of(storage, rows, like.device, positions=positions, record=self.record_past)
+        if batch.recorded is not None:
+            self._call.recorded.append((pieces, batch.recorded))
+        return batch
+
+    def _make_room(
+        self, pieces: list[Piece], dtype: torch.dtype, devices: Sequence[torch.device]
+    ) -> CacheStorage:
+        size, store = self.config.block_spec.block_size, self._store
+        ends = {p.row: self.rows[p.row].length + p.offset + p.count for p in pieces}
+        reserve = max(self._reserve, 0)
+        exact = reserve >= max(ends.values())
+        wanted = 0
+        for n, end in ends.items():
+            tokens = reserve if exact else max(end, _FIRST)
+            wanted += max(0, -(-tokens // size) - len(self.rows[n].pages)) + 1  # 1: a page to copy
+        storage = store.reserve(wanted, len(pieces), exact, dtype, devices)
+        copies = []
+        for n, end in ends.items():
+            row = self.rows[n]
+            last = len(row.pages) - 1
+            partial = row.length % size and row.length // size == last
+            if partial and store.pages.references(row.pages[last]) > 1:
+                fresh = store.pages.take()[0]
+                copies.append((row.pages[last], fresh))
+                store.pages.release([row.pages[last]])
+                row.pages[last] = fresh
+            row.pages.extend(store.pages.take(max(0, -(-end // size) - len(row.pages))))
+        storage.copy_pages(copies)
+        return storage
+
+    def commit(self, counts: Sequence[int], padded_length: int, ids: Sequence[array] | None) -> None:
+        """Make the changes of a finished call valid: `counts[b]` tokens for row b, whose ids (if known) are
+        `ids[b]`."""
+        assert self._call is not None, "begin_call comes first"
+        call, self._call = self._call, None
+        before = Rows(self._store, [_copy(row) for row in self.rows]) if self.record_past else None
+        for n, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            if call.written[n] >= 0:
+                self._store.slots.release([row.slot] if row.slot >= 0 else [])
+                row.slot = call.written[n]
+            row.length += count
+            row.ids = None if ids is None or row.ids is None else row.ids + ids[n]
+        if self._before is not None:
+            self._before.close()
+        self._before, self._recorded = before, call.recorded
+        self.padded_length += padded_length
+        if self._reserve and max(self.lengths) > self._reserve:
             self._reserve = 0
 
     def discard(self) -> None:
-        """Forget the changes of a forward call that did not finish."""
-        for layer in self.layers:
-            if isinstance(layer, LightningCacheLayer):
-                layer.discard()
+        """Forget the changes of a call that did not finish."""
+        if self._call is None:
+            return
+        self._store.slots.release(slot for slot in self._call.written if slot >= 0)
+        self._call = None
+        size = self.config.block_spec.block_size
+        for row in self.rows:
+            self._trim(row, -(-row.length // size))
+        if not self.padded_length:
+            self._held = Rows(self._store, [])
+
+    def _trim(self, row: Row, pages: int) -> None:
+        self._store.pages.release(row.pages[pages:])
+        del row.pages[pages:]
 
     def _check_rows(self, batch: int) -> None:
-        if self.lengths and len(self.lengths) != batch:
+        if self.rows and len(self.rows) != batch:
             raise ValueError(
-                f"the cache holds {len(self.lengths)} rows, but the call has {batch}: use one cache a batch"
+                f"the cache holds {len(self.rows)} rows, but the call has {batch}: use one cache per batch"
+            )
+
+    def check_config(self, config: MiniCPMSALAConfig) -> None:
+        """ValueError if this is the cache of a model that keeps other things."""
+        mine, other = (_shape(c) for c in (self.config, config))
+        different = [name for name in mine if mine[name] != other[name]]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"the cache was made for another model: its {name} is {mine[name]}, this model's is "
+                f"{other[name]}; "
+                "make one with SALACache(model.config)"
             )
 
     # --- what transformers asks of a cache ---
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
+        return self.padded_length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.padded_length + query_length, 0
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        return self.columns > 0
+        return self.padded_length > 0
 
     @property
     def batch_size(self) -> int:
-        return len(self.lengths) or -1
+        return len(self.rows) or -1
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self.lengths)
+        return bool(self.rows)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """False throughout: a prompt is cut to what the cache lacks, which transformers does not do for
+        purely linear caches."""
+        return [False] * self.config.num_hidden_layers
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * self.config.num_hidden_layers
 
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` can undo tokens of the last call: only with recording on."""
-        return self.record_past or not any(isinstance(x, LightningCacheLayer) for x in self.layers)
+        return self.record_past or not any(
+            not self.config.is_sparse(i) for i in range(self.config.num_hidden_layers)
+        )
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -334,10 +432,18 @@ class SALACache(Cache):
         raise NotImplementedError("SALACache is filled by the model's own layers, not through update()")
 
     def reset(self) -> None:
-        """Forget everything, keeping the object."""
-        self._forget_points(-1)
-        fresh = SALACache(self.config, record_past=self.record_past)
-        self.__dict__.update(fresh.__dict__)
+        """Forget everything, keeping the object and its memory."""
+        self.discard()
+        self._put(Rows(self._store, []), 0, None)
+
+    def _put(self, held: Rows, padded_length: int, announced: list[int] | None) -> None:
+        """Take over rows that are held already in place of those there are."""
+        self._held.close()
+        self._held, self.padded_length, self._announced = held, padded_length, announced
+        self._reserve = self._prompt = 0
+        if self._before is not None:
+            self._before.close()
+        self._before, self._recorded = None, []
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Undo the last tokens of every row: `crop(-n)` removes n, as transformers counts.
@@ -347,106 +453,174 @@ class SALACache(Cache):
         ValueError, and the cache is unchanged: take a `snapshot` at points you want to return to.
         """
         tokens_to_remove = int(tokens_to_remove)  # prompt lookup of transformers 5.17 brings a tensor
-        if tokens_to_remove > 0 or -tokens_to_remove > self.columns:
+        if tokens_to_remove > 0 or -tokens_to_remove > self.padded_length:
             raise ValueError(
-                f"crop takes {-self.columns} (all tokens held) to 0, got {tokens_to_remove}: "
+                f"crop takes {-self.padded_length} (all tokens held) to 0, got {tokens_to_remove}: "
                 "crop(-n) removes the last n tokens"
             )
         if tokens_to_remove == 0:
             return
-        if -tokens_to_remove == self.columns:
+        removed = -tokens_to_remove
+        if removed == self.padded_length:
             self.reset()
             return
-        removed = -tokens_to_remove
-        lightning = [x for x in self.layers if isinstance(x, LightningCacheLayer)]
-        if not all(layer.can_drop(removed) for layer in lightning):
-            raise ValueError(
-                f"cannot undo {removed} tokens: a lightning state cannot be run backwards, and "
-                f"{'the last call was shorter' if self.record_past else 'recording is off'}. Make the "
-                "cache with "
-                "record_past=True to undo tokens of the last call, or take a snapshot() where you want to "
-                "return to"
+        before = self._before
+        if before is None or any(
+            now.length - old.length < removed for now, old in zip(self.rows, before.rows, strict=True)
+        ):
+            why = (
+                "the last call was shorter" if self.record_past and before is not None else "recording is off"
             )
-        for layer in lightning:
-            layer.drop(removed)
-        self.columns -= removed
-        self._forget_points(self.columns)
-        self.lengths = [n - removed for n in self.lengths]
-        self._announced = [min(a, n) for a, n in zip(self._announced, self.lengths, strict=False)]
+            raise ValueError(
+                f"cannot undo {removed} tokens: a lightning state cannot be run backwards, and {why}. "
+                "Make the "
+                "cache with record_past=True to undo tokens of the last call, or take a snapshot() where "
+                "you want "
+                "to return to"
+            )
+        self._roll_back(before, removed)
 
-    def _select_rows(self, rows: Tensor) -> None:
-        self._forget_points(-1)
-        for layer in self.layers:
-            layer.select(rows)
-        picked = rows.tolist()
-        self.lengths = [self.lengths[r] for r in picked]
-        self._announced = [self._announced[r] for r in picked] if self._announced else []
+    def _roll_back(self, before: Rows, removed: int) -> None:
+        """Run the states from before the last call over the tokens of it that stay."""
+        size, store = self.config.block_spec.block_size, self._store
+        for n, (row, old) in enumerate(zip(self.rows, before.rows, strict=True)):
+            kept = row.length - removed - old.length
+            store.slots.release([row.slot])
+            row.slot = old.slot
+            if not kept:
+                store.slots.share([row.slot] if row.slot >= 0 else [])
+            else:
+                row.slot = self._replay(n, old.slot, kept)
+            row.length -= removed
+            row.ids = None if row.ids is None else row.ids[: row.length]
+            self._trim(row, -(-row.length // size))
+        self.padded_length -= removed
+        if self._announced is not None:
+            self._announced = [min(a, n) for a, n in zip(self._announced, self.lengths, strict=True)]
+
+    def _replay(self, row: int, slot: int, kept: int) -> int:
+        """A slot with the states behind the first `kept` recorded tokens of a row, begun with those of
+        `slot`."""
+        storage = self._store.reserve(0, 1, True, torch.float32, None)
+        target = self._store.slots.take()[0]
+        for layer, states in storage.states.items():
+            keys, values = [], []
+            for pieces, recorded in self._recorded:
+                first = 0
+                for piece in pieces:
+                    if piece.row == row:
+                        part = slice(first, first + max(0, min(piece.count, kept - piece.offset)))
+                        keys.append(recorded[layer][0][part])
+                        values.append(recorded[layer][1][part])
+                    first += piece.count
+            advance_states(torch.cat(keys), torch.cat(values), self.config, states, [slot], [target], [kept])
+        return target
+
+    def _select_rows(self, rows: list[int]) -> None:
+        held = Rows(self._store, [_copy(self.rows[r]) for r in rows])
+        announced = None if self._announced is None else [self._announced[r] for r in rows]
+        self._put(held, self.padded_length, announced)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take row beam_idx[b] as the new row b (beam search)."""
-        self._select_rows(beam_idx)
+        self._select_rows(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select_rows(indices)
+        self._select_rows(indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select_rows(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+        self._select_rows([n for n in range(len(self.rows)) for _ in range(repeats)])
 
     # --- ours ---
 
     def snapshot(self) -> Snapshot:
-        """A point to `restore` later; costs one reference to each recurrent state and no copy of keys or
-        values."""
-        states = [x.state if isinstance(x, LightningCacheLayer) else None for x in self.layers]
-        point = Snapshot(list(self.lengths), self.columns, list(self._announced), states)
-        self._points.add(point)
-        return point
+        """A point to `restore` later; it shares pages and states, nothing is copied."""
+        held = Rows(self._store, [_copy(row) for row in self.rows])
+        return Snapshot(self.lengths, self.padded_length, self._announced, held)
 
     def restore(self, point: Snapshot) -> None:
-        """Go back to a snapshot of this cache, exactly. ValueError if it cannot be gone back to."""
-        if point not in self._points or not point.valid:
-            raise ValueError(
-                f"the snapshot (rows of {point.lengths} tokens) was taken from another cache, or this one "
-                "has been "
-                "cut back below it, reordered or reset since: take a new one"
-            )
-        self._forget_points(point.columns)
-        self.lengths, self.columns, self._announced = (
-            list(point.lengths),
-            point.columns,
-            list(point.announced),
-        )
-        self._reserve = 0
-        for layer, state in zip(self.layers, point.states, strict=True):
-            if isinstance(layer, LightningCacheLayer):
-                layer.state, layer.record = state, None
+        """Go back to a snapshot of this cache or of one it was forked from, exactly.
 
-    def _forget_points(self, columns: int) -> None:
-        """The tokens behind `columns` will be overwritten: snapshots that hold more are void."""
-        for point in self._points:
-            point.valid = point.valid and point.columns <= columns
+        Raises:
+            ValueError: a snapshot of another cache.
+        """
+        if point.held.store is not self._store:
+            raise ValueError(
+                f"the snapshot (rows of {point.lengths} tokens) was taken from another cache: restore it "
+                "there"
+            )
+        self.discard()
+        held = Rows(self._store, [_copy(row) for row in point.held.rows])
+        self._put(held, point.padded_length, point.announced)
 
     def fork(self) -> "SALACache":
-        """An independent copy: both can go on from here without seeing each other."""
+        """A cache that goes on from here by itself; both share what they have in common."""
         twin = SALACache(self.config, record_past=self.record_past)
-        twin.lengths, twin.columns = list(self.lengths), self.columns
-        twin._announced = list(self._announced)
-        longest = max(self.lengths, default=0)
-        for mine, other in zip(self.layers, twin.layers, strict=True):
-            if isinstance(mine, SparseCacheLayer):
-                for a, b in zip(mine._stores(), other._stores(), strict=True):
-                    if a.data is not None:
-                        b.data = a.data[:, :longest].clone()
-            elif mine.state is not None:
-                other.state = mine.state.clone()
+        twin._store = self._store
+        twin._held = Rows(self._store, [_copy(row) for row in self.rows])
+        twin.padded_length, twin._announced = self.padded_length, self._announced
         return twin
 
     def num_bytes(self, allocated: bool = False) -> int:
-        """Bytes the tokens held occupy, or, with `allocated`, bytes set aside for them."""
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, SparseCacheLayer):
-                total += layer.allocated_bytes() if allocated else layer.used_bytes(self.lengths)
-            else:
-                total += layer.used_bytes()
-        return total
+        """Bytes the tokens held occupy, or, with `allocated`, bytes set aside for them (and for forks)."""
+        storage = self._store.storage
+        if storage is None:
+            return 0
+        if allocated:
+            return storage.num_bytes
+        return sum(text_bytes(self.config, row.length, storage.dtype) for row in self.rows)
+
+
+def advance_states(
+    k: Tensor,
+    v: Tensor,
+    config: MiniCPMSALAConfig,
+    states: Tensor,
+    read: list[int],
+    write: list[int],
+    counts: list[int],
+) -> None:
+    """Run states over recorded keys and values `[T, H, D]` of `counts[n]` tokens per sequence, from slot
+    read[n] to write[n]."""
+    assert config.lightning_nh is not None, "filled by the configuration"
+    device = k.device
+    lightning_attention_slots(
+        k,
+        k,
+        v,
+        torch.tensor(alibi_slopes(config.lightning_nh), dtype=torch.float32, device=device),
+        states,
+        cu_seqlens=torch.tensor([0, *counts], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32),
+        read_slots=torch.tensor(read, dtype=torch.int32, device=device),
+        write_slots=torch.tensor(write, dtype=torch.int32, device=device),
+        scale=1.0,
+    )
+
+
+def text_bytes(config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that a text of `tokens` tokens needs: K, V, both levels of compressed keys, states."""
+    if not tokens:
+        return 0
+    assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
+    spec, layers = config.block_spec, config.num_hidden_layers
+    sparse = sum(config.is_sparse(i) for i in range(layers))
+    rows = 2 * tokens + num_windows(tokens, spec.kernel_size, spec.kernel_stride)
+    rows += num_windows(tokens, spec.coarse_size, spec.coarse_stride)
+    per_row = config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return sparse * rows * per_row + cache_sizes(config, dtype).slot
+
+
+def _copy(row: Row) -> Row:
+    return Row(array("i", row.pages), row.length, row.slot, None if row.ids is None else array("i", row.ids))
+
+
+def _shape(config: MiniCPMSALAConfig) -> dict[str, Any]:
+    """What a cache is made for."""
+    return {
+        "mixer_types": config.mixer_types,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "lightning_nh": config.lightning_nh,
+        "lightning_head_dim": config.lightning_head_dim,
+        "sparse_config": config.sparse_config,
+    }

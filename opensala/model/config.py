@@ -7,14 +7,15 @@ are written only when they are in use: `attn_qk_norm`, `attn_scale_base`, `atten
 Everything is checked when the object is made, so that a bad file is refused before any weight is read.
 """
 
-import difflib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
 from ..ops import BlockSpec
-from ..ops.sparse import LSE_KINDS, SEARCHES
+from ..ops.sparse import LSE_KINDS, REGIONS, SEARCHES
+from ..ops.sparse.spec import REGION
+from .fields import RULES, SPARSE_RULES, Rule, check_choice, number
 
 SPARSE = "minicpm4"
 LIGHTNING = "lightning-attn"
@@ -31,37 +32,32 @@ RELEASED_SPARSE_CONFIG = {
     "use_nope": False,
     "dense_len": 8192,
 }
-_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "lightning_nh",
-    "lightning_nkv",
-    "lightning_head_dim",
-    "max_position_embeddings",
-)
 _EXTENSION_DEFAULTS = {
     "attn_qk_norm": False,
     "attn_scale_base": None,
     "attention_mode": "auto",
     "block_search": "exact",
 }
-ROPE_SCALINGS = {  # the kinds that change frequencies once and for all, with the numbers each needs
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+ROPE_SCALINGS: dict[str, dict[str, Rule]] = {  # the kinds that change frequencies once and for all
+    "linear": {"factor": number(1e-3, 1e6)},
+    "llama3": {
+        "factor": number(1e-3, 1e6),
+        "low_freq_factor": number(1e-3, 1e6),
+        "high_freq_factor": number(1e-3, 1e6),
+        "original_max_position_embeddings": number(1, 2**40),
+    },
 }
 
 
-def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError naming the field, the value, what is allowed and the nearest allowed spelling."""
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{field} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{hint}")
+class AttentionRule(NamedTuple):
+    """Who attends sparsely: everybody, nobody, or whoever has `dense_len` tokens to look at."""
+
+    mode: str
+    dense_len: int
+
+    def attends_sparsely(self, length: int) -> bool:
+        """See `MiniCPMSALAConfig.attends_sparsely`."""
+        return self.mode == "sparse" or (self.mode == "auto" and length >= self.dense_len)
 
 
 class MiniCPMSALAConfig(PreTrainedConfig):
@@ -127,10 +123,8 @@ class MiniCPMSALAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("layer_types", None)
-        for field in _COUNTS:
-            value = getattr(self, field)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
+        RULES["dtype"]("dtype", kwargs.get("torch_dtype"))  # its older name
+        self._check_fields()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -153,6 +147,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Validate every field that a model is built from; ValueError for the first that does not fit."""
+        self._check_fields()
         self._divides(
             "num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads
         )
@@ -164,38 +159,48 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         ):
             if used and dim % 2:
                 raise ValueError(f"{field} must be even for rotary positions, got {dim}")
-        if self.attention_dropout:
-            raise ValueError(
-                f"attention_dropout must be 0 (the released model has none), got {self.attention_dropout}"
-            )
         check_choice("attention_mode", self.attention_mode, ATTENTION_MODES)
         check_choice("block_search", self.block_search, SEARCHES)
+        if self.block_search == "hierarchical" and self.block_spec.num_blocks > REGIONS * REGION:
+            raise ValueError(
+                f"block_search 'hierarchical' finds at most {REGIONS * REGION} blocks, and "
+                f"sparse_config.topk and window_size ask for {self.block_spec.num_blocks}: use 'exact'"
+            )
         self._check_rope_scaling()
-        if self.attn_scale_base is not None and not self.attn_scale_base > 1:
-            raise ValueError(
-                f"attn_scale_base must be null or a number above 1, got {self.attn_scale_base!r}"
-            )
-        if not (
-            isinstance(self.lightning_scale, (int, float)) or self.lightning_scale in ("1/sqrt(d)", "1/d")
-        ):
-            raise ValueError(
-                f"lightning_scale must be '1/sqrt(d)', '1/d' or a number, got {self.lightning_scale!r}"
-            )
+        self._check_token_ids()
+
+    def _check_fields(self) -> None:
+        """Kind and range of each field by itself."""
+        for field, rule in RULES.items():
+            rule(field, getattr(self, field))
+
+    def _check_token_ids(self) -> None:
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            if (
+                value is not None
+                and max(value if isinstance(value, (list, tuple)) else [value]) >= self.vocab_size
+            ):
+                raise ValueError(f"{field} must be below vocab_size = {self.vocab_size}, got {value!r}")
 
     def _check_rope_scaling(self) -> None:
         if self.rope_scaling is None:
             return
         kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))
-        if kind not in ROPE_SCALINGS:
+        if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
             raise ValueError(
                 f"rope_scaling must be null or of type {' or '.join(ROPE_SCALINGS)}, got "
                 f"{self.rope_scaling!r}: "
                 "other kinds depend on the length, which rotary positions here do not"
             )
-        for key in ROPE_SCALINGS[kind]:
-            value = self.rope_scaling.get(key)
-            if not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(f"rope_scaling.{key} must be a number above 0, got {value!r}")
+        for key, rule in ROPE_SCALINGS[kind].items():
+            rule(f"rope_scaling.{key}", self.rope_scaling.get(key))
+        if kind == "llama3":
+            low, high = self.rope_scaling["low_freq_factor"], self.rope_scaling["high_freq_factor"]
+            if not low < high:
+                raise ValueError(
+                    f"rope_scaling.high_freq_factor must be above low_freq_factor = {low}, got {high}"
+                )
 
     @staticmethod
     def _divides(name: str, value: int, by_name: str, by: int | None) -> None:
@@ -226,15 +231,8 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             merged.pop("lse", None)
         else:
             check_choice("sparse_config.lse", merged["lse"], LSE_KINDS)
-        least = {"init_blocks": 0, "window_size": 0, "dense_len": 0}
-        for key, value in merged.items():
-            if key in ("use_nope", "lse"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least.get(key, 1):
-                raise ValueError(
-                    f"sparse_config.{key} must be a whole number of at least {least.get(key, 1)}, got "
-                    f"{value!r}"
-                )
+        for key, rule in SPARSE_RULES.items():
+            rule(f"sparse_config.{key}", merged[key])
         self._divides(
             "sparse_config.block_size",
             merged["block_size"],
@@ -265,6 +263,20 @@ class MiniCPMSALAConfig(PreTrainedConfig):
         """Sequence length (tokens) from which `auto` attends sparsely."""
         assert self.sparse_config is not None, "filled in __post_init__"
         return self.sparse_config["dense_len"]
+
+    def attends_sparsely(self, length: int) -> bool:
+        """Whether a token of a text of `length` tokens attends to selected blocks (else to everything).
+
+        The length is that of the whole prompt, or of the whole text at the end of a later turn, for all
+        tokens of that prompt or turn; for a generated token it is its own: the tokens up to it, itself
+        included.
+        """
+        return self.attention_rule.attends_sparsely(length)
+
+    @property
+    def attention_rule(self) -> "AttentionRule":
+        """The rule of `attends_sparsely` by itself, for those who ask it often."""
+        return AttentionRule(self.attention_mode, self.dense_len)
 
     @property
     def lse(self) -> str:

@@ -7,7 +7,32 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from ..ops import linear, rms_norm, silu_mul
 from .config import MiniCPMSALAConfig
+
+
+def runs_alone(*tensors: Tensor | None) -> bool:
+    """Whether plain tensors are computed on without gradients, tracing or autocast: what the inference ops
+    take.
+
+    Their results for a row do not depend on the other rows of a call (on a CPU, bit for bit).
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(x is None or type(x) in (Tensor, nn.Parameter) for x in tensors)
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose inference on a CPU does not depend on how many rows a call has (`ops.linear`)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if (
+            input.dtype == torch.float32
+            and input.device.type == "cpu"
+            and runs_alone(input, self.weight, self.bias)
+        ):
+            return linear(input, self.weight, self.bias)
+        return super().forward(input)
 
 
 class RMSNorm(nn.Module):
@@ -19,6 +44,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and runs_alone(x, self.weight):
+            return rms_norm(x, self.weight, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()
         return nn.functional.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
@@ -62,10 +89,13 @@ class SwiGLU(nn.Module):
     def __init__(self, config: MiniCPMSALAConfig) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-        self.act = ACT2FN[config.hidden_act]
+        self.gate_proj = Linear(hidden, inner, bias=False)
+        self.up_proj = Linear(hidden, inner, bias=False)
+        self.down_proj = Linear(inner, hidden, bias=False)
+        self.act, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act == "silu"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.is_silu and x.dtype == torch.float32 and runs_alone(x):
+            return self.down_proj(silu_mul(gate, up))
+        return self.down_proj(self.act(gate) * up)

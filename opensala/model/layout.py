@@ -88,7 +88,8 @@ class SequenceLayout:
     @property
     def cu_seqlens(self) -> Tensor:
         """`[N + 1]` boundaries of the sequences among the packed tokens."""
-        return torch.tensor([0, *self.lengths], device=self.positions.device).cumsum(0)
+        present = [n for n in self.lengths if n]  # a row that is all padding is no sequence
+        return torch.tensor([0, *present], device=self.positions.device).cumsum(0)
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[1, tokens, ...]` without padding (or the rectangle itself)."""
@@ -169,20 +170,19 @@ def documents_layout(bounds: list[int], sparse: list[bool], device: torch.device
 def rows_layout(
     shape: tuple[int, int],
     valid: Tensor | None,
-    past: list[int],
     sparse: list[bool],
     device: torch.device,
     position_ids: Tensor | None = None,
 ) -> SequenceLayout:
-    """One sequence a row; `valid` `[B, T]` marks the real tokens, None if all are."""
+    """One sequence per row; `valid` `[B, T]` marks the real tokens, None if all are."""
     batch, length = shape
-    before = torch.tensor(past, device=device)[:, None]
+    past = [0] * batch
     if valid is None:
-        positions = before + torch.arange(length, device=device)
+        positions = torch.arange(length, device=device).expand(batch, length)
         if position_ids is not None:
             positions = position_ids.expand(batch, length)
         return SequenceLayout([length] * batch, past, sparse, positions, None, shape)
-    positions = (before + valid.cumsum(1) - 1).clamp(min=0) * valid
+    positions = (valid.cumsum(1) - 1).clamp(min=0) * valid
     index = valid.flatten().nonzero()[:, 0]
     return SequenceLayout(valid.sum(1).tolist(), past, sparse, positions, index, shape)
 

@@ -6,6 +6,10 @@ decays are computed where they are used, so loading through the meta device cann
 """
 
 import logging
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,14 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from ..ops import add_rms_norm, add_scaled
 from ..ops.backends import planned_backend
 from ..ops.sparse import SEARCHES
 from .attention import LightningMixer, SparseMixer
+from .batch import ForwardBatch
 from .cache import SALACache
 from .checkpoint import load_strictly
 from .compat import CACHE_ARGUMENT, take_cache
 from .config import ATTENTION_MODES, MiniCPMSALAConfig, check_choice
-from .layers import RMSNorm, SwiGLU
+from .layers import Linear, RMSNorm, SwiGLU, runs_alone
 from .layout import (
     SequenceLayout,
     SequenceParallel,
@@ -38,8 +44,8 @@ logger = logging.getLogger("opensala")
 class MiniCPMSALADecoderLayer(nn.Module):
     """Pre-norm mixer and feed-forward, both scaled by scale_depth / sqrt(layers).
 
-    `gradient_checkpointing` (set by `gradient_checkpointing_enable` of transformers, or by hand) keeps the
-    layer's input only and runs it again in the backward pass, with the blocks that the first run selected.
+    `gradient_checkpointing` (set by transformers' method to enable it, or by hand) keeps the layer's input
+    only and runs it again in the backward pass, with the blocks that the first run selected.
     """
 
     def __init__(self, config: MiniCPMSALAConfig, layer: int) -> None:
@@ -53,22 +59,24 @@ class MiniCPMSALADecoderLayer(nn.Module):
         self.residual_scale = config.residual_scale
         self.gradient_checkpointing = False
 
-    def forward(
-        self, hidden_states: Tensor, layout: SequenceLayout, cache: SALACache | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:
+        if isinstance(context, ForwardBatch):
+            return self._run(hidden_states, context.on(hidden_states.device))
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return self._run(hidden_states, layout, cache)
-        if cache is not None:
-            raise ValueError("a recomputed layer would fill the cache twice: pass use_cache=False")
+            return self._run(hidden_states, context)
         # Inside forward, not around the call: hooks of the module (FSDP's) then run once.
         return checkpoint(
-            self._run, hidden_states, layout, cache, use_reentrant=False, context_fn=record_and_replay
+            self._run, hidden_states, context, use_reentrant=False, context_fn=record_and_replay
         )
 
-    def _run(self, hidden_states: Tensor, layout: SequenceLayout, cache: SALACache | None) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(hidden_states), layout, cache)
-        hidden_states = hidden_states + mixed * self.residual_scale
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)) * self.residual_scale
+    def _run(self, x: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:
+        mixed = self.self_attn(self.input_layernorm(x), context)
+        if x.dtype == torch.float32 and runs_alone(x, mixed):
+            norm = self.post_attention_layernorm
+            x, h = add_rms_norm(x, mixed, self.residual_scale, norm.weight, norm.eps)
+            return add_scaled(x, self.mlp(h), self.residual_scale)
+        x = x + mixed * self.residual_scale
+        return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_scale
 
 
 class MiniCPMSALAPreTrainedModel(PreTrainedModel):
@@ -127,7 +135,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.parallel: SequenceParallel | None = None  # set where rows are split over ranks
-        self._said: set[str] = set()
+        self._said: set[tuple[Any, ...]] = set()
         self.post_init()
 
     def forward(
@@ -148,82 +156,128 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         cache = take_cache({**kwargs, "past_key_values": past_key_values, "cache": cache})
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if cache is not None:
+            if not isinstance(cache, SALACache):
+                raise ValueError(
+                    f"{CACHE_ARGUMENT} must be an opensala.SALACache, got {type(cache).__name__}: "
+                    "make one with SALACache(model.config)"
+                )
+            if use_cache is False:
+                raise ValueError(f"{CACHE_ARGUMENT} with use_cache=False: drop one of the two")
+            cache.check_config(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        if cache is not None and not isinstance(cache, SALACache):
-            raise ValueError(
-                f"{CACHE_ARGUMENT} must be an opensala.SALACache, got {type(cache).__name__}: "
-                "make one with SALACache(model.config)"
-            )
-        if cache is not None and use_cache is False:
-            raise ValueError(
-                f"use_cache=False with {CACHE_ARGUMENT}: the cache would not be used, drop one of the two"
-            )
-        if use_cache is None:
-            packed = packed_bounds(position_ids, cu_seqlens, inputs_embeds.shape[1]) is not None
-            use_cache = cache is not None or (
-                self.config.use_cache and not torch.is_grad_enabled() and not packed
-            )
-        if use_cache and cache is None:
-            cache = SALACache(self.config)
-        shape = (inputs_embeds.shape[0], inputs_embeds.shape[1])
-        layout = self._layout(shape, attention_mask, position_ids, cache, cu_seqlens, inputs_embeds.device)
-        self._say(layout, inputs_embeds)
-
-        hidden_states = inputs_embeds * self.config.scale_emb
-        every: list[Tensor] = []
-        try:
-            for layer in self.layers:
-                every.append(hidden_states)
-                hidden_states = layer(hidden_states, layout, cache)
-        except BaseException:
-            if cache is not None:
-                cache.discard()
-            raise
-        if cache is not None:
-            cache.commit(layout.lengths, shape[1])
-        last = self.norm(hidden_states)
+        call = self._call(inputs_embeds, attention_mask, position_ids, cu_seqlens, cache)
+        cached = cache is not None or (use_cache if use_cache is not None else self.config.use_cache)
+        if cached and call.packed:
+            if use_cache:
+                raise ValueError("packed documents cannot be cached: pass use_cache=False")
+            cached = False
+        gradients = torch.is_grad_enabled() and cache is None and not use_cache
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        every: list[Tensor] | None = [] if wanted else None  # what comes into each layer, then the output
+        x = inputs_embeds * self.config.scale_emb
+        if gradients or self.parallel is not None:
+            cache, last = None, self._learn(x, call, every)
+        else:
+            cache = SALACache(self.config) if cache is None else cache
+            with torch.no_grad():
+                last = self._read(x, call, cache, input_ids if not call.packed else None, every)
         output = BaseModelOutputWithPast(
             last_hidden_state=last,
-            hidden_states=(*every, last) if wanted else None,
-            **{CACHE_ARGUMENT: cache if use_cache else None},
+            hidden_states=None if every is None else (*every, last),
+            **{CACHE_ARGUMENT: cache if cached and not gradients else None},
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _layout(
+    def _learn(self, x: Tensor, call: "_Call", every: list[Tensor] | None) -> Tensor:
+        """Whole sequences with gradients: normalised hidden states `[B, T, W]`."""
+        layout = self._layout(call, x.device)
+        self.say_attention(layout.sparse, x)
+        for layer in self.layers:
+            if every is not None:
+                every.append(x)
+            x = layer(x, layout)
+        return self.norm(x)
+
+    def _read(
+        self, x: Tensor, call: "_Call", cache: SALACache, ids: Tensor | None, every: list[Tensor] | None
+    ) -> Tensor:
+        """The next tokens of a cache's rows, without gradients: normalised hidden states `[B, T, W]`."""
+        cache.begin_call(len(call.counts), x.shape[1])
+        steps = cache.plan(call.counts)
+        positions = None if call.positions is None else call.positions.expand(call.shape).flatten()
+        made: list[tuple[Tensor | None, list[Tensor]]] = []
+        try:
+            for pieces in steps:
+                where = None
+                if call.places is not None or len(steps) > 1:
+                    where = torch.cat([call.places_of(p.row)[p.offset : p.offset + p.count] for p in pieces])
+                self.say_attention([p.sparse for p in pieces], x)
+                chosen = positions if positions is None or where is None else positions[where]
+                batch = cache.step(pieces, x, self.layer_devices(), chosen)
+                layers: list[Tensor] | None = None if every is None else []
+                flat = x.flatten(0, 1)
+                last = self.run_batch(flat[None] if where is None else flat[where][None], batch, layers)
+                made.append((where, [*(layers or []), last]))
+        except BaseException:
+            cache.discard()
+            raise
+        cache.commit(call.counts, x.shape[1], call.row_ids(ids))
+        *rest, last = _unpacked(made, x)
+        if every is not None:
+            every += rest
+        return last
+
+    def layer_devices(self) -> list[torch.device]:
+        """Where each layer lies (and so do its pages and states)."""
+        return [next(layer.parameters()).device for layer in self.layers]
+
+    def run_batch(self, x: Tensor, batch: ForwardBatch, every: list[Tensor] | None = None) -> Tensor:
+        """Scaled embeddings `[1, T, W]` of a batch's tokens through all layers: normalised hidden states.
+
+        States and pages are written; nothing else knows of it. What comes into each layer is put into
+        `every`.
+        """
+        for layer in self.layers:
+            if every is not None:
+                every.append(x)
+            x = layer(x, batch)
+        return self.norm(x)
+
+    def _call(
         self,
-        shape: tuple[int, int],
+        embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        cache: SALACache | None,
         cu_seqlens: Tensor | None,
-        device: torch.device,
-    ) -> SequenceLayout:
+        cache: SALACache | None,
+    ) -> "_Call":
+        """What sequences a call holds, checked."""
+        batch, length = embeds.shape[:2]
         if self.parallel is not None:
-            return self._split_rows(
-                self.parallel, shape, attention_mask, position_ids, cache, cu_seqlens, device
-            )
-        batch, length = shape
+            if cache is not None or attention_mask is not None:
+                raise ValueError(
+                    "where sequences are split over ranks there is no cache and no padding: pass "
+                    "use_cache=False "
+                    "and no attention_mask"
+                )
+            if cu_seqlens is not None and batch != 1:
+                raise ValueError(f"cu_seqlens needs a single row, got {batch}")
+            bounds = packed_bounds(None, cu_seqlens, length * self.parallel.ranks)
+            return _Call((batch, length), None, bounds, position_ids)
         valid = self._valid(attention_mask, batch, length)
+        bounds = None
         if cu_seqlens is not None or (cache is None and position_ids is not None):
             if cu_seqlens is not None and (valid is not None or batch != 1 or cache is not None):
                 raise ValueError(
-                    "cu_seqlens needs a single row without padding and without a cache: pass "
-                    "use_cache=False and "
-                    "no attention_mask with zeros"
+                    "cu_seqlens needs a single row without padding and without a cache: pass use_cache=False "
+                    "and no attention_mask with zeros"
                 )
             bounds = packed_bounds(position_ids, cu_seqlens, length, valid)
-            if bounds is not None and len(bounds) > 2:
-                ends = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-                return documents_layout(bounds, self._sparse(ends), device)
-        past = cache.past_lengths(batch) if cache is not None else [0] * batch
-        new = [length] * batch if valid is None else valid.sum(1).tolist()
-        ends = [a + b for a, b in zip(past, new, strict=True)]
-        decisive = ends if cache is None else cache.decisive_lengths(ends)
-        custom = position_ids if cache is None and attention_mask is None else None
-        return rows_layout(shape, valid, past, self._sparse(decisive), device, custom)
+        custom = position_ids if cache is None and attention_mask is None and bounds is None else None
+        return _Call((batch, length), valid, bounds, custom)
 
     @staticmethod
     def _valid(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -239,40 +293,91 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         valid = attention_mask[:, -length:].bool()
         return None if bool(valid.all()) else valid
 
-    def _split_rows(
-        self,
-        parallel: SequenceParallel,
-        shape: tuple[int, int],
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: SALACache | None,
-        cu_seqlens: Tensor | None,
-        device: torch.device,
-    ) -> SequenceLayout:
-        if cache is not None or attention_mask is not None:
-            raise ValueError(
-                "where sequences are split over ranks there is no cache and no padding: pass use_cache=False "
-                "and no attention_mask"
+    def _layout(self, call: "_Call", device: torch.device) -> SequenceLayout:
+        """The layout of a call without cache, for layers with gradients."""
+        if self.parallel is not None:
+            return parallel_layout(
+                call.shape, call.bounds, self.parallel, self._sparse, device, call.positions
             )
-        if cu_seqlens is not None and shape[0] != 1:
-            raise ValueError(f"cu_seqlens needs a single row, got {shape[0]}")
-        bounds = packed_bounds(None, cu_seqlens, shape[1] * parallel.ranks)
-        return parallel_layout(shape, bounds, parallel, self._sparse, device, position_ids)
+        if call.packed:
+            assert call.bounds is not None, "packed documents have bounds"
+            return documents_layout(call.bounds, self._sparse(call.counts), device)
+        return rows_layout(call.shape, call.valid, self._sparse(call.counts), device, call.positions)
 
     def _sparse(self, lengths: list[int]) -> list[bool]:
-        mode = self.config.attention_mode
-        check_choice("attention_mode", mode, ATTENTION_MODES)
-        return [mode == "sparse" or (mode == "auto" and n >= self.config.dense_len) for n in lengths]
+        check_choice("attention_mode", self.config.attention_mode, ATTENTION_MODES)
+        return [self.config.attends_sparsely(n) for n in lengths]
 
-    def _say(self, layout: SequenceLayout, like: Tensor) -> None:
-        """State once for each device and mode how the layers attend."""
-        for sparse in set(layout.sparse):
-            line = describe_attention(self.config, "sparse" if sparse else "dense", like)
-            if line not in self._said:
-                self._said.add(line)
-                logger.warning(
-                    line
-                )  # shown without any logging set up: which attention runs is never a guess
+    def say_attention(self, modes: Iterable[bool], like: Tensor) -> None:
+        """State once for each mode (sparse or not), device and setting how the layers attend."""
+        for sparse in set(modes):
+            key = (sparse, like.device, self.config.attention_mode, self.config.block_search)
+            if key not in self._said:
+                self._said.add(key)
+                # shown without any logging set up: which attention runs is never a guess
+                logger.warning(describe_attention(self.config, "sparse" if sparse else "dense", like))
+
+
+@dataclass
+class _Call:
+    """The sequences of a call `[B, T]`: rows with padding left out, or documents packed in one row.
+
+    Attributes:
+        shape: (B, T).
+        valid: `[B, T]`, the real tokens; None if all are.
+        bounds: boundaries of packed documents, or None.
+        positions: `[B, T]` rotary positions that the caller gave, or None.
+    """
+
+    shape: tuple[int, int]
+    valid: Tensor | None
+    bounds: list[int] | None
+    positions: Tensor | None
+
+    @property
+    def packed(self) -> bool:
+        return self.bounds is not None and len(self.bounds) > 2
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of each sequence."""
+        if self.packed:
+            assert self.bounds is not None, "packed documents have bounds"
+            return [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+        return [self.shape[1]] * self.shape[0] if self.valid is None else self.valid.sum(1).tolist()
+
+    @cached_property
+    def places(self) -> list[Tensor] | None:
+        """Flat places of each row's real tokens in `[B * T]`; None if all tokens are real, in order."""
+        if self.valid is None:
+            return None
+        width = self.shape[1]
+        return [n * width + row.nonzero()[:, 0].cpu() for n, row in enumerate(self.valid)]
+
+    def places_of(self, sequence: int) -> Tensor:
+        if self.places is not None:
+            return self.places[sequence]
+        first = sum(self.counts[:sequence])
+        return torch.arange(first, first + self.counts[sequence])
+
+    def row_ids(self, ids: Tensor | None) -> list[array] | None:
+        """Token ids of each row without its padding."""
+        if ids is None:
+            return None
+        rows = ids if self.valid is None else [row[real] for row, real in zip(ids, self.valid, strict=True)]
+        return [array("i", row.tolist()) for row in rows]
+
+
+def _unpacked(made: list[tuple[Tensor | None, list[Tensor]]], like: Tensor) -> list[Tensor]:
+    """Packed results `[1, tokens, W]` of a call's steps, each with the places of its tokens, as `[B, T,
+    W]`."""
+    if len(made) == 1 and made[0][0] is None:
+        return [h[0].view(like.shape) for h in made[0][1]]
+    whole = [like.new_zeros(like.shape) for _ in made[0][1]] if made else [torch.zeros_like(like)]
+    for where, results in made:
+        for target, h in zip(whole, results, strict=True):
+            target.flatten(0, 1)[where] = h[0]
+    return whole
 
 
 def describe_attention(config: MiniCPMSALAConfig, mode: str, like: Tensor) -> str:
@@ -283,12 +388,12 @@ def describe_attention(config: MiniCPMSALAConfig, mode: str, like: Tensor) -> st
     how = (
         f"block-sparse, {spec.num_blocks} blocks of {spec.block_size}{search} ({backend})"
         if mode == "sparse"
-        else "dense (scaled_dot_product_attention)"
+        else "dense"
     )
     return (
         f"attention on {like.device.type}: {sparse} sparse layers {how}; "
         f"{config.num_hidden_layers - sparse} lightning layers "
-        f"chunked ({backend}); mode {config.attention_mode}, sparse from {config.dense_len} tokens"
+        f"({backend}); mode {config.attention_mode}, sparse from {config.dense_len} tokens"
     )
 
 
@@ -301,7 +406,7 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MiniCPMSALAModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -400,9 +505,9 @@ class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
         cache.announce(
             ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), given["max_new_tokens"] or 0
         )
-        before = cache.columns
+        before = cache.padded_length
         output = super().generate(inputs, generation_config, **kwargs, **{CACHE_ARGUMENT: cache})
-        if cache.columns == before:
+        if cache.padded_length == before:
             raise RuntimeError(
                 "the model never saw the cache that generate was given, so its answer is worth nothing: "
                 "this version of transformers is not supported"

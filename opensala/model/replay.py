@@ -28,7 +28,7 @@ class _Tape:
         return self.values[self.place - 1]
 
 
-def once(compute: Callable[[], Tensor]) -> Tensor:
+def record_or_replay(compute: Callable[[], Tensor]) -> Tensor:
     """The value of `compute()`; in a recomputed pass, the value it had in the first one."""
     tape = _tape.get()
     return compute() if tape is None else tape.take(compute)

@@ -1,19 +1,42 @@
 """The attention operators: tensors in, tensors out. They know no config, cache or layer."""
 
 from .backends import use_backend
-from .fused import norm_gate, norm_rope
-from .lightning import alibi_slopes, lightning_attention
-from .sparse import BlockSpec, compress_keys, extend_compressed, select_blocks, sparse_attention
+from .fused import add_rms_norm, add_scaled, norm_gate, norm_rope, rms_norm, silu_mul
+from .lightning import alibi_slopes, lightning_attention, lightning_attention_slots
+from .linear import linear
+from .sparse import (
+    BlockSpec,
+    KVPages,
+    PageTable,
+    compress_keys,
+    extend_compressed,
+    paged_attention,
+    select_blocks,
+    select_blocks_paged,
+    sparse_attention,
+    store_kv,
+)
 
 __all__ = [
     "BlockSpec",
+    "KVPages",
+    "PageTable",
+    "add_rms_norm",
+    "add_scaled",
     "alibi_slopes",
     "compress_keys",
     "extend_compressed",
     "lightning_attention",
+    "lightning_attention_slots",
+    "linear",
     "norm_gate",
     "norm_rope",
+    "paged_attention",
+    "rms_norm",
     "select_blocks",
+    "select_blocks_paged",
+    "silu_mul",
     "sparse_attention",
+    "store_kv",
     "use_backend",
 ]

@@ -20,7 +20,7 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 VARIABLE = "OPENSALA_BACKEND"
 
 logger = logging.getLogger("opensala")
-_said: set[tuple[str, str, str]] = set()
+_said: set[str] = set()
 _override: ContextVar[Backend | None] = ContextVar("opensala_backend", default=None)
 
 
@@ -43,11 +43,12 @@ def use_backend(name: Backend | None) -> Iterator[None]:
 def choose_backend(
     op: str, like: Tensor, asked: Backend | None = None, special: Mapping[str, str | None] | None = None
 ) -> str:
-    """Return the backend that runs `op` on tensors like `like`, and log each new choice once.
+    """Return the backend that runs `op` on tensors like `like`. Each new choice is logged once (INFO); a
+    reason for which ops run slower than they could, once for all of them (WARNING).
 
-    `naive` is the plain statement (slow, for tests); `torch` is chunked PyTorch and runs everywhere; `cpp` is
-    compiled on first use for the CPU; `triton` is for GPUs of compute capability 8.0 and later, or Triton's
-    interpreter.
+    `naive` is the reference implementation (slow, for tests); `torch` is chunked PyTorch and runs everywhere;
+    `cpp` is compiled on first use for the CPU; `triton` is for GPUs of compute capability 8.0 and later, or
+    Triton's interpreter.
 
     Args:
         op: name of the op, for messages.
@@ -61,12 +62,17 @@ def choose_backend(
         ValueError: an unknown name, or a backend asked for that cannot run here.
     """
     name, because = _decide(op, like, asked, special or {})
-    key = (op, name, like.device.type)
-    if key not in _said:
-        _said.add(key)
-        level = logging.WARNING if because and like.dtype != torch.float64 else logging.INFO
-        logger.log(level, "%s: %s backend on %s%s", op, name, like.device.type, because and f" ({because})")
+    device = like.device.type
+    if because and like.dtype != torch.float64:  # float64 is asked for to be exact, not to be fast
+        _say(logging.WARNING, f"attention runs on the slower {name} backend on {device}: {because}")
+    _say(logging.INFO, f"{op}: {name} backend on {device}{because and f' ({because})'}")
     return name
+
+
+def _say(level: int, text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        logger.log(level, text)
 
 
 def planned_backend(like: Tensor) -> str:

@@ -115,3 +115,16 @@ def find_document(cu, slot, documents, BLOCK: tl.constexpr, STEPS: tl.constexpr)
         low = tl.where(ours, middle, low)
         high = tl.where(ours, high, middle)
     return low, slot - (tl.load(cu + low).to(tl.int64) // BLOCK + low)
+
+
+@triton.jit
+def find_sequence(cu, token, sequences, STEPS: tl.constexpr):
+    """The sequence n with cu[n] <= token < cu[n + 1], of packed sequences some of which may be empty."""
+    low = token * 0
+    high = low + sequences
+    for _ in tl.static_range(STEPS):
+        middle = (low + high) // 2
+        ours = (middle < high) & (tl.load(cu + middle) <= token)
+        low = tl.where(ours, middle, low)
+        high = tl.where(ours, high, middle)
+    return low

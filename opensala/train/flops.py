@@ -58,7 +58,7 @@ def _mean_seen(length: int, most: float) -> float:
 
 
 def forward_flops(config: MiniCPMSALAConfig, length: int, sparse: bool) -> float:
-    """FLOPs a token of one forward pass over a document of `length` tokens; `sparse` as a stage's."""
+    """FLOPs per token of one forward pass over a document of `length` tokens; `sparse` as a stage's."""
     assert config.head_dim and config.lightning_nh and config.lightning_head_dim
     spec, width = config.block_spec, config.num_attention_heads * config.head_dim
     if sparse and length >= config.dense_len:
@@ -74,6 +74,6 @@ def forward_flops(config: MiniCPMSALAConfig, length: int, sparse: bool) -> float
 
 
 def training_flops(config: MiniCPMSALAConfig, length: int, sparse: bool) -> float:
-    """FLOPs a token of forward and backward pass (three forward passes; what is recomputed is not
+    """FLOPs per token of forward and backward pass (three forward passes; what is recomputed is not
     counted)."""
     return 3 * forward_flops(config, length, sparse)

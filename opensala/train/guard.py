@@ -9,15 +9,15 @@ from .recipes import Guard
 
 
 class StepGuard:
-    """Judges steps by their loss and gradient norm; remembers the good ones."""
+    """Checks steps by their loss and gradient norm; remembers the good ones."""
 
     def __init__(self, policy: Guard) -> None:
         self.policy, self.in_a_row = policy, 0
         self.losses: deque[float] = deque(maxlen=policy.window)
         self.norms: deque[float] = deque(maxlen=policy.window)
 
-    def judge(self, loss: float, norm: float) -> str:
-        """Why the step is not to be taken, or '' if it is good (and then remembered)."""
+    def check(self, loss: float, norm: float) -> str:
+        """Why the step must not be applied, or '' if it is good (and then remembered)."""
         reason = self._reason(loss, norm)
         self.in_a_row = self.in_a_row + 1 if reason else 0
         if not reason:

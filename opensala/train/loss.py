@@ -46,7 +46,7 @@ def selection_alignment_loss(mixer: SparseMixer, x: Tensor, queries: Tensor, doc
         Mean cross-entropy over queries and heads, weighted by the attention mass inside the document.
     """
     batch, length, _ = x.shape
-    q, k, _ = mixer.project(x, rows_layout((batch, length), None, [0] * batch, [False] * batch, x.device))
+    q, k, _ = mixer.project(x, rows_layout((batch, length), None, [False] * batch, x.device))
     kv_heads, spec = k.shape[2], mixer.config.block_spec
     row, place = queries.unbind(1)
     q = q[row, place].unflatten(1, (kv_heads, -1)) * mixer.scale  # [N, Hkv, G, D]

@@ -1,4 +1,4 @@
-"""Memory of training, from the shapes: said before the first step, in bytes a device.
+"""Memory of training, from the shapes: said before the first step, in bytes per device.
 
 An estimate for choosing sizes: weights and states are exact, activations follow the tensors that each part
     keeps.
@@ -14,7 +14,7 @@ from .flops import all_parameters
 from .loss import LOSS_ROWS
 from .recipes import Recipe, Stage
 
-_STATES = 16  # bytes a parameter: float32 master, gradient, two moments
+_STATES = 16  # bytes per parameter: float32 master, gradient, two moments
 
 
 @dataclass(frozen=True)

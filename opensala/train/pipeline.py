@@ -13,6 +13,7 @@ plots/training.png
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,10 @@ import torch
 from transformers import AutoTokenizer
 
 from ..convert import convert
-from ..convert.folder import RunFolder, read_json, write_json
-from ..convert.report import require_matplotlib
-from ..convert.teacher import teacher_config
+from ..convert.teacher import check_place, check_vocabulary, read_config, teacher_config
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import check_choice
+from ..runs import RunFolder, read_json, require_matplotlib, write_errors, write_json
 from .checkpoints import Checkpoint, Checkpoints
 from .data import StageData
 from .data.batches import check_source
@@ -37,7 +37,7 @@ from .plan import check_world
 from .recipes import Halo, Recipe, Stage
 from .steps import StepBatch
 from .trainer import Signals, StageRun
-from .watch import Board, matrix_rate, plot_training
+from .watch import Board, matmul_flops_per_second, plot_training
 
 logger = logging.getLogger("opensala")
 SHIPPED = (
@@ -142,14 +142,15 @@ def train(
         output: folder of the run.
         start: what to begin with.
         only: names of stages to run, all if empty; those before them must be finished.
-        resume: go on with a run that was stopped.
+        resume: resume a run that was stopped.
         device: cpu or cuda; None for a GPU if there is one.
         skip_bad: count and leave out malformed documents.
         chat_template: for a tokenizer that has none (before the recipe's own).
         quiet: no progress bars.
 
     Raises:
-        ValueError: see the modules for each kind of bad input; nothing that was saved is overwritten.
+        ValueError: see the modules for each kind of bad input; a folder that another process works in, or
+            that cannot be written. Nothing that was saved is overwritten.
         Stopped: a signal came and the state was saved.
     """
     start = start or Start()
@@ -161,11 +162,13 @@ def train(
     for stage in recipe.stages:
         for source in stage.mixture if isinstance(stage, Stage) else ():
             check_source(source)
-    run = Pipeline(recipe, Path(output), start, resume, device, skip_bad, chat_template, quiet)
-    try:
-        return run.run(only)
-    finally:
-        run.close()
+    with write_errors(Path(output), "go on with --resume"):
+        run = Pipeline(recipe, Path(output), start, resume, device, skip_bad, chat_template, quiet)
+        with run.folder.held() if run.folder is not None else nullcontext():
+            try:
+                return run.run(only)
+            finally:
+                run.close()
 
 
 class Pipeline:
@@ -184,6 +187,7 @@ class Pipeline:
     ) -> None:
         self.recipe, self.path, self.start, self.device, self.skip_bad = recipe, path, start, device, skip_bad
         self.chat_template, self.quiet = chat_template, quiet
+        self._check_start()
         for stage in recipe.stages:
             if isinstance(stage, Stage) and stage.chat:  # now, not after the stages before it
                 Encoder(self.tokenizer(stage), True)
@@ -195,13 +199,20 @@ class Pipeline:
         self.checkpoints = Checkpoints(path, recipe.keep)
         self.signals = Signals()
         self.board = Board(path / "tensorboard") if self.folder is not None else None
-        self._rate = 0.0
+        self._measured_flops = 0.0
 
     def close(self) -> None:
-        if self.folder is not None and self.board is not None:
-            self.folder.close()
+        if self.board is not None:
             self.board.close()
         close_parallel()
+
+    def _check_start(self) -> None:
+        """Refuse a teacher or a model to begin with that is not there, before anything is written."""
+        if self.start.init:
+            check_place("init", self.start.init)
+        if self.start.teacher:
+            config = teacher_config(read_config(self.start.teacher))
+            check_vocabulary(self.tokenizer(self.recipe.stages[0]), config, f"teacher: {self.start.teacher}")
 
     def run(self, only: Sequence[str]) -> Path:
         names = [s.name for s in self.recipe.stages]
@@ -257,11 +268,7 @@ class Pipeline:
         mesh = init_parallel(ParallelConfig(cp=stage.cp), device=self.device)
         tokenizer = self.tokenizer(stage)
         model = self._model(index, stage)
-        if len(tokenizer) > model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary "
-                f"{model.config.vocab_size}: they are not of one model"
-            )
+        check_vocabulary(tokenizer, model.config, stage.name)
         check_fits(model.config, self.recipe, stage, mesh.device, mesh.world)
         data = StageData(stage, tokenizer, self.recipe.seed, self.skip_bad)
         run = StageRun(
@@ -273,7 +280,7 @@ class Pipeline:
             mesh,
             self.folder,
             self.checkpoints,
-            self._matrix_rate(mesh),
+            self._flops_per_second(mesh),
             self.quiet,
         )
         run.begin(self._before(index))
@@ -302,10 +309,10 @@ class Pipeline:
             known.setdefault(run.stage.name, {})[when] = loss
             write_json(self.path / "stages.json", known)
 
-    def _matrix_rate(self, mesh: ParallelMesh) -> float:
-        if not self._rate:
-            self._rate = matrix_rate(mesh.device, getattr(torch, self.recipe.dtype))
-        return self._rate
+    def _flops_per_second(self, mesh: ParallelMesh) -> float:
+        if not self._measured_flops:
+            self._measured_flops = matmul_flops_per_second(mesh.device, getattr(torch, self.recipe.dtype))
+        return self._measured_flops
 
     # --- what a stage begins with ---
 
@@ -350,7 +357,8 @@ class Pipeline:
             config = replace(config, sparse_config=dict(self.recipe.model.get("sparse_config", {})))
         if not config.data:
             config = replace(config, data=(str(self._texts()),))
-        convert(config, self.path / "halo", resume=True, quiet=self.quiet)
+        begun = (self.path / "halo" / "config.json").exists()
+        convert(config, self.path / "halo", resume=begun, quiet=self.quiet)
 
     def _texts(self) -> Path:
         """Texts of the installation as files, for the conversion."""

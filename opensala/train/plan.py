@@ -16,7 +16,7 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Device:
-    """`flops`: dense bfloat16 matrix rate a second as its maker states it; `memory`: bytes."""
+    """`flops`: dense bfloat16 matrix FLOP/s as the vendor states them; `memory`: bytes."""
 
     flops: float
     memory: int
@@ -32,7 +32,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A stage's cost. `memory` in bytes a device, `flops` in all."""
+    """A stage's cost. `memory` in bytes per device, `flops` in total."""
 
     name: str
     sequence: int
@@ -48,7 +48,7 @@ def plan(recipe: Recipe, gpus: int, device: str, mfu: float) -> list[Row]:
     """One row for each stage.
 
     Args:
-        mfu: share of the device's matrix rate that the model's FLOPs (without recomputed ones) reach.
+        mfu: share of the device's FLOP/s that the model's FLOPs (without recomputed ones) reach.
 
     Raises:
         ValueError: an unknown device, a share outside 0..1, or GPUs that do not divide by a stage's
@@ -60,7 +60,7 @@ def plan(recipe: Recipe, gpus: int, device: str, mfu: float) -> list[Row]:
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     config = MiniCPMSALAConfig(**recipe.model)
-    rate = gpus * DEVICES[device].flops * mfu
+    flops_per_second = gpus * DEVICES[device].flops * mfu
     rows = []
     for stage in recipe.stages:
         if isinstance(stage, Halo):
@@ -77,7 +77,7 @@ def plan(recipe: Recipe, gpus: int, device: str, mfu: float) -> list[Row]:
                 stage.steps,
                 flops,
                 training_memory(config, recipe, stage, gpus).total,
-                flops / rate / 3600,
+                flops / flops_per_second / 3600,
                 f"{gpus // stage.cp} x {stage.cp}",
             )
         )
@@ -94,7 +94,7 @@ def check_world(stage: Stage, ranks: int) -> None:
         )
 
 
-def _halo(stage: Halo, config: MiniCPMSALAConfig, rate: float) -> Row:
+def _halo(stage: Halo, config: MiniCPMSALAConfig, flops_per_second: float) -> Row:
     """Alignment: a teacher's forward pass and the mixers' training; distillation: teacher and student. On one
     device."""
     align, distill, length = stage.config.align, stage.config.distill, stage.config.length
@@ -104,7 +104,14 @@ def _halo(stage: Halo, config: MiniCPMSALAConfig, rate: float) -> Row:
     aligned, distilled = align.steps * align.batch * length, distill.steps * distill.batch * length
     flops = aligned * (forward + 3 * mixers) + distilled * (forward + 3 * forward)
     return Row(
-        stage.name, length, distilled, align.steps + distill.steps, flops, 0, flops / rate / 3600, "1 x 1"
+        stage.name,
+        length,
+        distilled,
+        align.steps + distill.steps,
+        flops,
+        0,
+        flops / flops_per_second / 3600,
+        "1 x 1",
     )
 
 

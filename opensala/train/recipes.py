@@ -115,7 +115,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Guard:
-    """What is done about a bad step: it is not taken, and logged; the data goes on.
+    """What is done about a bad step: it is skipped and logged; the next step reads the next data.
 
     Bad is a loss or gradient norm that is not finite, or more than `spike` times the median of the last
     `window` good ones (from the `least`-th on). After `patience` bad steps in a row the run stops; the last

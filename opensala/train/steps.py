@@ -35,7 +35,7 @@ class StepBatch:
         return sum(int((s.labels != IGNORED).sum()) for s in self.sequences)
 
 
-class Feeder:
+class Prefetcher:
     """Draws the batch of the next step while the current one is computed."""
 
     def __init__(self, data: StageData, count: int) -> None:

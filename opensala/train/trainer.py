@@ -1,9 +1,9 @@
 """One stage of training, from wherever it stands to its end.
 
-A step draws a batch, adds up gradients over passes, clips, is judged, and is taken or left. After every
+A step draws a batch, adds up gradients over passes, clips, is checked, and is applied or skipped. After every
 `save_every` steps
 the whole state is written: weights, moments, position in the data, the guard's memory. Nothing random happens
-outside the data, so a run that goes on from a checkpoint repeats on a CPU what it would have done, bit for
+outside the data, so a run resumed from a checkpoint repeats on a CPU what it would have done, bit for
 bit.
 """
 
@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from ..convert.folder import RunFolder
-from ..convert.report import progress_bar
 from ..model import MiniCPMSALAForCausalLM
+from ..runs import RunFolder, progress_bar
 from .checkpoints import Checkpoint, Checkpoints
 from .data import StageData
 from .guard import StepGuard
@@ -27,7 +26,7 @@ from .memory import pass_tokens
 from .optim import new_adamw, set_rate
 from .parallel import ParallelMesh, clip_gradients, context_parallel, shard_model, total_over_ranks
 from .recipes import Recipe, Stage
-from .steps import Feeder, FlopCounter, StepBatch, accumulate, mean_loss, recompute_layers, row_loss
+from .steps import FlopCounter, Prefetcher, StepBatch, accumulate, mean_loss, recompute_layers, row_loss
 from .watch import Board, peak_memory
 
 
@@ -71,7 +70,7 @@ class StageRun:
         data: the stage's sequences.
         mesh: the ranks; with one rank and float32 nothing is sharded.
         folder: of the run, for metrics, on rank 0; checkpoints: of the run.
-        rate: the device's matrix rate, FLOP/s.
+        flops_per_second: of matrix products on the device.
     """
 
     def __init__(
@@ -84,14 +83,14 @@ class StageRun:
         mesh: ParallelMesh,
         folder: RunFolder | None,
         checkpoints: Checkpoints,
-        rate: float,
+        flops_per_second: float,
         quiet: bool,
     ) -> None:
         self.recipe, self.stage, self.index, self.mesh, self.data = recipe, stage, index, mesh, data
-        self.folder, self.checkpoints, self.rate, self.quiet = (
+        self.folder, self.checkpoints, self.flops_per_second, self.quiet = (
             folder,
             checkpoints,
-            rate,
+            flops_per_second,
             quiet or mesh.rank > 0,
         )
         self.model = prepared(model, recipe, stage, mesh)
@@ -100,7 +99,7 @@ class StageRun:
         self.guard = StepGuard(recipe.guard)
         self.flops = FlopCounter(model.config, stage)
         self.together = max(1, pass_tokens(recipe, stage) // stage.sequence)
-        self.step, self.tokens, self.taken = 0, 0, False
+        self.step, self.tokens = 0, 0
         self.position: dict[str, Any] | None = None
 
     def probe(self, batch: StepBatch) -> float:
@@ -139,19 +138,21 @@ class StageRun:
         stage, steps = self.stage, self.stage.steps
         if self.step >= steps:
             return
-        feeder = Feeder(self.data, stage.sequences)
+        prefetcher = Prefetcher(self.data, stage.sequences)
         try:
             with progress_bar(stage.name, steps, self.step, self.quiet) as bar:
                 while self.step < steps:
-                    record = self._take(feeder.next(more=self.step + 1 < steps))
+                    record = self._take(prefetcher.next(more=self.step + 1 < steps))
                     if self.folder is not None and board is not None:
                         self.folder.log(record)
                         board.add(stage.name, record["step"], record)
-                    bar.advance(f"loss {record['loss']:.3f}" + (" (not taken)" if record["skipped"] else ""))
+                    bar.advance(
+                        f"loss {record['loss']:.3f}" + (" (not applied)" if record["skipped"] else "")
+                    )
                     self._check_patience(record)
                     self._save_or_stop(signals)
         finally:
-            feeder.close()
+            prefetcher.close()
 
     def _take(self, batch: StepBatch) -> dict[str, Any]:
         """One step; returns its line of metrics."""
@@ -160,7 +161,7 @@ class StageRun:
         norm = clip_gradients(self.model, self.recipe.optimizer.clip)
         lr = self.stage.schedule.rate(self.step, self.stage.steps)
         set_rate(self.optimizer, lr)
-        skipped = self.guard.judge(loss, norm)
+        skipped = self.guard.check(loss, norm)
         if not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,7 +178,7 @@ class StageRun:
             "tokens": self.tokens,
             "targets": batch.targets,
             "tokens_per_second": tokens / seconds,
-            "mfu": self.flops.of(batch) / seconds / (self.rate * self.mesh.world),
+            "mfu": self.flops.of(batch) / seconds / (self.flops_per_second * self.mesh.world),
             "peak_memory": peak_memory(self.mesh.device),
             "bad_documents": batch.skipped,
         }
@@ -189,7 +190,7 @@ class StageRun:
         kept = f"the last checkpoint is {last[-1].path}" if last else "nothing was saved yet"
         raise ValueError(
             f"{self.stage.name} step {record['step']}: {self.guard.in_a_row} steps in a row could not be "
-            "taken, the last because "
+            "applied, the last because "
             f"{record['skipped']}; {kept}. Try a lower {self.stage.name}.peak, or look for the cause in "
             "the data"
         )

@@ -1,4 +1,4 @@
-"""What a training shows: the machine's matrix rate, progress, TensorBoard, plots. Nothing here decides
+"""What a training shows: the machine's FLOP/s, progress, TensorBoard, plots. Nothing here decides
 anything."""
 
 import importlib.util
@@ -17,7 +17,7 @@ _SIZE = {"cpu": 1024, "cuda": 8192}
 _SECONDS = 0.3
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of square matrix products on this device, as measured now: what MFU is a share of."""
     size = _SIZE.get(device.type, 2048)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

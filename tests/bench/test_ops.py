@@ -24,7 +24,7 @@ def small(monkeypatch):
         cases, "take_turns", lambda works, device, *_, **__: take_turns(works, device, 0.0, most=1)
     )
     monkeypatch.setattr(
-        ops, "measure_ceilings", lambda report, quick: {"float32": 1e11, "bfloat16": 1e11, "copy": 1e10}
+        ops, "measure_roofline", lambda report, quick: {"float32": 1e11, "bfloat16": 1e11, "copy": 1e10}
     )
 
 

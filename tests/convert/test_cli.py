@@ -100,18 +100,17 @@ def test_convert_plans_and_refuses(monkeypatch, capsys, config, tmp_path):
         monkeypatch, capsys, "convert", *options, "--align-batch", "2", "--distill-batch", "2", "--plan"
     )
     assert code == 0 and out == "" and "distillation" in err and "expected time" in err
+    assert not (tmp_path / "run").exists()
     refuse(
         monkeypatch,
         capsys,
-        "of another configuration: seed is 0 there and 1 here",
+        "run holds no conversion to resume: check its name",
         "convert",
         *options,
         "--align-batch",
         "2",
         "--distill-batch",
         "2",
-        "--seed",
-        "1",
         "--resume",
     )
     refuse(monkeypatch, capsys, "Did you mean 'tiny'", "convert", *options[:4], "tinny")
@@ -120,7 +119,7 @@ def test_convert_plans_and_refuses(monkeypatch, capsys, config, tmp_path):
     refuse(
         monkeypatch,
         capsys,
-        "neither a folder here",
+        "teacher: there is no folder",
         "convert",
         str(tmp_path / "absent" / "model"),
         "-o",

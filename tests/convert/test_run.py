@@ -3,6 +3,7 @@ nothing."""
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from opensala.convert import convert, halo, sala, tiny
 from opensala.convert.config import RECIPES, Phase, Probes
 from opensala.convert.probes import answers_right, task_metric
 from opensala.convert.run import Conversion
+from opensala.runs import FolderLock
+
+from ..runs.test_folder import small_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +77,7 @@ def test_the_checkpoint_loads_in_a_fresh_process_with_the_same_logits(finished, 
         torch.save(model(ids).logits, tmp_path / "logits.pt")
     code = (
         "import sys, torch, opensala; from transformers import AutoModelForCausalLM; "
-        "torch.set_num_threads(1)\n"
+        "torch.set_num_threads(1); torch.set_grad_enabled(False)\n"
         "logits = AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.arange(60)[None] * 31 % "
         "2000).logits\n"
         "sys.exit(not torch.equal(logits, torch.load(sys.argv[2])))"
@@ -141,11 +145,19 @@ def test_kill_9_in_mid_run_and_resume(config, finished, tmp_path):
     code = (
         "import sys, torch; from opensala.convert.config import *; from opensala.convert import convert; "
         "torch.set_num_threads(1)\n"
-        f"convert({config!r}, sys.argv[1], resume=True, quiet=True)"
+        f"convert({config!r}, sys.argv[1], resume='resume' in sys.argv, quiet=True)"
     )
     for wanted in ("align.pt", "distill.pt"):
         process = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True
+            [
+                sys.executable,
+                "-c",
+                code,
+                str(tmp_path / "run"),
+                *(["resume"] if wanted == "distill.pt" else []),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
         )
         deadline = time.monotonic() + 100
         while (
@@ -194,6 +206,64 @@ def test_a_finished_run_is_left_alone_and_others_are_refused(config, finished, t
     with pytest.raises(ValueError, match="not empty and holds no conversion"):
         convert(config, tmp_path, quiet=True)
     assert (tmp_path / "thesis.txt").read_text() == "x"
+
+
+def test_a_full_disk_at_the_last_step_is_one_line_and_the_run_can_be_resumed(
+    config, finished, tmp_path, monkeypatch
+):
+    mine = replace(config, reuse=str(finished), distill=replace(config.distill, steps=0))
+    original = Conversion.export
+
+    def export(self, student, kept):
+        with small_files(20_000):
+            original(self, student, kept)
+
+    monkeypatch.setattr(Conversion, "export", export)
+    with pytest.raises(
+        ValueError, match="run cannot be written: .*File too large.*free some space, then go on with --resume"
+    ):
+        convert(mine, tmp_path / "run", quiet=True)
+    assert not list((tmp_path / "run").glob("model*"))
+    monkeypatch.undo()
+    convert(mine, tmp_path / "run", resume=True, quiet=True)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_the_second_run_in_a_folder_is_refused_before_it_loads_a_teacher(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "load_teacher", lambda *_: pytest.fail("the folder is in use"))
+    with (
+        FolderLock(tmp_path / "run"),
+        pytest.raises(ValueError, match="run is in use by process .*: wait for it to end"),
+    ):
+        convert(config, tmp_path / "run", quiet=True)
+
+
+def test_refused_options_and_plans_leave_no_run_behind(config, finished, tmp_path):
+    for changes, message in (
+        ({"reuse": str(tmp_path)}, "reuse: .* holds no aligned run"),
+        ({"sparse_config": {"topk": "x"}}, "sparse_config.topk must be a whole number"),
+        ({"attn_scale_base": 0.5}, "attn_scale_base must be"),
+        ({"reuse": str(finished), "seed": 1}, "aligned with another seed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(replace(config, **changes), tmp_path / "run", quiet=True)
+        assert not (tmp_path / "run").exists()
+    convert(config, tmp_path / "run", plan_only=True)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="run holds no conversion to resume: check its name"):
+        convert(config, tmp_path / "run", resume=True, quiet=True)
+
+
+def test_a_teacher_that_is_not_there_and_a_tokenizer_of_another_model(config, teacher_folder, tmp_path):
+    with pytest.raises(ValueError, match="^teacher: there is no folder /nope$"):
+        convert(replace(config, teacher="/nope"), tmp_path / "run", quiet=True)
+    other = tmp_path / "other"
+    shutil.copytree(teacher_folder, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"vocab_size": 2000}))
+    with pytest.raises(ValueError, match="the tokenizer has 2,048 tokens and the model's vocabulary 2,000"):
+        convert(replace(config, teacher=str(other)), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_texts_than_the_run_began_with_are_refused(config, finished, text_file, tmp_path):

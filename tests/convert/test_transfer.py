@@ -222,7 +222,7 @@ def test_hype_and_asked_for_options(tmp_path):
     x = torch.randn(1, 6, 40)
     from opensala.model.layout import rows_layout
 
-    layout = rows_layout((1, 6), None, [100], [False], x.device)
+    layout = rows_layout((1, 6), None, [False], x.device, torch.arange(100, 106)[None])
     scaled = hybrid.model.layers[0].self_attn.project(x, layout)[0]
     hybrid.config.attn_scale_base = None
     plain = hybrid.model.layers[0].self_attn.project(x, layout)[0]

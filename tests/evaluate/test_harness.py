@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from opensala.cli import main  # noqa: E402 -- after the check
-from opensala.engine import Engine  # noqa: E402
+from opensala.engine import load_engine  # noqa: E402
 from opensala.evaluate.code_eval import CodeEval, pass_at, passes_tests, sandboxed_code_eval  # noqa: E402
 from opensala.evaluate.harness import load_tasks, read_figures  # noqa: E402
 from opensala.evaluate.report import write_report  # noqa: E402
@@ -178,7 +178,7 @@ def requests(*arguments):
 def test_answers_are_taken_from_the_log(tmp_path, monkeypatch):
     """Equal requests (a task that asks several times) have answers of their own; the rest is asked in its
     order."""
-    lm = ResumingLM(Engine(), log=str(tmp_path / "log.jsonl"))
+    lm = ResumingLM(load_engine(), log=str(tmp_path / "log.jsonl"))
     options = {"until": ["\n"], "max_gen_toks": 3}
     first = lm.generate_until(
         requests(("import", options), ("import", options), ("def f(", options)), disable_tqdm=True

@@ -16,23 +16,25 @@ import torch
 from opensala.cli import main
 from opensala.data.prompts import PromptFormat
 from opensala.data.ruler import ruler_task
-from opensala.engine import Engine, Sampling
-from opensala.engine.shared import answer_shared, shared_length
+from opensala.engine import EngineOptions, SamplingParams, load_engine
 from opensala.evaluate.results import Results, read_samples, summarize
 from opensala.evaluate.ruler import RulerFiles, RulerSuite
 from opensala.evaluate.suites import Options, build_suites, split_names
 from opensala.evaluate.work import evaluate
+from opensala.runs import FolderLock
+
+from ..runs.test_folder import small_files
 
 RULES = {"identity": {"model": "a"}, "suites": {"ruler": {"seed": 0}}, "run": {}}
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine()
+    return load_engine(options=EngineOptions(max_cached_tokens=40_000))
 
 
 def lone(engine, prompt, tokens):
-    return engine.generate(torch.tensor([prompt]), Sampling(tokens), quiet=True).text
+    return load_engine(options=engine.options).generate([prompt], SamplingParams(max_tokens=tokens))[0].text
 
 
 def test_shared_reading_gives_the_answers_of_lone_prompts(engine):
@@ -40,25 +42,17 @@ def test_shared_reading_gives_the_answers_of_lone_prompts(engine):
     form = PromptFormat(engine.tokenizer)
     for length in (1024, 6000):
         fitted = ruler_task("niah_multikey_1").document(length, form, questions=3)
-        answers = list(answer_shared(engine, fitted.prompts, max_new_tokens=12))
+        answers = engine.generate(fitted.prompts, SamplingParams(max_tokens=12))
         assert [a.text for a in answers] == [lone(engine, p, 12) for p in fitted.prompts]
-        assert answers[0].read_tokens == len(fitted.prompts[0]) and all(
-            a.read_tokens < 60 for a in answers[1:]
-        )
+        assert answers[0].reuse.computed == len(fitted.prompts[0])
+        assert all(a.reuse.computed < 60 for a in answers[1:])
         references = [q.references[0] for q in fitted.document.questions]
         assert sum(r in a.text for r, a in zip(references, answers, strict=True)) >= 2
     ids = engine.tokenizer("A b c. " * 2100, add_special_tokens=False)["input_ids"]
     both = [ids[:4090], ids[:4100]]
-    answers = list(answer_shared(engine, both, max_new_tokens=4))
+    answers = engine.generate(both, SamplingParams(max_tokens=4))
     assert [a.text for a in answers] == [lone(engine, p, 4) for p in both]
-    assert [a.read_tokens for a in answers] == [4090, 4100]
-
-
-def test_common_beginnings():
-    assert shared_length([[1, 2, 3, 4], [1, 2, 5]]) == 2
-    assert shared_length([[1, 2], [1, 2]]) == 1 and shared_length([[1], [2]]) == 0
-    with pytest.raises(ValueError, match=r"at least one token.*\[1, 0\]"):
-        next(answer_shared(None, [[1], []], max_new_tokens=1))
+    assert [a.reuse.computed for a in answers] == [4090, 4100]
 
 
 def test_a_run_writes_what_it_did(engine, tmp_path):
@@ -342,3 +336,16 @@ def test_depths_cover_the_document_evenly(engine):
     suite = RulerSuite(("niah_single_1",), (1024,), samples=10)
     depths = sorted(s.depth for g in suite.groups(PromptFormat(engine.tokenizer)) for s in g.load())
     assert max(b - a for a, b in pairwise([0.0, *depths, 1.0])) < 0.25
+
+
+def test_a_folder_in_use_or_full_is_one_line(engine, tmp_path):
+    suite = RulerSuite(("niah_single_1",), (1024,), samples=1)
+    with FolderLock(tmp_path / "run"), pytest.raises(ValueError, match="run is in use by process .*: wait"):
+        evaluate(engine, [suite], tmp_path / "run")
+    with (
+        small_files(200),
+        pytest.raises(ValueError, match="cannot be written: File too large.*then run the same command again"),
+    ):
+        evaluate(engine, [suite], tmp_path / "run")
+    evaluate(engine, [suite], tmp_path / "run")
+    assert len(read_samples(tmp_path / "run")) == 1

@@ -1,10 +1,12 @@
 """The configuration: released keys, defaults, and refusal of what does not fit."""
 
 import json
+import math
 
 import pytest
 
-from opensala import MiniCPMSALAConfig
+from opensala import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from opensala.model.fields import RULES, SPARSE_RULES
 
 from ..conftest import tiny_config
 
@@ -74,7 +76,10 @@ def test_file_holds_released_keys_and_extensions_only_when_used(tmp_path):
         ),
         ({"lightning_scale": "1/sqrt"}, "lightning_scale must be"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling must be null or of type linear or llama3"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor must be a number above 0, got None"),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            "rope_scaling.factor must be a number from 0.001 to 1e.06, got None",
+        ),
         ({"attn_scale_base": 1}, "attn_scale_base must be null or a number above 1"),
         ({"attention_dropout": 0.1}, "attention_dropout must be 0"),
         ({"lightning_head_dim": 7}, "lightning_head_dim must be even"),
@@ -87,9 +92,55 @@ def test_file_holds_released_keys_and_extensions_only_when_used(tmp_path):
         ({"sparse_config": {"topk": 1}}, "topk must exceed init_blocks"),
         ({"sparse_config": {"topk": 2.5}}, "sparse_config.topk must be a whole number"),
         ({"sparse_config": {"lse": "fine"}}, "sparse_config.lse must be one of"),
+        (
+            {"block_search": "hierarchical", "sparse_config": {"topk": 1000}},
+            "block_search 'hierarchical' finds at most 1024 blocks, .*sparse_config.topk .* ask for 1032",
+        ),
+        (
+            {"sparse_config": "fine"},
+            "sparse_config must be null or an object of names and values, got 'fine'",
+        ),
+        ({"sparse_config": {"use_nope": "no"}}, "sparse_config.use_nope must be true or false, got 'no'"),
+        ({"qk_norm": "false"}, "qk_norm must be true or false, got 'false'"),
+        ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a number from 1e-30 to 1, got -1"),
+        ({"scale_emb": math.nan}, "scale_emb must be a number from 1e-06 to 1e.06, got nan"),
+        ({"lightning_scale": math.inf}, "lightning_scale must be .*or a number from .*, got inf"),
+        ({"vocab_size": 10**12}, "vocab_size must be a whole number of at most 4,194,304, got 1000000000000"),
+        ({"hidden_act": "sillu"}, "hidden_act must be one of .*Did you mean 'silu'"),
+        ({"mixer_types": "minicpm4"}, "mixer_types must be a list of names, got 'minicpm4'"),
+        ({"dtype": "float13"}, "dtype must be one of .*'float32'.*, got 'float13'.*Did you mean 'float32'"),
+        ({"torch_dtype": "float13"}, "dtype must be one of"),
+        ({"eos_token_id": [2, 97]}, r"eos_token_id must be below vocab_size = 97, got \[2, 97\]"),
+        ({"pad_token_id": "x"}, "pad_token_id must be a token id of 0 or more"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "rope_scaling.high_freq_factor must be above low_freq_factor = 4, got 4",
+        ),
     ],
     ids=lambda v: str(v)[:40],
 )
 def test_what_does_not_fit_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
+
+
+def test_every_field_has_a_rule():
+    own = set(MiniCPMSALAConfig.__annotations__) - {"model_type", "keys_to_ignore_at_inference"}
+    assert own == (set(RULES) - {"dtype"}) | {"attention_mode", "block_search"}
+    assert set(SPARSE_RULES) == set(MiniCPMSALAConfig().sparse_config)
+
+
+def test_fields_changed_afterwards_are_checked_when_a_model_is_built():
+    config = tiny_config()
+    config.rms_norm_eps = -1
+    with pytest.raises(ValueError, match="rms_norm_eps must be a number"):
+        MiniCPMSALAForCausalLM(config)

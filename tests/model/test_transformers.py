@@ -64,11 +64,11 @@ def test_a_cache_is_used_under_every_name(name):
         model(ids[:, :100], **{name: cache})
         got = model(ids[:, 100:], **{name: cache}).logits
         wanted = model(ids, use_cache=False).logits[:, 100:]
-    assert cache.columns == LENGTH
+    assert cache.padded_length == LENGTH
     torch.testing.assert_close(got, wanted, atol=2e-5, rtol=1e-4)
     fresh = SALACache(model.config)
     assert torch.equal(model.generate(ids, **{name: fresh}, **GREEDY), greedy_by_hand(model, ids, 12))
-    assert fresh.columns == LENGTH + 11
+    assert fresh.padded_length == LENGTH + 11
 
 
 def test_a_cache_that_would_not_be_used_is_an_error():
@@ -106,7 +106,7 @@ def test_generate_refuses_a_cache_that_holds_all_of_the_prompt():
         model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="already holds 150 tokens and the prompt has 150"):
         model.generate(ids, past_key_values=cache, **GREEDY)
-    assert cache.columns == LENGTH
+    assert cache.padded_length == LENGTH
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -187,9 +187,7 @@ def test_mode_and_backend_are_said_once(caplog):
         wanted = [describe_attention(model.config, mode, torch.zeros(1)) for mode in ("dense", "sparse")]
     lines = [r.getMessage() for r in caplog.records if "sparse layers" in r.getMessage()]
     assert lines == wanted
-    assert (
-        "2 sparse layers block-sparse, 7 blocks of 16 (torch); 2 lightning layers chunked (torch)" in lines[1]
-    )
+    assert "2 sparse layers block-sparse, 7 blocks of 16 (torch); 2 lightning layers (torch)" in lines[1]
 
 
 class Rows(torch.utils.data.Dataset):

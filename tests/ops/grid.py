@@ -3,11 +3,16 @@ float64."""
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -47,6 +52,67 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float, name
         else 0.0
     )
     assert error < tolerance, f"{name}: {error:.2e} is not below {tolerance:.0e}"
+
+
+# What makes the CPU wait for a GPU: values that come to Python, and shapes that depend on values.
+WAITS = {
+    *("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero"),
+    *("masked_select", "unique", "tensor", "as_tensor"),
+}
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, watched: list[bool]) -> None:
+        self.watched = watched
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert not (self.watched[0] and name in WAITS), f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, watched: list[bool]) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        waits = name in {"_local_scalar_dense", *WAITS} or (
+            name in ("index", "index_put", "index_put_")
+            and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        )
+        assert not (self.watched[0] and waits), f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Within the block, the Python around Triton kernels may not read a value back from the device.
+
+    Holds on a CPU as well, where the kernels run in Triton's interpreter; that itself is not looked at.
+    """
+    if torch.cuda.is_available():
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return
+    from triton.runtime.interpreter import GridExecutor
+
+    watched, launch = [True], GridExecutor.__call__
+
+    def unwatched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        watched[0] = False
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            watched[0] = True
+
+    with patch.object(GridExecutor, "__call__", unwatched), _Calls(watched), _Operators(watched):
+        yield
 
 
 # float64 against float64: two orders of the same sums, 1e-11 is two digits above what is seen.

@@ -1,10 +1,10 @@
-"""Norm with rotary positions and norm with gate: every backend against the plain statements, with
+"""Norm with rotary positions and norm with gate: every backend against the reference implementations, with
 gradients."""
 
 import pytest
 import torch
 
-from opensala.ops import norm_gate, norm_rope
+from opensala.ops import add_rms_norm, norm_gate, norm_rope, rms_norm, silu_mul
 from tests.ops.grid import BACKENDS, TRITON_DEVICE, assert_close
 
 TRITON = [x for x in BACKENDS if x.id == "triton"]
@@ -202,3 +202,70 @@ def test_low_precision_rounds_once(dtype, tolerance):
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.zeros(1, 5, 2, 8))
+
+
+ROWS = [(1, 7), (5, 16), (3, 100), (64, 130), (2, 3, 257)]
+
+
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_rows_equal_naive_with_gradients(shape, backend):
+    x, y = torch.randn(2, *shape)
+    weight = torch.rand(shape[-1]) + 0.5
+
+    def results(kind, *tensors):
+        x, y, w = tensors
+        total, normed = add_rms_norm(x, y, 0.3, w, 1e-6, backend=kind)
+        return total, normed, rms_norm(x, w, 1e-6, backend=kind), silu_mul(x, y, backend=kind)
+
+    leaves = [t.clone().requires_grad_() for t in (x, y, weight)]
+    wide = [t.double().requires_grad_() for t in (x, y, weight)]
+    got, wanted = results(backend, *leaves), results("naive", *wide)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=2e-6)
+    with torch.no_grad():  # the compiled kernels themselves
+        for a, b in zip(results(backend, x, y, weight), wanted, strict=True):
+            torch.testing.assert_close(a.double(), b, atol=2e-6, rtol=2e-6)
+    noise = [torch.randn_like(b) for b in wanted]
+    gradients = torch.autograd.grad(got, leaves, [n.float() for n in noise])
+    for a, b in zip(gradients, torch.autograd.grad(wanted, wide, noise), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-5)
+
+
+def test_no_bit_of_a_row_depends_on_the_others():
+    """Of all steps of this module: alone, in any batch, with any number of threads."""
+    threads, heads, dim = torch.get_num_threads(), 3, 20
+    x, y = torch.randn(2, 700, heads * dim)
+    weight, narrow = torch.rand(heads * dim), torch.rand(dim)
+    angles = torch.rand(1, 700, dim // 2)
+
+    def results(rows):
+        a, b, turn = x[rows], y[rows], angles[:, rows]
+        q = a.view(1, len(a), heads, dim)
+        with torch.no_grad():
+            return [
+                rms_norm(a, weight, 1e-6),
+                *add_rms_norm(a, b, 0.7, weight, 1e-6),
+                silu_mul(a, b),
+                norm_gate(a, weight, b, 1e-6),
+                norm_gate(a, None, b, 1e-6),
+                norm_rope(q, narrow, turn.cos(), turn.sin(), 1e-6)[0],
+                norm_rope(q, None, turn.cos(), turn.sin(), 1e-6)[0],
+            ]
+
+    wanted = results(torch.arange(700))
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for rows in (torch.tensor([5]), torch.tensor([699, 3]), torch.randperm(700), torch.arange(650)):
+            for a, b in zip(results(rows), wanted, strict=True):
+                assert torch.equal(a, b[rows])
+    torch.set_num_threads(threads)
+
+
+def test_rows_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="weight must be"):
+        rms_norm(torch.ones(2, 3), torch.ones(4), 1e-6)
+    with pytest.raises(ValueError, match="y must have x's shape"):
+        add_rms_norm(torch.ones(2, 3), torch.ones(2, 4), 1.0, torch.ones(3), 1e-6)
+    with pytest.raises(ValueError, match="up must have gate's shape"):
+        silu_mul(torch.ones(2, 3), torch.ones(3, 2))

@@ -1,4 +1,4 @@
-"""Hierarchical selection against its plain statement, and what it may and may not miss."""
+"""Hierarchical selection against its reference implementation, and what it may and may not miss."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Lightning attention: every backend against the plain statement, outputs and every gradient."""
+"""Lightning attention: every backend against the reference implementation, outputs and every gradient."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def assert_same(got, wanted, tolerance):
 
 
 def compare(backend, inputs, decay, *rest):
-    """Outputs and gradients of `backend` against the plain statement in float64."""
+    """Outputs and gradients of `backend` against the reference implementation in float64."""
     wanted = run("naive", [x.double() for x in inputs], decay.double(), *rest)
     got = run(
         backend.name, [backend.cast(x) for x in inputs], backend.cast(decay), *(backend.cast(x) for x in rest)

@@ -1,12 +1,23 @@
 """The compiled kernels: built once, cached, and replaced by PyTorch, with a reason, where they cannot be
 built."""
 
+import ctypes
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 
-from opensala.ops import backends, lightning_attention, native, select_blocks, use_backend
+from opensala.ops import (
+    backends,
+    lightning_attention,
+    native,
+    norm_gate,
+    norm_rope,
+    select_blocks,
+    use_backend,
+)
+from opensala.ops.native import signatures
 
 
 @pytest.fixture
@@ -27,12 +38,12 @@ def test_kernels_are_compiled_once_and_kept(fresh, tmp_path, caplog):
     fresh.setenv("OPENSALA_CACHE", str(tmp_path))
     with caplog.at_level(logging.INFO, "opensala"):
         run()
-        made = list(tmp_path.iterdir())
+        made = sorted(tmp_path.iterdir())
         assert [p.suffix for p in made] == [".so"] and native.library().reason is None
-        time = made[0].stat().st_mtime_ns
+        times = [p.stat().st_mtime_ns for p in made]
         native.library.cache_clear()
         run()
-    assert [p.stat().st_mtime_ns for p in tmp_path.iterdir()] == [time]
+    assert [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())] == times
     assert sum("compiling" in r.getMessage() for r in caplog.records) == 1
 
 
@@ -40,13 +51,12 @@ def test_without_a_compiler_torch_runs_and_says_so(fresh, tmp_path, caplog):
     fresh.setenv("CXX", "no-such-compiler")
     with caplog.at_level(logging.INFO, "opensala"):
         run(), run()
-    lines = [(r.levelname, r.getMessage()) for r in caplog.records]
-    assert lines == [
-        (
-            "WARNING",
-            "lightning_attention: torch backend on cpu (cpp cannot run it: no C++ compiler was found "
-            "(g++ or clang++; the variable CXX names another))",
-        )
+        norm_gate(torch.ones(1, 4), torch.ones(4), None, 1e-6)
+    reason = "cpp cannot run it: no C++ compiler was found (g++ or clang++; the variable CXX names another)"
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", f"attention runs on the slower torch backend on cpu: {reason}"),
+        ("INFO", f"lightning_attention: torch backend on cpu ({reason})"),
+        ("INFO", f"norm_gate: torch backend on cpu ({reason})"),
     ]
     with (
         pytest.raises(ValueError, match="backend 'cpp' cannot run lightning_attention here: no C.. compiler"),
@@ -117,3 +127,78 @@ def test_as_many_threads_as_torch_uses_give_the_same_answer():
         torch.set_num_threads(before)
     for a, b in zip(one, four, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_whole_number_is_as_good_as_a_float():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 40, 2, 8, generator=generator) for _ in range(3))
+    decay, weight = torch.tensor([0.1, 0.2]), torch.ones(8)
+    for op in (
+        lambda number: lightning_attention(q, k, v, decay, scale=number(1), backend="cpp")[0],
+        lambda number: norm_rope(q, weight, None, None, eps=number(1), backend="cpp"),
+        lambda number: norm_gate(q, weight, None, eps=number(1), backend="cpp"),
+    ):
+        assert torch.equal(op(int), op(float))
+
+
+def test_calls_that_do_not_fit_the_declaration_are_refused():
+    name = "opensala_norm_gate"
+    x = torch.ones(4)
+    address = ctypes.c_void_p(x.data_ptr())
+    right = (address, None, None, address, 1, 4, 1e-6, 1)
+    native.library().call(name, *right)
+    with pytest.raises(TypeError, match="opensala_norm_gate takes 8 arguments, got 7"):
+        native.library().call(name, *right[:-1])
+    with pytest.raises(TypeError, match="opensala_norm_gate takes 8 arguments, got 9"):
+        native.library().call(name, *right, 1)
+    with pytest.raises(ctypes.ArgumentError, match="argument 5"):
+        native.library().call(name, *right[:4], 1.0, *right[5:])
+
+
+def test_signatures_are_those_of_the_sources():
+    found = signatures.declared(
+        """extern "C" void f(
+            const float* q, const void *k, int64_t n,  // tokens
+            float scale, int64_t threads) {"""
+    )
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    assert found == {"f": (pointer, pointer, number, ctypes.c_float, number)}
+    with pytest.raises(AssertionError, match="double eps"):
+        signatures.declared('extern "C" void f(double eps) {')
+    sources = sorted(Path(native.__file__).parent.glob("*.cpp"))
+    exported = sum(source.read_text().count('extern "C"') for source in sources)
+    assert len(signatures.declared("".join(s.read_text() for s in sources))) == exported >= 7
+
+
+@pytest.fixture
+def quick_compiler(tmp_path):
+    """Writes what it is asked for at once, and its arguments into a log."""
+    script = tmp_path / "c++"
+    script.write_text(
+        f"""#!/bin/sh
+[ "$1" = --version ] && echo 1 && exit
+echo "$@" >> {tmp_path}/log
+for last; do :; done
+seq 2000 > "$last"
+"""
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:999], lambda b: b[:99] + b"?" + b[100:], lambda b: b""])
+def test_a_damaged_file_in_the_cache_is_compiled_anew_and_said(
+    fresh, tmp_path, caplog, quick_compiler, damage
+):
+    """Such a file loads, and ends the process with a bus error at the first touch of what is missing."""
+    fresh.setenv("OPENSALA_CACHE", str(tmp_path / "cache"))
+    made = native.build(quick_compiler)
+    whole = made.read_bytes()
+    linked = (tmp_path / "log").read_text().count("-shared")
+    assert native.build(quick_compiler) == made and (tmp_path / "log").read_text().count("-shared") == linked
+    made.write_bytes(damage(whole))
+    with caplog.at_level(logging.WARNING, "opensala"):
+        assert native.build(quick_compiler).read_bytes() == whole
+        assert native.build(quick_compiler) == made
+    assert [r.getMessage() for r in caplog.records] == [f"{made} is damaged: compiling it again"]
+    assert list((tmp_path / "cache").iterdir()) == [made]

@@ -1,5 +1,5 @@
-"""The Triton forms of compression, selection and block-sparse attention against the plain statements, on
-small shapes."""
+"""The Triton forms of compression, selection and block-sparse attention against the reference
+implementations, on small shapes."""
 
 import math
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import opensala.train.data.documents as reading
 from opensala.engine import shipped_model
 from opensala.train.data import PackedSequence, StageData
-from opensala.train.data.documents import Document, Files
+from opensala.train.data.documents import Files, TrainingDocument
 from opensala.train.data.encode import Encoder, plain
 from opensala.train.data.synthetic import Synthetic
 from opensala.train.loss import IGNORED
@@ -193,7 +193,7 @@ def test_longer_documents_are_taken_more_often(corpus, tokenizer):
 def test_only_answers_are_learnt(corpus, tokenizer, template):
     own = with_template(tokenizer, template)
     messages = json.loads((corpus / "chat.jsonl").read_text().splitlines()[3])["messages"]
-    example = Encoder(own, True)(Document("x", messages=messages))
+    example = Encoder(own, True)(TrainingDocument("x", messages=messages))
     assert (
         own.decode(example.ids)
         == own.apply_chat_template(messages, tokenize=False)[: len(own.decode(example.ids))]
@@ -241,13 +241,13 @@ def test_conversations_that_cannot_be_learnt_are_refused(tokenizer):
         (CHATML, [{"role": "user", "content": "a"}], "has no answer"),
     ):
         with pytest.raises(ValueError, match=message):
-            Encoder(with_template(tokenizer, template), True)(Document("x", messages=messages))
+            Encoder(with_template(tokenizer, template), True)(TrainingDocument("x", messages=messages))
     with pytest.raises(ValueError, match="a chat stage needs messages"):
-        Encoder(with_template(tokenizer, CHATML), True)(Document("x", text="a"))
+        Encoder(with_template(tokenizer, CHATML), True)(TrainingDocument("x", text="a"))
     with pytest.raises(ValueError, match="no chat template: give one with --chat-template"):
         Encoder(tokenizer, True)
     with pytest.raises(ValueError, match="token 5000 is beyond the vocabulary of 2048"):
-        Encoder(tokenizer, False)(Document("x", ids=[5000]))
+        Encoder(tokenizer, False)(TrainingDocument("x", ids=[5000]))
 
 
 @pytest.mark.parametrize("task", ["facts", "tracing", "cross"])

@@ -239,19 +239,19 @@ def test_mup_keeps_the_best_rate_as_the_width_grows():
 def test_the_guard_refuses_spikes_and_what_is_not_finite():
     guard = StepGuard(Guard(spike=3.0, window=8, least=4, patience=2))
     assert (
-        guard.judge(float("nan"), 1.0) == "loss is nan"
-        and guard.judge(1.0, float("inf")) == "gradient norm is inf"
+        guard.check(float("nan"), 1.0) == "loss is nan"
+        and guard.check(1.0, float("inf")) == "gradient norm is inf"
         and guard.exhausted
     )
-    assert guard.judge(50.0, 1.0) == "" and not guard.exhausted
+    assert guard.check(50.0, 1.0) == "" and not guard.exhausted
     for _ in range(8):
-        assert guard.judge(2.0, 1.0) == ""
-    assert "loss 6.1 is more than 3 times the median 2" in guard.judge(
+        assert guard.check(2.0, 1.0) == ""
+    assert "loss 6.1 is more than 3 times the median 2" in guard.check(
         6.1, 1.0
-    ) and "gradient norm" in guard.judge(2.0, 3.1)
+    ) and "gradient norm" in guard.check(2.0, 3.1)
     again = StepGuard(guard.policy)
     again.load_state_dict(guard.state_dict())
-    assert again.exhausted and again.judge(6.1, 1.0) == guard.judge(6.1, 1.0) != ""
+    assert again.exhausted and again.check(6.1, 1.0) == guard.check(6.1, 1.0) != ""
 
 
 def test_the_released_configuration_has_nine_billion_parameters():

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import opensala.train.parallel.checkpoint as writing
+from opensala.runs import FolderLock
 from opensala.train.overrides import override
 from opensala.train.pipeline import Start, train
 from opensala.train.recipes import Guard
@@ -198,7 +199,7 @@ def test_bad_steps_are_left_out_logged_and_end_the_run_in_the_end(reference, cor
     monkeypatch.setattr(StageRun, "_take", spoil)
     with pytest.raises(
         ValueError,
-        match=r"stable step 2: 2 steps in a row could not be taken, the last because gradient norm is "
+        match=r"stable step 2: 2 steps in a row could not be applied, the last because gradient norm is "
         r"nan; the last "
         r"checkpoint is .*0000002",
     ):
@@ -265,3 +266,35 @@ def test_two_processes_train_as_one_does(reference, corpus, tmp_path):
         assert one[key][0] == pytest.approx(two[key][0], rel=1e-4), key
         assert one[key][2:] == two[key][2:]
     assert (tmp_path / "two" / "model" / "model.safetensors").exists()
+
+
+def test_what_is_refused_leaves_no_run_behind(reference, corpus, tmp_path):
+    folder = tmp_path / "run"
+    for start, message in (
+        (Start(teacher="/nope"), "^teacher: there is no folder /nope$"),
+        (Start(init="/nope"), "^init: there is no folder /nope$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(mini(corpus), folder, start=start, device="cpu", quiet=True)
+        assert not folder.exists()
+    with pytest.raises(ValueError, match="stage sft_1k begins where dense ends"):
+        train(mini(corpus), folder, only=["sft_1k"], device="cpu", quiet=True)
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="run holds no training to resume"):
+        resumed(mini(corpus), folder)
+    assert not folder.exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_written(reference, corpus, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(reference / "models" / "dense", other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"vocab_size": 2000}))
+    with pytest.raises(ValueError, match="the tokenizer has 2,048 tokens and the model's vocabulary 2,000"):
+        train(mini(corpus), tmp_path / "run", start=Start(teacher=str(other)), device="cpu", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused(corpus, tmp_path):
+    with FolderLock(tmp_path / "run"), pytest.raises(ValueError, match="run is in use by process"):
+        train(mini(corpus), tmp_path / "run", device="cpu", quiet=True)

@@ -1,4 +1,4 @@
-"""What needles are hidden in: sentences that go on for as long as is asked, and placing statements among
+"""What needles are hidden in: sentences that continue for as long as is asked, and placing statements among
 them.
 
 Lengths are in words, so that a document can be made longer in small steps. It knows nothing of tokens.

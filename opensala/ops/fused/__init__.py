@@ -5,12 +5,26 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
-from ..lightning import head_dim_limit
-from .cpp import cpp_norm_gate, cpp_norm_rope
-from .naive import naive_norm_gate, naive_norm_rope
-from .plain import plain_norm_gate, plain_norm_rope
+from ..checks import head_dim_limit
+from .cpp import cpp_add_rms_norm, cpp_add_scaled, cpp_norm_gate, cpp_norm_rope, cpp_rms_norm, cpp_silu_mul
+from .naive import (
+    naive_add_rms_norm,
+    naive_add_scaled,
+    naive_norm_gate,
+    naive_norm_rope,
+    naive_rms_norm,
+    naive_silu_mul,
+)
+from .plain import (
+    plain_add_rms_norm,
+    plain_add_scaled,
+    plain_norm_gate,
+    plain_norm_rope,
+    plain_rms_norm,
+    plain_silu_mul,
+)
 
-__all__ = ["norm_gate", "norm_rope"]
+__all__ = ["add_rms_norm", "add_scaled", "norm_gate", "norm_rope", "rms_norm", "silu_mul"]
 
 WIDEST = 16384  # elements of a row that one Triton program holds
 
@@ -92,3 +106,100 @@ def norm_gate(
         return triton_norm_gate(x, weight, gate, eps)
     run = {"naive": naive_norm_gate, "torch": plain_norm_gate, "cpp": cpp_norm_gate}[name]
     return run(x, weight, gate, eps).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
+    """RMSNorm over the last dimension.
+
+    Args:
+        x (Tensor): `[..., W]`.
+        weight (Tensor): `[W]`.
+        eps: added to the mean square.
+
+    Returns:
+        x's shape and dtype; computed in float32 (float64 for float64). Gradients flow to x and weight. With
+        `cpp` the bits of a row do not depend on the other rows (so for all ops of this module).
+
+    Raises:
+        ValueError: a weight that does not fit, or an unavailable backend.
+
+    Source: arXiv 1910.07467, equation 4.
+    """
+    _check_weight(x, weight)
+    name = choose_backend("rms_norm", x, backend, {"cpp": None})
+    run = {"naive": naive_rms_norm, "torch": plain_rms_norm, "cpp": cpp_rms_norm}[name]
+    return run(x, weight, eps).to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, y: Tensor, scale: float, weight: Tensor, eps: float, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + scale * y, and the RMSNorm of it over the last dimension: a residual connection and the norm behind
+    it.
+
+    Args:
+        x, y (Tensor): `[..., W]`.
+        scale: factor on y.
+        weight (Tensor): `[W]`.
+        eps: added to the mean square.
+
+    Returns:
+        The sum and its norm, both in x's shape and dtype. Gradients flow with every backend (through
+        PyTorch).
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unavailable backend.
+    """
+    _check_weight(x, weight)
+    if x.shape != y.shape:
+        raise ValueError(f"y must have x's shape {list(x.shape)}, got {list(y.shape)}")
+    name = choose_backend("add_rms_norm", x, backend, {"cpp": None})
+    run = {"naive": naive_add_rms_norm, "torch": plain_add_rms_norm, "cpp": cpp_add_rms_norm}[name]
+    total, out = run(x, y, scale, weight, eps)
+    return total.to(x.dtype), out.to(x.dtype)
+
+
+def add_scaled(x: Tensor, y: Tensor, scale: float, *, backend: Backend | None = None) -> Tensor:
+    """x + scale * y: a residual connection.
+
+    Args:
+        x, y (Tensor): of one shape.
+        scale: factor on y.
+
+    Returns:
+        x's shape and dtype; computed in float32 (float64 for float64). Gradients flow to both.
+
+    Raises:
+        ValueError: shapes that differ, or an unavailable backend.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"y must have x's shape {list(x.shape)}, got {list(y.shape)}")
+    name = choose_backend("add_scaled", x, backend, {"cpp": None})
+    run = {"naive": naive_add_scaled, "torch": plain_add_scaled, "cpp": cpp_add_scaled}[name]
+    return run(x, y, scale).to(x.dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor, *, backend: Backend | None = None) -> Tensor:
+    """silu(gate) * up, the middle of a SwiGLU feed-forward.
+
+    Args:
+        gate, up (Tensor): `[..., W]`.
+
+    Returns:
+        gate's shape and dtype; computed in float32 (float64 for float64). Gradients flow to both.
+
+    Raises:
+        ValueError: shapes that differ, or an unavailable backend.
+
+    Source: arXiv 2002.05202, equation 6.
+    """
+    if gate.shape != up.shape:
+        raise ValueError(f"up must have gate's shape {list(gate.shape)}, got {list(up.shape)}")
+    name = choose_backend("silu_mul", gate, backend, {"cpp": None})
+    run = {"naive": naive_silu_mul, "torch": plain_silu_mul, "cpp": cpp_silu_mul}[name]
+    return run(gate, up).to(gate.dtype)
+
+
+def _check_weight(x: Tensor, weight: Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must be [{x.shape[-1]}], as wide as x; got {list(weight.shape)}")

@@ -1,4 +1,4 @@
-"""The plain statements of the fused elementwise steps, in the dtype they are given (call them in float64)."""
+"""Reference implementations of the fused elementwise steps, in the dtype they are given (call in float64)."""
 
 import torch
 from torch import Tensor
@@ -29,3 +29,26 @@ def naive_norm_gate(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: 
     """norm(x) / (1 + exp(-gate))."""
     x = naive_norm(x, weight, eps)
     return x if gate is None else x / (1 + torch.exp(-gate))
+
+
+def naive_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight."""
+    return naive_norm(x, weight, eps)
+
+
+def naive_add_rms_norm(
+    x: Tensor, y: Tensor, scale: float, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + scale * y, and its norm."""
+    total = x + scale * y
+    return total, naive_norm(total, weight, eps)
+
+
+def naive_add_scaled(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """x + scale * y."""
+    return x + scale * y
+
+
+def naive_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """gate / (1 + exp(-gate)) * up."""
+    return gate / (1 + torch.exp(-gate)) * up

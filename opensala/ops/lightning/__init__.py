@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
+from ..checks import check_boundaries, head_dim_limit
 from .chunk import chunk_lightning_attention
 from .cpp import cpp_lightning_attention
 from .naive import naive_lightning_attention
+from .slots import cpp_lightning_slots, gather_lightning_slots
 
-__all__ = ["alibi_slopes", "lightning_attention"]
+__all__ = ["alibi_slopes", "lightning_attention", "lightning_attention_slots"]
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -68,6 +70,83 @@ def lightning_attention(
     return run(q, k, v, decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 
+def lightning_attention_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    states: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    read_slots: Tensor,
+    write_slots: Tensor,
+    scale: float | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """`lightning_attention` for the next tokens of N sequences, whose states lie in slots. No gradients.
+
+    Args:
+        q, k (Tensor): `[T, H, D]`, the tokens of all sequences behind one another.
+        v (Tensor): `[T, H, Dv]`.
+        decay (Tensor): `[H]`, as in `lightning_attention`.
+        states (Tensor): `[slots, H, D, Dv]`, float32 (float64 for float64 inputs), contiguous; modified in
+            place.
+        cu_seqlens (Tensor): `[N + 1]` integer boundaries of the sequences.
+        read_slots (Tensor): `[N]` slots of the states the sequences begin with; -1 for zeros.
+        write_slots (Tensor): `[N]` slots for the states behind their last tokens; each may be the one that
+            its own sequence reads, but not one that another sequence of the call reads or writes.
+        scale (float): factor on the output; 1/sqrt(D) if None.
+        backend: which implementation runs. With `cpp` a token's output and state have the same bits however a
+            sequence was cut into calls and whatever else is in the call; with the others they do not.
+
+    The numbers in `cu_seqlens`, `read_slots` and `write_slots` are trusted: on a GPU a look would make the
+        CPU wait.
+
+    Returns:
+        o `[T, H, Dv]` in v's dtype.
+
+    Raises:
+        ValueError: tensors that do not fit together, or an unavailable backend.
+
+    Source: MiniCPM-SALA (arXiv 2602.11761) section 2.1.
+    """
+    wanted = (*q.shape[1:], v.shape[-1])
+    if q.dim() != 3 or k.shape != q.shape or v.shape[:2] != q.shape[:2] or decay.shape != q.shape[1:2]:
+        raise ValueError(
+            f"q, k, v, decay must be [T, H, D], [T, H, D], [T, H, Dv], [H]; got {list(q.shape)}, "
+            f"{list(k.shape)}, "
+            f"{list(v.shape)}, {list(decay.shape)}"
+        )
+    if states.shape[1:] != wanted or not states.is_contiguous() or states.dtype not in _STATE_DTYPES:
+        raise ValueError(
+            f"states must be [slots, H, D, Dv] = [slots, {', '.join(map(str, wanted))}], contiguous, "
+            "float32 or float64; "
+            f"got {list(states.shape)}, {str(states.dtype).removeprefix('torch.')}"
+        )
+    if not len(cu_seqlens) - 1 == len(read_slots) == len(write_slots):
+        raise ValueError(
+            f"cu_seqlens [N + 1], read_slots [N], write_slots [N] must agree on N, got {len(cu_seqlens)}, "
+            f"{len(read_slots)}, {len(write_slots)}"
+        )
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    like = q if states.dtype == torch.float32 else states
+    name = choose_backend(
+        "lightning_attention_slots", like, backend, {"cpp": None, "triton": head_dim_limit(q, v)}
+    )
+    places = (cu_seqlens, read_slots, write_slots)
+    with torch.no_grad():
+        if name == "cpp":
+            return cpp_lightning_slots(q, k, v, decay, states, *places, scale).to(v.dtype)
+        if name == "triton":
+            from .triton_slots import triton_lightning_slots  # needs the package triton
+
+            return triton_lightning_slots(q, k, v, decay, states, *places, scale)
+        return gather_lightning_slots(q, k, v, decay, states, *places, scale, _implementation(name))
+
+
+_STATE_DTYPES = (torch.float32, torch.float64)
+
+
 def _implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if name == "triton":
         from .triton import triton_lightning_attention  # needs the package triton
@@ -78,12 +157,6 @@ def _implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
         "torch": chunk_lightning_attention,
         "cpp": cpp_lightning_attention,
     }[name]
-
-
-def head_dim_limit(*tensors: Tensor) -> str | None:
-    """Why the Triton kernels cannot take these head dimensions (the last ones), or None."""
-    widest = max(x.shape[-1] for x in tensors)
-    return f"the head dimension {widest} is above 256" if widest > 256 else None
 
 
 def _check(
@@ -110,25 +183,3 @@ def _check(
     expected = (sequences, q.shape[2], q.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != expected:
         raise ValueError(f"initial_state must have shape {list(expected)}, got {list(initial_state.shape)}")
-
-
-def check_boundaries(name: str, cu_seqlens: Tensor, length: int) -> None:
-    """Refuse document boundaries that are not integers in one row, or do not rise from 0 to the number of
-    tokens.
-
-    The numbers themselves are not looked at where they are on a GPU: that would make the CPU wait for it.
-    """
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"{name} must be [N + 1] boundaries, int32 or int64; got {list(cu_seqlens.shape)}, "
-            f"{cu_seqlens.dtype}"
-        )
-    if cu_seqlens.is_cuda:
-        return
-    bounds = cu_seqlens.tolist()
-    rising = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
-    if not rising or bounds[0] != 0 or bounds[-1] != length:
-        raise ValueError(
-            f"{name} must rise from 0 to {length} (the tokens given), got "
-            f"{bounds[:8]}{'...' * (len(bounds) > 8)}"
-        )

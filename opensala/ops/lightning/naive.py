@@ -1,4 +1,4 @@
-"""The plain statement of Lightning attention: one token after the other, in the dtype it is given.
+"""The reference implementation of Lightning attention: one token after the other, in the dtype it is given.
 
 This file is the ground truth every fast path is compared with (call it in float64). It deliberately
 knows nothing about chunks, devices or speed.

@@ -16,9 +16,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from . import program
+from .signatures import declared
 
 logger = logging.getLogger("opensala")
 
@@ -37,22 +42,29 @@ CACHE_VARIABLE = "OPENSALA_CACHE"
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded kernels, or the reason why there are none."""
+    """The loaded kernels by name, each with the types of its arguments; or the reason why there are none.
 
-    handle: ctypes.CDLL | None
-    reason: str | None
+    `packed` has the address of each kernel's form for a `program`, where there is one.
+    """
+
+    functions: Mapping[str, tuple[Any, tuple[type, ...]]] = field(default_factory=dict)
+    packed: Mapping[str, int] = field(default_factory=dict)
+    reason: str | None = None
 
     def call(self, name: str, *arguments: object) -> None:
-        """Call an exported function; int -> int64, float -> float, None or address (ctypes.c_void_p) ->
-        pointer."""
-        assert self.handle is not None, "the choice of backend asks for the reason first"
-        getattr(self.handle, name)(*(_as_c(x) for x in arguments))
+        """Call an exported function; an address is a ctypes.c_void_p or None.
 
-
-def _as_c(x: object) -> object:
-    if isinstance(x, int):
-        return ctypes.c_int64(x)
-    return ctypes.c_float(x) if isinstance(x, float) else x
+        Raises TypeError for arguments that its declaration does not take.
+        """
+        assert self.reason is None, "the choice of backend asks for the reason first"
+        function, types = self.functions[name]
+        if len(arguments) != len(types):  # ctypes itself refuses too few, but not too many
+            raise TypeError(f"{name} takes {len(types)} arguments, got {len(arguments)}")
+        function(*arguments)
+        if program.recording is not None:
+            if name not in self.packed:
+                raise program.NotReplayable(f"{name} has no packed form")
+            program.recording.add(self.packed[name], types, arguments)
 
 
 @functools.cache
@@ -60,13 +72,25 @@ def library() -> Library:
     """The kernels, compiled if this machine has not done so yet; loaded once a process."""
     compiler = find_compiler()
     if compiler is None:
-        return Library(None, "no C++ compiler was found (g++ or clang++; the variable CXX names another)")
+        return Library(reason="no C++ compiler was found (g++ or clang++; the variable CXX names another)")
     try:
-        return Library(ctypes.CDLL(str(build(compiler))), None)
+        return _load(build(compiler))
     except subprocess.CalledProcessError as error:
-        return Library(None, f"{compiler} could not compile the kernels: {_last_lines(error.stderr)}")
+        return Library(reason=f"{compiler} could not compile the kernels: {_last_lines(error.stderr)}")
     except OSError as error:
-        return Library(None, f"the compiled kernels could not be stored or loaded: {error}")
+        return Library(reason=f"the compiled kernels could not be stored or loaded: {error}")
+
+
+def _load(path: Path) -> Library:
+    handle, functions, packed = ctypes.CDLL(str(path)), {}, {}
+    for source in sorted(Path(__file__).parent.glob("*.cpp")):
+        for name, types in declared(source.read_text()).items():
+            function = getattr(handle, name)
+            function.argtypes, function.restype = types, None
+            functions[name] = function, types
+            if hasattr(handle, f"{name}_packed"):
+                packed[name] = ctypes.cast(getattr(handle, f"{name}_packed"), ctypes.c_void_p).value or 0
+    return Library(functions, packed)
 
 
 def find_compiler() -> str | None:
@@ -87,13 +111,15 @@ def build(compiler: str) -> Path:
         key.update(part.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key.update("\n".join([compiler, version, *FLAGS, _processor()]).encode())
-    target = cache_folder() / f"kernels-{key.hexdigest()[:20]}.so"
-    if target.exists():
-        return target
-    logger.info("compiling the CPU kernels with %s (once; some seconds) into %s", compiler, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may come here at once: each compiles to a name of its own, and the last rename wins.
-    with tempfile.TemporaryDirectory(dir=target.parent) as work, ThreadPoolExecutor(os.cpu_count()) as pool:
+    stem = f"kernels-{key.hexdigest()[:20]}"
+    known = _intact(cache_folder(), stem)
+    if known is not None:
+        return known
+    logger.info("compiling the CPU kernels with %s (once; some seconds) into %s", compiler, cache_folder())
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    # Several processes may come here at once: each compiles in a folder of its own, and every name that a
+    # rename gives says what the file holds.
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as work, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def run(arguments: list[str]) -> None:
             subprocess.run([compiler, *FLAGS, *arguments], capture_output=True, text=True, check=True)
@@ -104,9 +130,29 @@ def build(compiler: str) -> Path:
                 run, (["-c", str(source), "-o", made] for source, made in zip(sources, objects, strict=True))
             )
         )
-        run(["-shared", *objects, "-o", str(Path(work) / "kernels.so")])
-        (Path(work) / "kernels.so").rename(target)
+        linked = Path(work) / "kernels.so"
+        run(["-shared", *objects, "-o", str(linked)])
+        target = cache_folder() / f"{stem}-{_digest(linked)}.so"
+        linked.rename(target)
     return target
+
+
+def _intact(folder: Path, stem: str) -> Path | None:
+    """The library of this name whose bytes are still those it was stored with; others are removed.
+
+    A file cut short (a full disk, a machine that lost power) loads without an error and then ends the process
+    with a bus error, so the name of each file carries the hash of its bytes.
+    """
+    for path in sorted(folder.glob(f"{stem}-*.so")):
+        if path.stem == f"{stem}-{_digest(path)}":
+            return path
+        logger.warning("%s is damaged: compiling it again", path)
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
 
 
 def cache_folder() -> Path:

@@ -4,34 +4,52 @@
 // handles all (query, head) rows of the tile that chose it, so that a block is unpacked once for many rows and
 // every product runs on a register tile. The partial softmax of a row lives in the tile's own memory between blocks.
 // Softmax is done in powers of two: s * scale * log2(e) goes into exp2.
+//
+// Nothing that a row computes depends on the other rows of its tile, so tiles, threads and the other sequences of a call
+// change no bit of a result.
+#include "replay.h"
 #include <vector>
 
 #include "gemm.h"
+#include "pages.h"
 
 namespace {
 
+// One sequence.
 struct Problem {
   const float* q;
   Rows k, v;  // of head 0
-  const int32_t* blocks;  // [T, Hkv, K]
-  int64_t tokens, length, heads, kv_heads, dim, value_dim, chosen, size;
+  const int32_t* blocks;  // [T, Hkv, K]; null: each query attends to all blocks up to its own
+  int64_t tokens, length, heads, kv_heads, dim, value_dim, num_blocks, block_size;
   int64_t k_head, v_head;  // elements from head to head; q is contiguous [T, Hq, D]
   float factor;  // scale * log2(e)
-  int64_t group() const { return heads / kv_heads; }
+  float *out = nullptr, *lse = nullptr;  // [T, Hq, E] and, if wanted, [T, Hq]
+  int64_t slices = 1;  // parts into which the query heads of a kv head are cut; a "head" below is one such part
+  int64_t group() const { return heads / (kv_heads * slices); }
+  int64_t kv_head(int64_t head) const { return head / slices; }
   int64_t position(int64_t t) const { return length - tokens + t; }
+  int64_t blocks_up_to(int64_t t) const { return position(t) / block_size + 1; }
+};
+
+// Queries of a tile: those listed, or all from one on.
+struct Queries {
+  const int32_t* listed;
+  int64_t first, count;
+  int64_t operator[](int64_t i) const { return listed ? listed[i] : first + i; }
 };
 
 // The (query, block) pairs of a tile, by block.
 struct Pairs {
   std::vector<int32_t> start, query;
   void build(const Problem& p, int64_t first, int64_t last, int64_t head) {
-    int64_t total = (p.length + p.size - 1) / p.size;
+    if (!p.blocks) return;
+    int64_t total = p.blocks_up_to(last - 1);
     start.assign(total + 2, 0);
     auto each = [&](auto&& use) {
       for (int64_t t = first; t < last; ++t) {
-        const int32_t* row = p.blocks + (t * p.kv_heads + head) * p.chosen;
-        int64_t own = p.position(t) / p.size;
-        for (int64_t i = 0; i < p.chosen; ++i)
+        const int32_t* row = p.blocks + (t * p.kv_heads + p.kv_head(head)) * p.num_blocks;
+        int64_t own = p.position(t) / p.block_size;
+        for (int64_t i = 0; i < p.num_blocks; ++i)
           if (row[i] >= 0 && row[i] <= own) use(row[i], t - first);
       }
     };
@@ -39,6 +57,11 @@ struct Pairs {
     for (size_t b = 2; b < start.size(); ++b) start[b] += start[b - 1];
     query.resize(start.back());
     each([&](int32_t block, int64_t t) { query[start[block + 1]++] = int32_t(t); });
+  }
+  Queries of(const Problem& p, int64_t block, int64_t first, int64_t last) const {
+    if (p.blocks) return {query.data() + start[block], 0, start[block + 1] - start[block]};
+    int64_t begin = std::max<int64_t>(0, block * p.block_size - p.position(first));
+    return {nullptr, begin, last - first - begin};
   }
 };
 
@@ -52,12 +75,12 @@ struct Batch {
 };
 
 template <typename Use>
-void for_each_batch(const Problem& p, const Pairs& pairs, int64_t block, int64_t first, const Use& use) {
-  int64_t group = p.group(), base = block * p.size;
+void for_each_batch(const Problem& p, const Queries& queries, int64_t block, int64_t first, const Use& use) {
+  int64_t group = p.group(), base = block * p.block_size;
   Batch rows;
-  for (int32_t i = pairs.start[block]; i < pairs.start[block + 1]; ++i) {
-    int32_t t = pairs.query[i];
-    int64_t seen = std::min<int64_t>(p.size, p.position(first + t) + 1 - base);
+  for (int64_t i = 0; i < queries.count; ++i) {
+    int64_t t = queries[i];
+    int64_t seen = std::min<int64_t>(p.block_size, p.position(first + t) + 1 - base);
     for (int64_t g = 0; g < group; ++g) {
       rows.index[rows.count] = int32_t(t * group + g);
       rows.seen[rows.count++] = int32_t(seen);
@@ -67,10 +90,11 @@ void for_each_batch(const Problem& p, const Pairs& pairs, int64_t block, int64_t
   if (rows.count) use(rows);
 }
 
-// Where the keys of a block lie.
+// Where the keys of a block lie, as far as the tile's last query sees them: behind them may be anything.
 struct Block {
   int64_t base, keys;
-  Block(const Problem& p, int64_t block) : base(block * p.size), keys(std::min(p.size, p.length - base)) {}
+  Block(const Problem& p, int64_t block, int64_t last)
+      : base(block * p.block_size), keys(std::min(p.block_size, p.position(last - 1) + 1 - base)) {}
 };
 
 // Keys a row does not see get -inf.
@@ -78,9 +102,9 @@ void hide(float* row, int64_t seen, int64_t padded) {
   for (int64_t j = seen; j < padded; ++j) row[j] = -INF;
 }
 
-void forward_tile(const Problem& p, int64_t first, int64_t last, int64_t head, float* out, float* lse) {
+void forward_tile(const Problem& p, int64_t first, int64_t last, int64_t head) {
   int64_t group = p.group(), rows_in_tile = (last - first) * group;
-  int64_t padded = round_up(p.size, W), width = round_up(p.value_dim, W);
+  int64_t padded = round_up(p.block_size, W), width = round_up(p.value_dim, W);
   Scratch keys(p.dim * padded), values(padded * width), scores(BATCH * padded), result(rows_in_tile * width);
   Scratch peaks(rows_in_tile), sums(rows_in_tile);
   std::fill_n(result.data, rows_in_tile * width, 0.0f);
@@ -88,16 +112,17 @@ void forward_tile(const Problem& p, int64_t first, int64_t last, int64_t head, f
   std::fill_n(sums.data, rows_in_tile, 0.0f);
   Pairs pairs;
   pairs.build(p, first, last, head);
-  Rows k = p.k.head(head * p.k_head), v = p.v.head(head * p.v_head);
+  Rows k = p.k.head(p.kv_head(head) * p.k_head), v = p.v.head(p.kv_head(head) * p.v_head);
   const float* queries = p.q + (first * p.heads + head * group) * p.dim;
   auto query = [&](int32_t i) { return queries + ((i / group) * p.heads + i % group) * p.dim; };
 
-  for (int64_t block = 0; block * p.size < p.length; ++block) {
-    if (pairs.start[block] == pairs.start[block + 1]) continue;
-    Block source(p, block);
+  for (int64_t block = 0, end = p.blocks_up_to(last - 1); block < end; ++block) {
+    Queries asking = pairs.of(p, block, first, last);
+    if (!asking.count) continue;
+    Block source(p, block, last);
     pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys.data, padded);
     pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width);
-    for_each_batch(p, pairs, block, first, [&](const Batch& rows) {
+    for_each_batch(p, asking, block, first, [&](const Batch& rows) {
       const float* a[BATCH];
       float* o[BATCH];
       for (int r = 0; r < rows.count; ++r) a[r] = query(rows.index[r]), o[r] = result.data + rows.index[r] * width;
@@ -131,8 +156,8 @@ void forward_tile(const Problem& p, int64_t first, int64_t last, int64_t head, f
   for (int64_t i = 0; i < rows_in_tile; ++i) {
     int64_t row = (first + i / group) * p.heads + head * group + i % group;
     float inverse = 1.0f / sums.data[i];
-    for (int64_t j = 0; j < p.value_dim; ++j) out[row * p.value_dim + j] = result.data[i * width + j] * inverse;
-    if (lse) lse[row] = peaks.data[i] + std::log2(sums.data[i]);
+    for (int64_t j = 0; j < p.value_dim; ++j) p.out[row * p.value_dim + j] = result.data[i * width + j] * inverse;
+    if (p.lse) p.lse[row] = peaks.data[i] + std::log2(sums.data[i]);
   }
 }
 
@@ -144,27 +169,28 @@ struct Gradients {
 
 void backward_tile(const Problem& p, const Gradients& g, int64_t first, int64_t last, int64_t head) {
   int64_t group = p.group(), rows_in_tile = (last - first) * group;
-  int64_t padded = round_up(p.size, W), width = round_up(p.value_dim, W), inner = round_up(p.dim, W);
+  int64_t padded = round_up(p.block_size, W), width = round_up(p.value_dim, W), inner = round_up(p.dim, W);
   Scratch keys_t(p.dim * padded), values_t(p.value_dim * padded), keys(padded * inner), dq(rows_in_tile * inner);
   Scratch weights(BATCH * padded), slopes(BATCH * padded), q_rows(BATCH * inner), g_rows(BATCH * width);
   Scratch dk(padded * inner), dv(padded * width);
   std::fill_n(dq.data, rows_in_tile * inner, 0.0f);
   Pairs pairs;
   pairs.build(p, first, last, head);
-  Rows k = p.k.head(head * p.k_head), v = p.v.head(head * p.v_head);
+  Rows k = p.k.head(p.kv_head(head) * p.k_head), v = p.v.head(p.kv_head(head) * p.v_head);
   auto row_of = [&](int32_t i) { return (first + i / group) * p.heads + head * group + i % group; };
   Vec factor = splat(p.factor);
   const float scale = p.factor * 0.6931471805599453f;
 
-  for (int64_t block = 0; block * p.size < p.length; ++block) {
-    if (pairs.start[block] == pairs.start[block + 1]) continue;
-    Block source(p, block);
+  for (int64_t block = 0, end = p.blocks_up_to(last - 1); block < end; ++block) {
+    Queries asking = pairs.of(p, block, first, last);
+    if (!asking.count) continue;
+    Block source(p, block, last);
     pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys_t.data, padded);
     pack_transposed(v, source.base, 1, int(source.keys), int(padded), p.value_dim, values_t.data, padded);
     pack_rows(k, source.base, int(source.keys), p.dim, keys.data, inner);
     std::fill_n(dk.data, padded * inner, 0.0f);
     std::fill_n(dv.data, padded * width, 0.0f);
-    for_each_batch(p, pairs, block, first, [&](const Batch& rows) {
+    for_each_batch(p, asking, block, first, [&](const Batch& rows) {
       int n = rows.count;
       pack_rows([&](int r) { return p.q + row_of(rows.index[r]) * p.dim; }, n, n, p.dim, q_rows.data, inner);
       pack_rows([&](int r) { return g.grad + row_of(rows.index[r]) * p.value_dim; }, n, n, p.value_dim, g_rows.data, width);
@@ -206,26 +232,86 @@ void backward_tile(const Problem& p, const Gradients& g, int64_t first, int64_t 
 constexpr int64_t SHARED = 32;  // queries of a tile that a block should have, for unpacking it to pay
 
 // Queries of a tile: some tiles for each thread, but where blocks are many (a long context) rather fewer and larger ones.
-int64_t tile_queries(const Problem& p, int64_t rows, int64_t threads) {
-  int64_t share = (p.tokens * p.kv_heads + threads - 1) / threads, blocks = (p.length + p.size - 1) / p.size;
-  int64_t wanted = std::max((share + 3) / 4, std::min(share, SHARED * blocks / p.chosen));
+int64_t tile_queries(const Problem& p, int64_t tokens_of_call, int64_t rows, int64_t threads) {
+  int64_t share = (tokens_of_call * p.kv_heads + threads - 1) / threads, blocks = (p.length + p.block_size - 1) / p.block_size;
+  int64_t shared = p.blocks ? SHARED * blocks / p.num_blocks : SHARED;
+  int64_t wanted = std::max((share + 3) / 4, std::min(share, shared));
   return std::max<int64_t>(1, std::min(rows / p.group() + 1, wanted));
+}
+
+// A tile of queries of one head of one sequence.
+struct Unit {
+  const Problem* p;
+  int64_t first, last, head;
+  int64_t cost() const {  // multiplications at most, of queries with keys
+    int64_t blocks = p->blocks_up_to(last - 1);
+    return (last - first) * (p->blocks ? std::min(blocks, p->num_blocks) : blocks) * p->block_size * p->group() * p->dim;
+  }
+};
+
+constexpr int64_t SMALL = 1 << 18;  // multiplications that are done before a second thread is awake
+
+// With fewer tiles than threads the query heads of a kv head are shared out: each part unpacks the blocks for itself.
+void slice_heads(std::vector<Problem>& problems, int64_t units, int64_t threads) {
+  for (Problem& p : problems) {
+    int64_t group = p.heads / p.kv_heads;
+    while (p.slices < group && (units * p.slices < threads || group % p.slices)) ++p.slices;
+  }
+}
+
+void forward_all(std::vector<Problem>& problems, int64_t tile_rows, int64_t threads) {
+  int64_t tokens = 0, tiles = 0;
+  for (const Problem& p : problems) tokens += p.tokens;
+  std::vector<int64_t> steps;
+  for (const Problem& p : problems) {
+    steps.push_back(tile_queries(p, tokens, tile_rows, threads));
+    tiles += (p.tokens + steps.back() - 1) / steps.back() * p.kv_heads;
+  }
+  slice_heads(problems, tiles, threads);
+  std::vector<Unit> units;
+  for (size_t n = 0; n < problems.size(); ++n) {
+    const Problem& p = problems[n];
+    for (int64_t first = 0; first < p.tokens; first += steps[n])
+      for (int64_t head = 0; head < p.kv_heads * p.slices; ++head)
+        units.push_back({&p, first, std::min(first + steps[n], p.tokens), head});
+  }
+  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost() > b.cost(); });
+  int64_t work = 0;
+  for (const Unit& unit : units) work += unit.cost();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > SMALL)
+  for (size_t i = 0; i < units.size(); ++i) forward_tile(*units[i].p, units[i].first, units[i].last, units[i].head);
 }
 
 }  // namespace
 
 extern "C" void opensala_attend_forward(
     const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, float* out, float* lse,
-    int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t chosen,
+    int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t num_blocks,
     int64_t size, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float factor, int64_t tile_rows,
     int64_t threads) {
-  Problem p{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim, chosen, size, k_head, v_head, factor};
-  int64_t step = tile_queries(p, tile_rows, threads), tiles = (tokens + step - 1) / step;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t unit = 0; unit < tiles * kv_heads; ++unit) {
-    int64_t first = unit / kv_heads * step;
-    forward_tile(p, first, std::min(first + step, tokens), unit % kv_heads, out, lse);
+  std::vector<Problem> one{{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim,
+                            num_blocks, size, k_head, v_head, factor, out, lse}};
+  forward_all(one, tile_rows, threads);
+}
+
+// All sequences of a page table: q `[T, Hq, D]`, out `[T, Hq, E]`; blocks `[T, Hkv, K]` are read for sequences whose
+// `sparse` flag is set (null: all attend densely).
+extern "C" void opensala_attend_paged(
+    const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, float* out, const int32_t* cu_seqlens,
+    const int32_t* lengths, const int32_t* pages, const int32_t* sparse, int64_t sequences, int64_t table_width, int64_t heads,
+    int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t num_blocks, int64_t size, int64_t k_page, int64_t k_token,
+    int64_t k_head, int64_t v_page, int64_t v_token, int64_t v_head, float factor, int64_t tile_rows, int64_t threads) {
+  PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
+  std::vector<Problem> problems;
+  for (int64_t n = 0; n < sequences; ++n) {
+    if (!table.tokens(n)) continue;
+    int64_t begin = cu_seqlens[n];
+    problems.push_back({q + begin * heads * dim, table.rows(n, k, kind, k_page, k_token, size),
+                        table.rows(n, v, kind, v_page, v_token, size),
+                        blocks && sparse[n] ? blocks + begin * kv_heads * num_blocks : nullptr, table.tokens(n), lengths[n], heads,
+                        kv_heads, dim, value_dim, num_blocks, size, k_head, v_head, factor, out + begin * heads * value_dim});
   }
+  forward_all(problems, tile_rows, threads);
 }
 
 // Part i of the query tiles adds to its own dk and dv (`[parts, Hkv, L, D]`, zeroed by the caller): whatever the
@@ -233,10 +319,10 @@ extern "C" void opensala_attend_forward(
 extern "C" void opensala_attend_backward(
     const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, const float* grad, const float* lse,
     const float* delta, float* dq, float* dk, float* dv, int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads,
-    int64_t dim, int64_t value_dim, int64_t chosen, int64_t size, int64_t k_token, int64_t k_head, int64_t v_token,
+    int64_t dim, int64_t value_dim, int64_t num_blocks, int64_t size, int64_t k_token, int64_t k_head, int64_t v_token,
     int64_t v_head, float factor, int64_t tile_rows, int64_t parts, int64_t threads) {
-  Problem p{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim, chosen, size, k_head, v_head, factor};
-  int64_t step = tile_queries(p, tile_rows, threads), tiles = (tokens + step - 1) / step;
+  Problem p{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim, num_blocks, size, k_head, v_head, factor};
+  int64_t step = tile_queries(p, tokens, tile_rows, threads), tiles = (tokens + step - 1) / step;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t unit = 0; unit < parts * kv_heads; ++unit) {
     int64_t part = unit / kv_heads, head = unit % kv_heads;
@@ -245,3 +331,5 @@ extern "C" void opensala_attend_backward(
       backward_tile(p, g, tile * step, std::min((tile + 1) * step, tokens), head);
   }
 }
+
+REPLAYABLE(opensala_attend_paged)

@@ -59,14 +59,24 @@ static void with_type(int64_t kind, const Use& use) {
   else use(0.0f);
 }
 
-// Rows of one head of a tensor of any element type.
+// Rows of one head of a tensor of any element type: one behind the other, or in the pages of one sequence.
 struct Rows {
   const void* data;
   int64_t kind, stride;  // 0 float32, 1 bfloat16, 2 float16; elements from row to row
+  const int32_t* pages = nullptr;  // row i lies where token i * step + last belongs
+  int64_t page_stride = 0;
+  uint32_t page_size = 1, step = 1, last = 0;  // tokens; a page has a slot for every `step` of them
   template <typename T>
-  const T* at(int64_t row) const { return static_cast<const T*>(data) + row * stride; }
+  const T* at(int64_t row) const {
+    const T* first = static_cast<const T*>(data);
+    if (!pages) return first + row * stride;
+    uint32_t token = uint32_t(row) * step + last, page = token / page_size;
+    return first + pages[page] * page_stride + (token - page * page_size) / step * stride;
+  }
   Rows head(int64_t offset) const {  // the same rows, `offset` elements further
-    return {static_cast<const char*>(data) + offset * (kind ? 2 : 4), kind, stride};
+    Rows moved = *this;
+    moved.data = static_cast<const char*>(data) + offset * (kind ? 2 : 4);
+    return moved;
   }
 };
 
@@ -75,17 +85,19 @@ template <typename Row>
 static void pack_transposed(const Row& row, int count, int padded, int64_t depth, float* out, int64_t ldo) {
   for (int j = 0; j < padded; j += W) {
     int here = std::min(W, std::max(0, count - j));
+    decltype(row(0)) rows[W];
+    for (int i = 0; i < here; ++i) rows[i] = row(j + i);
     int64_t k = 0;
     for (; k + W <= depth; k += W) {
       Vec v[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) v[i] = i < here ? load_wide(row(j + i) + k) : Vec{};
+      for (int i = 0; i < W; ++i) v[i] = i < here ? load_wide(rows[i] + k) : Vec{};
       transpose_square(v);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) store(out + (k + i) * ldo + j, v[i]);
     }
     for (; k < depth; ++k)
-      for (int i = 0; i < W; ++i) out[k * ldo + j + i] = i < here ? widen(row(j + i)[k]) : 0.0f;
+      for (int i = 0; i < W; ++i) out[k * ldo + j + i] = i < here ? widen(rows[i][k]) : 0.0f;
   }
 }
 

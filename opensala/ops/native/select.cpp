@@ -4,8 +4,7 @@
 // over the second level of compressed keys (or the first). Then panels of W blocks are scored and reduced to block
 // scores, 4 bytes a block and query; the best blocks are found by a threshold that rises as candidates are met.
 // Softmax is done in powers of two: s * scale * log2(e) goes into exp2.
-#include <memory>
-
+#include "replay.h"
 #include "select.h"
 
 namespace {
@@ -15,16 +14,15 @@ constexpr float SLACK = 30.0f;   // exponents above the reference of a sum that 
 
 class Tile : public Scorer {
  public:
-  Tile(const Selection& s, int64_t step)
-      : Scorer(s, s.position(s.tokens - 1) / s.size + 1, step, PANEL), peak_(step * s.group()), mass_(step * s.group() * W) {}
+  explicit Tile(const Unit& unit)
+      : Scorer(unit, PANEL), peak_(queries() * s_.group()), mass_(queries() * s_.group() * W) {}
 
-  void run(int64_t first, int64_t last, int64_t head, int32_t* out) {
-    first_ = first, last_ = last, head_ = head;
-    bool level2 = s_.coarse && seen(s_.position(first), 4 * s_.kernel, 4 * s_.stride) > 0;
-    if (level2) denominators(s_.k2.head(head * s_.k2_head), 4 * s_.kernel, 4 * s_.stride);
+  void run() {
+    bool level2 = s_.coarse && seen(s_.position(first_), 4 * s_.kernel, 4 * s_.stride) > 0;
+    if (level2) denominators(s_.k2.head(head_ * s_.k2_head), 4 * s_.kernel, 4 * s_.stride);
     else denominators(keys1(), s_.kernel, s_.stride);
     score_blocks();
-    choose(out);
+    choose();
   }
 
  private:
@@ -73,7 +71,7 @@ class Tile : public Scorer {
   // Block scores: maximum over the windows that touch the block of the probabilities summed over heads.
   void score_blocks() {
     int64_t group = s_.group(), columns = W * s_.ratio(), queries = last_ - first_;
-    int64_t windows = visible(queries - 1), blocks = s_.position(last_ - 1) / s_.size + 1;
+    int64_t windows = visible(queries - 1), blocks = s_.position(last_ - 1) / s_.block_size + 1;
     std::fill_n(carry_.data, queries * W, -INF);
     int64_t together = std::max<int64_t>(1, CHUNK / group);
     for (int64_t block = 0; block < blocks; block += W) {
@@ -87,25 +85,44 @@ class Tile : public Scorer {
   }
 };
 
+void select_all(const std::vector<Selection>& selections, int64_t tile_rows, int64_t threads) {
+  std::vector<Unit> units;
+  int64_t tokens = 0;
+  for (const Selection& s : selections) tokens += s.tokens;
+  for (const Selection& s : selections) {
+    int64_t everything = take_all(s);
+    // No tile holds both queries that see a window of the second level and queries that do not.
+    int64_t level2 = std::min(s.tokens, std::max(everything, 4 * s.kernel - 1 - s.first));
+    cut(units, s, everything, level2, tokens, tile_rows, threads);
+    cut(units, s, level2, s.tokens, tokens, tile_rows, threads);
+  }
+  for_each_unit(units, threads, [](const Unit& unit) { Tile(unit).run(); });
+}
+
 }  // namespace
 
-// Queries at positions first ... first + tokens - 1; out `[T, Hkv, chosen]`, ascending, padded with -1.
+// Queries at positions first ... first + tokens - 1; out `[T, Hkv, num_blocks]`, ascending, padded with -1.
 extern "C" void opensala_select(
     const float* q, const void* k1, const void* k2, int64_t kind, int32_t* out, int64_t tokens, int64_t first, int64_t heads,
     int64_t kv_heads, int64_t dim, int64_t k1_window, int64_t k1_head, int64_t k2_window, int64_t k2_head, int64_t size,
-    int64_t stride, int64_t kernel, int64_t init, int64_t window_blocks, int64_t chosen, int64_t coarse, float factor,
+    int64_t stride, int64_t kernel, int64_t init, int64_t window_blocks, int64_t num_blocks, int64_t coarse, float factor,
     int64_t tile_rows, int64_t threads) {
   Selection s{q,    {k1, kind, k1_window}, {k2, kind, k2_window}, k1_head, k2_head, tokens, first, heads, kv_heads, dim, size,
-              stride, kernel, init, window_blocks, chosen, coarse != 0, factor};
-  int64_t everything = take_all(s, out);
-  // No tile holds both queries that see a window of the second level and queries that do not.
-  int64_t level2 = std::min(tokens, std::max(everything, 4 * kernel - 1 - first));
-  for (auto [begin, end] : {std::pair{everything, level2}, std::pair{level2, tokens}}) {
-    if (begin == end) continue;
-    Selection part = s;
-    part.tokens = end;
-    int64_t step = std::max<int64_t>(1, std::min(tile_rows / s.group(), end - begin));
-    for_each_tile(part, begin, step, threads, [&] { return std::make_unique<Tile>(part, step); },
-                  [&](Tile& tile, int64_t a, int64_t b, int64_t head) { tile.run(a, b, head, out); });
-  }
+              stride, kernel, init, window_blocks, num_blocks, coarse != 0, factor, out};
+  select_all({s}, tile_rows, threads);
 }
+
+// The sparse sequences of a page table; rows of the others become -1.
+extern "C" void opensala_select_paged(
+    const float* q, const void* k1, const void* k2, int64_t kind, int32_t* out, const int32_t* cu_seqlens,
+    const int32_t* lengths, const int32_t* pages, const int32_t* sparse, int64_t sequences, int64_t table_width, int64_t heads,
+    int64_t kv_heads, int64_t dim, int64_t k1_page, int64_t k1_window, int64_t k1_head, int64_t k2_page, int64_t k2_window,
+    int64_t k2_head, int64_t size, int64_t stride, int64_t kernel, int64_t init, int64_t window_blocks, int64_t num_blocks,
+    int64_t coarse, float factor, int64_t tile_rows, int64_t threads) {
+  Selection like{q,    {k1, kind, k1_window}, {k2, kind, k2_window}, k1_head, k2_head, 0, 0, heads, kv_heads, dim, size,
+                 stride, kernel, init, window_blocks, num_blocks, coarse != 0, factor, out};
+  PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
+  select_all(paged_selections(table, like, k1_page, k2_page), tile_rows, threads);
+}
+
+REPLAYABLE(opensala_select_paged)

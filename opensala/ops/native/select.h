@@ -1,21 +1,35 @@
 // What exact and hierarchical block selection share: the problem, the choice of the best blocks, pooling of one panel.
+//
+// Nothing that is computed for a query depends on the other queries of its tile, so tiles, threads and the other
+// sequences of a call change no choice.
 #pragma once
 #include <functional>
 #include <vector>
 
 #include "gemm.h"
+#include "pages.h"
 
+// One sequence.
 struct Selection {
   const float* q;  // [T, Hq, D]
   Rows k1, k2;              // compressed keys of head 0, a row a window
   int64_t k1_head, k2_head;  // elements from head to head
   int64_t tokens, first, heads, kv_heads, dim;     // first: position of query 0
-  int64_t size, stride, kernel, init, window_blocks, chosen;
+  int64_t block_size, stride, kernel, init, window_blocks, num_blocks;
   bool coarse;
   float factor;  // scale * log2(e)
+  int32_t* out;  // [T, Hkv, num_blocks], ascending, padded with -1
   int64_t group() const { return heads / kv_heads; }
-  int64_t ratio() const { return size / stride; }
+  int64_t ratio() const { return block_size / stride; }
   int64_t position(int64_t t) const { return first + t; }
+};
+
+// A tile of queries of one kv head of one sequence.
+struct Unit {
+  const Selection* s;
+  int64_t first, last, head;
+  int64_t cost() const { return (last - first) * s->position(last - 1); }
+  int64_t blocks() const { return s->position(last - 1) / s->block_size + 1; }
 };
 
 // Full windows that end at or before a position.
@@ -103,15 +117,16 @@ class Best {
 // `ratio` vectors, so that pooling is an elementwise maximum.
 class Scorer {
  public:
-  Scorer(const Selection& s, int64_t most_blocks, int64_t tile, int64_t widest)
-      : s_(s), panel_(s.dim * std::max<int64_t>(widest, W * s.ratio())),
-        products_(std::max<int64_t>(CHUNK, s.group()) * std::max<int64_t>(widest, W * s.ratio())),
-        row_stride_(round_up(most_blocks + 1, W)), scores_(tile * row_stride_), lse_(tile * s.group()), carry_(tile * W),
-        rows_(std::max<int64_t>(CHUNK, s.group())) {}
+  Scorer(const Unit& unit, int64_t widest)
+      : s_(*unit.s), first_(unit.first), last_(unit.last), head_(unit.head),
+        panel_(s_.dim * std::max<int64_t>(widest, W * s_.ratio())),
+        products_(std::max<int64_t>(CHUNK, s_.group()) * std::max<int64_t>(widest, W * s_.ratio())),
+        row_stride_(round_up(unit.blocks() + 1, W)), scores_(queries() * row_stride_), lse_(queries() * s_.group()),
+        carry_(queries() * W), rows_(std::max<int64_t>(CHUNK, s_.group())) {}
 
  protected:
   const Selection& s_;
-  int64_t first_ = 0, last_ = 0, head_ = 0;  // the tile: queries first_ ... last_ - 1 of one kv head
+  int64_t first_, last_, head_;  // the tile: queries first_ ... last_ - 1 of one kv head
   Scratch panel_, products_;
   int64_t row_stride_;
   Scratch scores_, lse_, carry_;
@@ -172,36 +187,57 @@ class Scorer {
     store(carry, last);
   }
 
-  void choose(int32_t* out) {
+  void choose() {
     for (int64_t t = first_; t < last_; ++t) {
-      int64_t own = s_.position(t) / s_.size;
+      int64_t own = s_.position(t) / s_.block_size;
       best_.choose(scores_.data + (t - first_) * row_stride_, own + 1, std::min(s_.init, own + 1),
-                   std::max<int64_t>(0, own - s_.window_blocks), s_.chosen, out + (t * s_.kv_heads + head_) * s_.chosen);
+                   std::max<int64_t>(0, own - s_.window_blocks), s_.num_blocks, s_.out + (t * s_.kv_heads + head_) * s_.num_blocks);
     }
   }
 };
 
 // As long as there is room for all blocks, all are taken: fills those rows and returns how many queries they are.
-static inline int64_t take_all(const Selection& s, int32_t* out) {
-  int64_t everything = std::min(s.tokens, std::max<int64_t>(0, s.chosen * s.size - s.first));
+static inline int64_t take_all(const Selection& s) {
+  int64_t everything = std::min(s.tokens, std::max<int64_t>(0, s.num_blocks * s.block_size - s.first));
   for (int64_t t = 0; t < everything; ++t)
     for (int64_t h = 0; h < s.kv_heads; ++h)
-      for (int64_t i = 0; i < s.chosen; ++i)
-        out[(t * s.kv_heads + h) * s.chosen + i] = i <= (s.first + t) / s.size ? int32_t(i) : -1;
+      for (int64_t i = 0; i < s.num_blocks; ++i)
+        s.out[(t * s.kv_heads + h) * s.num_blocks + i] = i <= (s.first + t) / s.block_size ? int32_t(i) : -1;
   return everything;
 }
 
-// Calls use(tile, first, last, head) for every tile of queries from `begin` on, the long ones first.
-template <typename Make, typename Use>
-static void for_each_tile(const Selection& s, int64_t begin, int64_t step, int64_t threads, const Make& make, const Use& use) {
-  int64_t tiles = (s.tokens - begin + step - 1) / step;
-#pragma omp parallel num_threads(threads)
-  {
-    auto tile = make();
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t unit = tiles * s.kv_heads - 1; unit >= 0; --unit) {
-      int64_t first = begin + unit / s.kv_heads * step;
-      use(*tile, first, std::min(first + step, s.tokens), unit % s.kv_heads);
-    }
+// Adds the tiles of queries begin ... end - 1 of every kv head: large enough for a panel to pay, small enough for all
+// threads to have one.
+static inline void cut(std::vector<Unit>& units, const Selection& s, int64_t begin, int64_t end, int64_t tokens_of_call,
+                       int64_t tile_rows, int64_t threads) {
+  int64_t share = (tokens_of_call * s.kv_heads + threads - 1) / threads, least = (CHUNK + s.group() - 1) / s.group();
+  int64_t step = std::max<int64_t>(1, std::min(tile_rows / s.group(), std::max(share, least)));
+  for (int64_t first = begin; first < end; first += step)
+    for (int64_t head = 0; head < s.kv_heads; ++head) units.push_back({&s, first, std::min(first + step, end), head});
+}
+
+// Calls use(unit) for each, the long ones first.
+template <typename Use>
+static void for_each_unit(std::vector<Unit>& units, int64_t threads, const Use& use) {
+  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost() > b.cost(); });
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (units.size() > 1)
+  for (size_t i = 0; i < units.size(); ++i) use(units[i]);
+}
+
+// The sequences of a page table that select blocks, `like` with their own queries, keys and place of the result; the
+// rows of the others are -1. `like` describes sequence 0 and has Rows without pages.
+static inline std::vector<Selection> paged_selections(const PageTable& table, const Selection& like, int64_t k1_page, int64_t k2_page) {
+  std::vector<Selection> selections;
+  for (int64_t n = 0; n < table.sequences; ++n) {
+    int64_t begin = table.cu_seqlens[n], tokens = table.tokens(n);
+    int32_t* out = like.out + begin * like.kv_heads * like.num_blocks;
+    if (!table.sparse[n]) std::fill_n(out, tokens * like.kv_heads * like.num_blocks, -1);
+    if (!table.sparse[n] || !tokens) continue;
+    Selection s = like;
+    s.q += begin * s.heads * s.dim, s.tokens = tokens, s.first = table.lengths[n] - tokens, s.out = out;
+    s.k1 = table.rows(n, s.k1.data, s.k1.kind, k1_page, s.k1.stride, s.block_size, s.stride, s.kernel - 1);
+    s.k2 = table.rows(n, s.k2.data, s.k2.kind, k2_page, s.k2.stride, s.block_size, 4 * s.stride, 4 * s.kernel - 1);
+    selections.push_back(s);
   }
+  return selections;
 }

@@ -5,11 +5,15 @@ import ctypes
 import torch
 from torch import Tensor
 
+from . import program
+
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def address(x: Tensor | None) -> ctypes.c_void_p | None:
     """Where a tensor's first element lies; the caller keeps the tensor alive during the call."""
+    if program.recording is not None and x is not None:
+        program.recording.kept.append(x)
     return None if x is None else ctypes.c_void_p(x.data_ptr())
 
 
@@ -25,7 +29,9 @@ def inner_contiguous(x: Tensor) -> Tensor:
 
 
 def plain(x: Tensor) -> Tensor:
-    """x as contiguous float32."""
+    """x as contiguous float32; x itself if it is that and no gradient is wanted."""
+    if x.dtype == torch.float32 and x.is_contiguous() and not (x.requires_grad and torch.is_grad_enabled()):
+        return x
     return x.detach().to(torch.float32).contiguous()
 
 

@@ -7,26 +7,31 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
-from ..lightning import check_boundaries, head_dim_limit
+from ..checks import check_boundaries, head_dim_limit
 from .attend import attend_sequence
 from .cpp import cpp_select_by_regions, cpp_select_sequence, cpp_sparse_attention
 from .hierarchy import select_sequence_by_regions
 from .naive import naive_compress_keys, naive_select_blocks, naive_select_regions, naive_sparse_attention
+from .paged import paged_attention, select_blocks_paged, store_kv
+from .pages import KVPages, PageTable
 from .select import compress, select_sequence
-from .spec import REGION, BlockSpec, num_windows
+from .spec import LSE_KINDS, REGIONS, SEARCHES, BlockSpec, check_search, num_windows
 
 __all__ = [
+    "LSE_KINDS",
+    "SEARCHES",
     "BlockSpec",
+    "KVPages",
+    "PageTable",
     "compress_keys",
     "extend_compressed",
     "num_windows",
+    "paged_attention",
     "select_blocks",
+    "select_blocks_paged",
     "sparse_attention",
+    "store_kv",
 ]
-
-LSE_KINDS = ("coarse", "exact")
-SEARCHES = ("exact", "hierarchical")
-REGIONS = 64
 
 
 def compress_keys(
@@ -140,15 +145,7 @@ def select_blocks(
 
     Source: MiniCPM-SALA (arXiv 2602.11761) section 2.1; InfLLM-V2 (arXiv 2509.24663) section 3.
     """
-    if lse not in LSE_KINDS:
-        raise ValueError(f"lse must be one of {', '.join(LSE_KINDS)}, got {lse!r}")
-    if search not in SEARCHES:
-        raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
-    if regions * REGION < spec.num_blocks:
-        raise ValueError(
-            f"regions must be at least {-(-spec.num_blocks // REGION)}, got {regions}: "
-            f"{spec.num_blocks} blocks are to be chosen from them, and each has {REGION}"
-        )
+    check_search(spec, lse, search, regions)
     if k is None and (compressed is None or lengths is None):
         raise ValueError("select_blocks needs k, or compressed keys together with lengths")
     _check_heads(q, k if k is not None else compressed[0])  # type: ignore[index]

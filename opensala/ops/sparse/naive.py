@@ -1,4 +1,4 @@
-"""The plain statement of InfLLM-V2: one query after the other, straight from the definition.
+"""The reference implementation of InfLLM-V2: one query after the other, straight from the definition.
 
 Ground truth for every fast path (call it in float64). One sequence at a time, no batch, no tiles:
 q `[T, Hq, D]` are the last T of L positions, k and v are `[L, Hkv, D]`.

@@ -3,6 +3,9 @@
 from typing import NamedTuple
 
 REGION = 16  # blocks of a region of hierarchical selection
+REGIONS = 64  # regions that a query of a hierarchical selection looks into unless told otherwise
+LSE_KINDS = ("coarse", "exact")
+SEARCHES = ("exact", "hierarchical")
 LIMIT = 100.0  # there, exponents of 2 are cut at this value before they are summed over heads
 
 
@@ -46,3 +49,20 @@ class BlockSpec(NamedTuple):
 def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
     """Full windows of `kernel_size` tokens, one every `kernel_stride`, in `length` tokens."""
     return max(0, (length - kernel_size) // kernel_stride + 1)
+
+
+def check_search(spec: BlockSpec, lse: str, search: str, regions: int) -> None:
+    """The options of a selection.
+
+    Raises:
+        ValueError: unknown `lse` or `search`, or too few regions for the blocks that are to come from them.
+    """
+    if lse not in LSE_KINDS:
+        raise ValueError(f"lse must be one of {', '.join(LSE_KINDS)}, got {lse!r}")
+    if search not in SEARCHES:
+        raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
+    if search == "hierarchical" and regions * REGION < spec.num_blocks:
+        raise ValueError(
+            f"regions must be at least {-(-spec.num_blocks // REGION)}, got {regions}: "
+            f"{spec.num_blocks} blocks are to be chosen from them, and each has {REGION}"
+        )

@@ -61,6 +61,30 @@ def listed_tokens(listed, first, stop, i, SIZE: tl.constexpr, PAD: tl.constexpr,
     return tl.where(inside < SIZE, block * SIZE + inside, -1)
 
 
+@triton.jit
+def add_rows(
+    peak, mass, total, query, keys, values, k_at, v_at, there, seen, factor, D: tl.constexpr,
+    DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of the rows of `query` over the keys and values at offsets k_at and v_at, where `there`.
+
+    With MASK a row of `query` sees the keys for which `seen` (`[1, keys]` or `[rows, keys]`) is true, perhaps
+    none. Keys and values are brought to the dtype of the query.
+    """
+    x = load_rows(keys, k_at, there, D, DP).to(query.dtype)
+    s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
+    if MASK:
+        s = tl.where(seen, s, float("-inf"))
+    higher = tl.maximum(peak, tl.max(s, axis=1))
+    base = tl.where(higher == float("-inf"), 0.0, higher) if MASK else higher
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(peak - base)
+    mass = mass * shrink + tl.sum(p, axis=1)
+    y = load_rows(values, v_at, there, E, EP).to(query.dtype)
+    total = tl.dot(p.to(y.dtype), y, total * shrink[:, None], input_precision="ieee")
+    return higher, mass, total
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def attend_kernel(
     q, k, v, blocks, lengths, cu, number, out, lse, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens,
@@ -91,17 +115,11 @@ def attend_kernel(
         token = listed_tokens(listed, first, stop, i, SIZE, PAD, SP)
         seen = (token >= 0) & (token <= position)
         there = seen & (token + start < capacity)
-        x = load_rows(keys, token.to(tl.int64) * k_t, there, D, DP)
-        s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
-        s = tl.where(seen[None, :], s, float("-inf"))
-        higher = tl.maximum(peak, tl.max(s, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # no key yet
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(peak - base)
-        mass = mass * shrink + tl.sum(p, axis=1)
-        y = load_rows(values, token.to(tl.int64) * v_t, there, E, EP)
-        total = tl.dot(p.to(y.dtype), y, total * shrink[:, None], input_precision="ieee")
-        peak = higher
+        token = token.to(tl.int64)
+        peak, mass, total = add_rows(
+            peak, mass, total, query, keys, values, token * k_t, token * v_t, there, seen[None, :], factor,
+            D, DP, E, EP, True,
+        )  # fmt: skip
     total = total / tl.where(mass > 0, mass, 1.0)[:, None]
     place = ((part * tl.num_programs(2) + b) * tokens + t) * (HEADS * GROUP) + row
     tl.store(lse + place, peak + tl.log2(mass), mask=g < GROUP)
@@ -216,8 +234,13 @@ def attend_by_query(
     return whole, whole_lse
 
 
-INTEGERS = ("q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h", "tokens", "length", "capacity")
+INTEGERS = (
+    *("q_b", "q_t", "q_h", "k_b", "k_t", "k_h", "v_b", "v_t", "v_h"),
+    *("tokens", "length", "capacity", "per_row"),
+)
 KINDS = {
+    "pages": "*i32",
+    "sparse": "*i32",
     "blocks": "*i32",
     "lengths": "*i32",
     "cu": "*i32",

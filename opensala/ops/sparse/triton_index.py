@@ -3,10 +3,10 @@
 known beforehand.
 
 A pair is one entry of `blocks [B, T, Hkv, K]` (T queries from `begin` on), numbered as it lies in memory. A
-bin is one block of one kv head and row (or one slot of packed documents, see `triton_rows`). Pairs are sorted
-by bin, stably, so that the queries of a bin ascend and sums over them always run in the same order. Bins are
-cut into segments of at most SEG pairs, the unit of work of a program; since nobody on the host knows how full
-the bins are, there are as many segments as there could be, and some stay empty.
+bin is one block of one kv head and row (or one slot of packed documents, see `triton_rows`, or one page).
+Pairs are sorted by bin, stably, so that the queries of a bin ascend and sums over them always run in the same
+order. Bins are cut into segments of at most SEG pairs, the unit of work of a program; since nobody on the
+host knows how full the bins are, there are as many segments as there could be, and some stay empty.
 """
 
 from typing import NamedTuple
@@ -36,8 +36,8 @@ class Index(NamedTuple):
 
 @triton.jit(do_not_specialize=COUNTS)
 def bin_kernel(
-    blocks, key, lows, lengths, cu, number, tokens, length, begin, count, tiles, slots, none,
-    HEADS: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, N: tl.constexpr,
+    blocks, key, lows, lengths, cu, number, pages, sparse, tokens, length, begin, count, tiles, slots, none,
+    per_row, HEADS: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The bin of each pair; `none` for entries without a block, wholly in the future of their query, or, with
     `lows` `[B, tiles, Hkv]`, among the blocks from there on, which the tile of the query sees together."""
@@ -50,8 +50,15 @@ def bin_kernel(
     block = tl.load(blocks + pair, mask=there, other=-1).to(tl.int32)
     t = tl.where(there, begin + t, begin)
     position, start = locate(lengths, length, cu, number, b, t, tokens)
+    if pages is not None:
+        n = tl.load(number + t)
+        position = (t + tl.load(lengths + n) - tl.load(cu + n + 1)).to(tl.int32)
     chosen = (block >= 0) & (block * SIZE <= position)
-    if cu is not None:
+    if pages is not None:  # in rows of dense sequences a number may be anything
+        chosen = chosen & (tl.load(sparse + n) != 0)
+    if pages is not None:
+        slot = tl.load(pages + n.to(tl.int64) * per_row + block, mask=chosen, other=0)
+    elif cu is not None:
         n = tl.load(number + t)
         slot = block + start // SIZE + n
     else:
@@ -85,9 +92,9 @@ def invert(
     key = torch.empty(pairs, dtype=torch.int32, device=device)
     with on_device(blocks):
         bin_kernel[(cdiv(pairs // batch, KEYED), batch)](
-            blocks, key, lows, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, count,
-            1 if lows is None else lows.shape[1], slots, bins, HEADS=heads, LIST=chosen, SIZE=size, BQ=tile,
-            N=KEYED, num_warps=4,
+            blocks, key, lows, rows.lengths, rows.cu, rows.number, rows.pages, rows.sparse, rows.tokens,
+            rows.length, begin, count, 1 if lows is None else lows.shape[1], slots, bins, rows.per_row,
+            HEADS=heads, LIST=chosen, SIZE=size, BQ=tile, N=KEYED, num_warps=4,
         )  # fmt: skip
     key, order = torch.sort(key, stable=True)
     bounds = torch.searchsorted(key, torch.arange(bins + 1, dtype=torch.int32, device=device))
@@ -131,11 +138,15 @@ def block_of(slot, b, lengths, length, cu, documents, tokens, SIZE: tl.constexpr
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Batches with lengths on the device, and packed documents of which tiles see the last blocks
+    """Batches with lengths on the device, and packed documents and pages of which tiles see the last blocks
     together."""
-    integers = ("tokens", "length", "begin", "count", "tiles", "slots", "none")
-    pointers = ("blocks", "key", "lows", "lengths", "cu", "number")
-    for name, absent in (("batch", ("cu", "number", "lows")), ("packed", ("lengths",))):
+    integers = ("tokens", "length", "begin", "count", "tiles", "slots", "none", "per_row")
+    pointers = ("blocks", "key", "lows", "lengths", "cu", "number", "pages", "sparse")
+    for name, absent in (
+        ("batch", ("cu", "number", "lows", "pages", "sparse")),
+        ("packed", ("lengths", "pages", "sparse")),
+        ("pages", ()),
+    ):
         types = {**dict.fromkeys(integers, "i32"), **{n: "*i32" for n in pointers if n not in absent}}
         constants = {"HEADS": 2, "LIST": 96, "SIZE": 64, "BQ": 8, "N": KEYED, **dict.fromkeys(absent)}
         yield CompileCase(f"bin_kernel {name}", bin_kernel, types, constants, {"num_warps": 4})

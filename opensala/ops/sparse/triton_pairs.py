@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..backends import triton_interpreted
 from ..triton_common import CompileCase, CompileCases, arch_of, cdiv, on_device, padded
-from .triton_attend import SIZES, case_types, merge
+from .triton_attend import SIZES, add_rows, case_types, merge
 from .triton_index import block_of, invert, place_of, segment_of
 from .triton_rows import COUNTS, Rows, load_rows, tile_of
 
@@ -42,7 +42,7 @@ REACH = 62  # blocks before its own that a query's band can have: they are bits 
 
 @triton.jit(do_not_specialize=COUNTS)
 def low_kernel(
-    blocks, lows, lengths, cu, number, tokens, length, begin, end, documents, HEADS: tl.constexpr,
+    blocks, lows, lengths, cu, sparse, tokens, length, begin, end, documents, HEADS: tl.constexpr,
     LIST: tl.constexpr, LIST_P: tl.constexpr, SIZE: tl.constexpr, REACH: tl.constexpr, BQ: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def low_kernel(
     b = tl.program_id(2).to(tl.int64)
     index = tl.program_id(0).to(tl.int64)
     first, last, position0, _, _ = tile_of(
-        lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS
+        lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS, sparse
     )
     t = first + tl.arange(0, BQ)
     there = (t < last) & (t >= begin)
@@ -77,58 +77,46 @@ def low_kernel(
 
 
 @triton.jit
+def token_rows(token, there, x_b, x_t, pages, SIZE: tl.constexpr):
+    """Offsets of tokens: one behind another, x_t apart, or in pages of SIZE tokens, x_b apart."""
+    if pages is None:
+        return token.to(tl.int64) * x_t
+    else:
+        page = tl.load(pages + token // SIZE, mask=there, other=0).to(tl.int64)
+        return page * x_b + token % SIZE * x_t
+
+
+@triton.jit
 def add_keys(
-    peak,
-    mass,
-    total,
-    query,
-    keys,
-    values,
-    k_t,
-    v_t,
-    lo,
-    hi,
-    position,
-    factor,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-    BN: tl.constexpr,
-    MASK: tl.constexpr,
-):
+    peak, mass, total, query, keys, values, k_b, k_t, v_b, v_t, pages, lo, hi, position, factor,
+    SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BN: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
     """Online softmax over tokens lo ... hi - 1; with MASK each query sees those up to its position."""
     for first in range(lo, hi, BN):
         token = first + tl.arange(0, BN)
         there = token < hi
-        x = load_rows(keys, token.to(tl.int64) * k_t, there, D, DP)
-        s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
-        if MASK:
-            s = tl.where(token[None, :] <= position[:, None], s, float("-inf"))
-        higher = tl.maximum(peak, tl.max(s, axis=1))
-        base = tl.where(higher == float("-inf"), 0.0, higher) if MASK else higher
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(peak - base)
-        mass = mass * shrink + tl.sum(p, axis=1)
-        y = load_rows(values, token.to(tl.int64) * v_t, there, E, EP)
-        total = tl.dot(p.to(y.dtype), y, total * shrink[:, None], input_precision="ieee")
-        peak = higher
+        peak, mass, total = add_rows(
+            peak, mass, total, query, keys, values, token_rows(token, there, k_b, k_t, pages, SIZE),
+            token_rows(token, there, v_b, v_t, pages, SIZE), there, token[None, :] <= position[:, None],
+            factor, D, DP, E, EP, MASK,
+        )  # fmt: skip
     return peak, mass, total
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def band_kernel(
-    q, k, v, lows, parts, part_lse, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens, length,
-    begin, end, documents, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr,
-    SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr,
-    BQ: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
+    q, k, v, lows, parts, part_lse, lengths, cu, pages, sparse, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    tokens, length, begin, end, documents, per_row, factor, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, STEPS: tl.constexpr,
+    GP: tl.constexpr, BQ: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Part LIST of each query: attention of a tile of queries over the blocks they list together."""
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     index = tl.program_id(0).to(tl.int64)
-    first, last, position0, _, start = tile_of(
-        lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS
+    first, last, position0, n, start = tile_of(
+        lengths, length, cu, documents, index, b, tokens, begin, end, BQ, STEPS, sparse
     )
     if last <= first:
         return
@@ -139,8 +127,13 @@ def band_kernel(
     there = (g < GROUP) & (t < last) & (t >= begin)
     position = tl.minimum(position0.to(tl.int32) + row // GP, highest)
     query = load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, there, D, DP)
-    keys = k + b * k_b + h * k_h + start * k_t
-    values = v + b * v_b + h * v_h + start * v_t
+    keys = k + h * k_h
+    values = v + h * v_h
+    if pages is None:
+        keys += b * k_b + start * k_t
+        values += b * v_b + start * v_t
+    else:
+        pages += n * per_row
     lo = tl.load(lows + (b * tl.num_programs(0) + index) * HEADS + h) * SIZE
     middle = tl.maximum(
         lo, lo + (position0.to(tl.int32) + 1 - lo) // BN * BN
@@ -149,45 +142,13 @@ def band_kernel(
     mass = tl.zeros((GP * BQ,), tl.float32)
     total = tl.zeros((GP * BQ, EP), tl.float32)
     peak, mass, total = add_keys(
-        peak,
-        mass,
-        total,
-        query,
-        keys,
-        values,
-        k_t,
-        v_t,
-        lo,
-        middle,
-        position,
-        factor,
-        D,
-        DP,
-        E,
-        EP,
-        BN,
-        False,
-    )
+        peak, mass, total, query, keys, values, k_b, k_t, v_b, v_t, pages, lo, middle, position, factor, SIZE,
+        D, DP, E, EP, BN, False,
+    )  # fmt: skip
     peak, mass, total = add_keys(
-        peak,
-        mass,
-        total,
-        query,
-        keys,
-        values,
-        k_t,
-        v_t,
-        middle,
-        highest + 1,
-        position,
-        factor,
-        D,
-        DP,
-        E,
-        EP,
-        BN,
-        True,
-    )
+        peak, mass, total, query, keys, values, k_b, k_t, v_b, v_t, pages, middle, highest + 1, position,
+        factor, SIZE, D, DP, E, EP, BN, True,
+    )  # fmt: skip
     place = (((b * (end - begin) + t - begin) * HEADS + h) * (LIST + 1) + LIST) * GROUP + g
     tl.store(part_lse + place, peak + tl.log2(mass), mask=there)
     e = tl.arange(0, EP)
@@ -201,11 +162,11 @@ def band_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def pair_kernel(
-    q, k, v, parts, part_lse, order, bounds, firsts, bin_of, lengths, cu, q_b, q_t, q_h, k_b, k_t, k_h, v_b,
-    v_t, v_h, tokens, length, begin, count, documents, slots, bins, factor, HEADS: tl.constexpr,
-    GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    LENGTH: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr, PQ: tl.constexpr, DP: tl.constexpr,
-    EP: tl.constexpr, SP: tl.constexpr,
+    q, k, v, blocks, parts, part_lse, order, bounds, firsts, bin_of, lengths, cu, number, pages, q_b, q_t,
+    q_h, k_b, k_t, k_h, v_b, v_t, v_h, tokens, length, begin, count, documents, slots, bins, factor,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, LENGTH: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr, PQ: tl.constexpr,
+    DP: tl.constexpr, EP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """parts `[B, count, Hkv, LIST + 1, G, E]` and part_lse: a block against a segment of the queries that
     chose it."""
@@ -213,11 +174,22 @@ def pair_kernel(
     if mine >= bins:
         return
     slot, h, b = place_of(mine, slots, HEADS)
-    block, start, total_keys, shift = block_of(slot, b, lengths, length, cu, documents, tokens, SIZE, STEPS)
-    token = block * SIZE + tl.arange(0, SP)
-    there = (tl.arange(0, SP) < SIZE) & (token < total_keys)
-    x = load_rows(k, b * k_b + h * k_h + (start + token) * k_t, there, D, DP)
-    y = load_rows(v, b * v_b + h * v_h + (start + token) * v_t, there, E, EP)
+    inside = tl.arange(0, SP)
+    if pages is None:
+        block, start, keys, shift = block_of(slot, b, lengths, length, cu, documents, tokens, SIZE, STEPS)
+        k += b * k_b + (start + block * SIZE) * k_t
+        v += b * v_b + (start + block * SIZE) * v_t
+        shift -= block * SIZE  # from a query to the number of the last key of this block that it sees
+        keys -= block * SIZE
+    else:  # the bin is a page; it is full in all its sequences, or has only one
+        one = tl.load(order + first_pair)
+        owner = tl.load(number + begin + one // (HEADS * LIST))
+        keys = tl.load(lengths + owner).to(tl.int64) - tl.load(blocks + one).to(tl.int64) * SIZE
+        k += slot * k_b
+        v += slot * v_b
+    there = inside < tl.minimum(keys, SIZE)
+    x = load_rows(k, h * k_h + inside.to(tl.int64) * k_t, there, D, DP).to(q.dtype.element_ty)
+    y = load_rows(v, h * v_h + inside.to(tl.int64) * v_t, there, E, EP).to(q.dtype.element_ty)
     row = tl.arange(0, PQ * GP)
     g = row % GP
     e = tl.arange(0, EP)
@@ -228,7 +200,13 @@ def pair_kernel(
         t = tl.where(used, begin + local, 0)
         query = load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, used, D, DP)
         s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
-        seen = there[None, :] & (token[None, :] <= (t + shift)[:, None])
+        if pages is None:
+            reach = t + shift
+        else:
+            n = tl.load(number + t)
+            first_key = tl.load(blocks + pair, mask=used, other=0).to(tl.int64) * SIZE
+            reach = t + tl.load(lengths + n) - tl.load(cu + n + 1) - first_key
+        seen = there[None, :] & (inside[None, :] <= reach[:, None])
         s = tl.where(seen, s, float("-inf"))
         peak = tl.max(s, axis=1)
         peak = tl.where(peak == float("-inf"), 0.0, peak)  # rows of the padding
@@ -296,19 +274,20 @@ def pair_config(group: int, size: int, dim: int, value_dim: int, itemsize: int, 
 def shared_enough(q: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows) -> bool:
     """Whether many queries share each key block, and the kernels can hold one."""
     tokens, width = q.shape[1], v.shape[3]
-    pairs = min(tokens, _chunk(q, blocks, width)) * blocks.shape[3]
+    pairs = min(tokens, chunk_of(q, blocks, width)) * blocks.shape[3]
+    most = cdiv(rows.capacity, size) if rows.pages is None else rows.per_row
     return (
-        tokens >= LEAST_QUERIES
-        and pairs >= SHARED * cdiv(rows.capacity, size)
-        and _fits(q.shape[3], width, size, q.element_size())
+        tokens - rows.documents * (rows.pages is not None) >= LEAST_QUERIES
+        and pairs >= SHARED * most
+        and block_fits(q.shape[3], width, size, q.element_size())
     )
 
 
-def _fits(dim: int, value_dim: int, size: int, itemsize: int) -> bool:
+def block_fits(dim: int, value_dim: int, size: int, itemsize: int) -> bool:
     return size <= WIDEST_BLOCK and padded(size) * (padded(dim) + padded(value_dim)) * itemsize <= BLOCK_BYTES
 
 
-def _chunk(q: Tensor, blocks: Tensor, width: int) -> int:
+def chunk_of(q: Tensor, blocks: Tensor, width: int) -> int:
     """Queries whose partial results fit PART_BYTES, a multiple of 64 of them."""
     bytes_of_one = q.shape[2] * (blocks.shape[3] + 1) * (width * q.element_size() + 4)
     return max(64, PART_BYTES // bytes_of_one // 64 * 64)
@@ -321,7 +300,7 @@ def attend_by_block(
     (batch, tokens, heads, _), width = q.shape, v.shape[3]
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, tokens, heads, dtype=torch.float32, device=q.device)
-    chunk = _chunk(q, blocks, width)
+    chunk = chunk_of(q, blocks, width)
     # The results of a chunk lie side by side for one row, or for whole rows.
     together = batch if batch * tokens <= chunk else 1
     for row in range(0, batch, together):
@@ -329,22 +308,18 @@ def attend_by_block(
         mine = rows._replace(lengths=None if rows.lengths is None else rows.lengths[a])
         for begin in range(0, tokens, chunk):
             b = slice(begin, min(begin + chunk, tokens))
-            _attend_chunk(q[a], k[a], v[a], blocks[a, b], size, mine, factor, begin, out[a, b], lse[a, b])
+            attend_chunk(q[a], k[a], v[a], blocks[a, b], size, mine, factor, begin, out[a, b], lse[a, b])
     return out, lse
 
 
-def _attend_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    blocks: Tensor,
-    size: int,
-    rows: Rows,
-    factor: float,
-    begin: int,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+def attend_chunk(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows, factor: float, begin: int,
+    out: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Fill out and lse `[B, count, Hq, ...]` from blocks `[B, count, Hkv, K]` of the queries from `begin` on.
+
+    With pages, k and v are `[pages, S, Hkv, D]`; queries of sequences that are not sparse get zeros.
+    """
     (batch, count, kv_heads, chosen), (heads, dim), width = blocks.shape, q.shape[2:], v.shape[3]
     group, end, item = heads // kv_heads, begin + count, q.element_size()
     parts = torch.empty(batch, count, kv_heads, chosen + 1, group, width, dtype=q.dtype, device=q.device)
@@ -357,27 +332,28 @@ def _attend_chunk(
     lows = torch.empty(batch, tiles, kv_heads, dtype=torch.int32, device=q.device)
     with on_device(q):
         low_kernel[(tiles, kv_heads, batch)](
-            blocks, lows, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, end,
+            blocks, lows, rows.lengths, rows.cu, rows.sparse, rows.tokens, rows.length, begin, end,
             rows.documents, LIST_P=1 << (chosen - 1).bit_length(), REACH=REACH, BQ=band["BQ"], num_warps=4,
             **common,
         )  # fmt: skip
         band_kernel[(tiles, kv_heads, batch)](
-            q, k, v, lows, parts, part_lse, rows.lengths, rows.cu, *strides, rows.tokens, rows.length, begin,
-            end, rows.documents, factor, GROUP=group, D=dim, E=width, **common, **band,
+            q, k, v, lows, parts, part_lse, rows.lengths, rows.cu, rows.pages, rows.sparse, *strides,
+            rows.tokens, rows.length, begin, end, rows.documents, rows.per_row, factor, GROUP=group, D=dim,
+            E=width, **common, **band,
         )  # fmt: skip
     index = invert(blocks, size, rows, SEGMENT, begin, lows, band["BQ"])
     with on_device(q):
         pair_kernel[(index.bin_of.numel(),)](
-            q, k, v, parts, part_lse, index.order, index.bounds, index.firsts, index.bin_of, rows.lengths,
-            rows.cu, *strides, rows.tokens, rows.length, begin, count, rows.documents, index.slots,
-            index.bins, factor, GROUP=group, D=dim, E=width, LENGTH=index.length, **common,
-            **pair_config(group, size, dim, width, item, arch),
+            q, k, v, blocks, parts, part_lse, index.order, index.bounds, index.firsts, index.bin_of,
+            rows.lengths, rows.cu, rows.number, rows.pages, *strides, rows.tokens, rows.length, begin, count,
+            rows.documents, index.slots, index.bins, factor, GROUP=group, D=dim, E=width, LENGTH=index.length,
+            **common, **pair_config(group, size, dim, width, item, arch),
         )  # fmt: skip
     merge(parts, part_lse, out, lse, chosen + 1, (chosen + 1) * group, group, group)
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """All sizes; the first with lengths on the device, the others with packed documents."""
+    """All sizes; the first with lengths on the device, the others with packed documents; some with pages."""
     integers = ("begin", "end", "count", "documents", "slots", "bins")
     kinds = {
         **dict.fromkeys(integers, "i32"),
@@ -387,7 +363,7 @@ def compile_cases(arch: int) -> CompileCases:
     }
     for name, dtype, group, size, dim in SIZES:
         item = 4 if dtype == "fp32" else 2
-        if not _fits(dim, dim, size, item):
+        if not block_fits(dim, dim, size, item):
             continue
         band = band_config(4096, group, dim, dim, item, arch)
         common = {
@@ -402,19 +378,19 @@ def compile_cases(arch: int) -> CompileCases:
             "LIST_P": 128,
             "REACH": REACH,
         }
-        absent = ("lengths",) if name else ("cu", "number")
-        for kernel, config in (
-            (low_kernel, {"BQ": band["BQ"], "num_warps": 4, "num_stages": 2}),
-            (band_kernel, dict(band)),
-            (pair_kernel, pair_config(group, size, dim, dim, item, arch)),
-        ):
-            options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
-            constants = {**common, **config, **dict.fromkeys(absent)}
-            constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
-            yield CompileCase(
-                f"{kernel.__name__}{name}",
-                kernel,
-                case_types(kernel, dtype, constants, **kinds),
-                constants,
-                options,
-            )
+        contiguous = ("lengths",) if name else ("cu", "number")
+        ways = (
+            [(*contiguous, "pages", "sparse"), ()] if dtype == "bf16" else [(*contiguous, "pages", "sparse")]
+        )
+        for absent in ways:
+            for kernel, config in (
+                (low_kernel, {"BQ": band["BQ"], "num_warps": 4, "num_stages": 2}),
+                (band_kernel, dict(band)),
+                (pair_kernel, pair_config(group, size, dim, dim, item, arch)),
+            ):
+                options = {n: config.pop(n) for n in ("num_warps", "num_stages")}
+                constants = {**common, **config, **dict.fromkeys(absent)}
+                constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
+                types = case_types(kernel, dtype, constants, **kinds)
+                title = f"{kernel.__name__}{name}{' pages' * (not absent)}"
+                yield CompileCase(title, kernel, types, constants, options)

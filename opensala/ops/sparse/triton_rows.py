@@ -24,7 +24,9 @@ from ..triton_common import cdiv, find_document, search_steps
 # of its own to be compiled whenever one of them is 1, or a multiple of 16 for the first time.
 COUNTS = [
     "tokens",
+    "sequences",
     "length",
+    "per_row",
     "capacity",
     "room",
     "room1",
@@ -34,6 +36,7 @@ COUNTS = [
     "count",
     "documents",
     "slots",
+    "slots2",
     "bins",
     "tiles",
     "none",
@@ -50,14 +53,19 @@ COUNTS = [
 
 
 class Rows(NamedTuple):
-    """Lengths of the rows of a call, or boundaries of the documents of its one row."""
+    """Lengths of the rows of a call, or boundaries of the documents of its one row.
+
+    Documents with `lengths` are the new tokens of sequences whose keys lie in pages.
+    """
 
     tokens: int  # queries a row
     capacity: int  # keys there is room for
     length: int  # keys of every row, where `lengths` is None
-    lengths: Tensor | None  # [B] on the device
+    lengths: Tensor | None  # [B] on the device; [N] with pages
     cu: Tensor | None  # [N + 1] boundaries of packed documents, on the device
     number: Tensor | None  # [T] the document of each token
+    pages: Tensor | None = None  # [N, P] page numbers of each sequence
+    sparse: Tensor | None = None  # [N] whether a sequence of pages selects blocks
 
     @property
     def documents(self) -> int:
@@ -67,6 +75,20 @@ class Rows(NamedTuple):
     def steps(self) -> int:
         """Halvings to find a document."""
         return search_steps(self.documents)
+
+    @property
+    def together(self) -> int:
+        """Queries that a tile may expect to find together: of one row, or on average of one sequence."""
+        return self.tokens if self.pages is None else cdiv(self.tokens, self.documents)
+
+    @property
+    def per_row(self) -> int:
+        """Pages of a row of the table."""
+        return 0 if self.pages is None else self.pages.shape[1]
+
+    def windows(self, level: Tensor) -> int:
+        """Windows there is room for: level is `[B, n, Hkv, D]`, or `[pages, slots, Hkv, D]`."""
+        return level.shape[1] * (1 if self.pages is None else self.per_row)
 
     def slots(self, size: int) -> int:
         """Places for pieces of `size` keys that cover all there is room for, whatever the lengths turn out to
@@ -130,20 +152,27 @@ def locate(lengths, length, cu, number, b, t, tokens):
 
 @triton.jit
 def tile_of(
-    lengths, length, cu, documents, index, b, tokens, begin, end, BQ: tl.constexpr, STEPS: tl.constexpr
-):
+    lengths, length, cu, documents, index, b, tokens, begin, end, BQ: tl.constexpr, STEPS: tl.constexpr,
+    sparse=None,
+):  # fmt: skip
     """Tile number `index` of the queries [begin, end): its first query and the query behind its last one, the
     position of its first query, and the number and the first token of its document (0 and 0 without
-    documents)."""
+    documents). Tiles of documents that are not `sparse` are empty."""
     if cu is not None:
         # The first tile that can reach `begin` is at slot begin // BQ - 1: both divisions there may
         # round down.
         n, i = find_document(cu, tl.maximum(begin // BQ - 1, 0) + index, documents, BQ, STEPS)
         start = tl.load(cu + n).to(tl.int64)
+        stop = tl.load(cu + n + 1).to(tl.int64)
         first = start + i * BQ
-        last = tl.minimum(tl.minimum(first + BQ, tl.load(cu + n + 1).to(tl.int64)), end)
+        last = tl.minimum(tl.minimum(first + BQ, stop), end)
         last = tl.where(first + BQ <= begin, first, last)
-        return first, last, first - start, n, start
+        if sparse is not None:
+            last = tl.where(tl.load(sparse + n) != 0, last, first)
+        position = first - start
+        if lengths is not None:
+            position = first + (tl.load(lengths + n) - stop)
+        return first, last, position, n, start
     first = begin + index * BQ
     last = tl.minimum(first + BQ, end)
     if lengths is not None:
@@ -157,6 +186,19 @@ def tile_of(
 def windows_in(length, SIZE: tl.constexpr, STRIDE: tl.constexpr):
     """Full windows in `length` tokens (integer division rounds towards zero, hence the guard)."""
     return tl.where(length >= SIZE, (length - SIZE) // STRIDE + 1, 0)
+
+
+@triton.jit
+def window_rows(
+    window, there, k_p, k_n, pages, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Offsets of windows: one behind another, k_n apart, or in the pages in which they end, k_p apart."""
+    if pages is None:
+        return window.to(tl.int64) * k_n
+    else:
+        end = window * STRIDE + (SIZE - 1)
+        page = tl.load(pages + end // BLOCK, mask=there, other=0).to(tl.int64)
+        return page * k_p + end % BLOCK // STRIDE * k_n
 
 
 @triton.jit

@@ -35,9 +35,20 @@ from torch import Tensor
 
 from ..backends import triton_interpreted
 from ..triton_common import CompileCase, CompileCases, cdiv, computable, on_device, padded
+from .pages import KVPages, PageTable
 from .spec import BlockSpec
 from .triton_compress import compress_packed, triton_extend_compressed
-from .triton_rows import COUNTS, Rows, cores, inner_contiguous, load_rows, rows_of, tile_of, windows_in
+from .triton_rows import (
+    COUNTS,
+    Rows,
+    cores,
+    inner_contiguous,
+    load_rows,
+    rows_of,
+    tile_of,
+    window_rows,
+    windows_in,
+)
 from .triton_top import top_blocks
 
 SCRATCH = 1 << 26  # block scores held at once: 256 MB
@@ -47,26 +58,16 @@ LSE_PROGRAMS = 2  # the same of the log-sum-exp kernel
 
 @triton.jit
 def add_panels(
-    peak,
-    mass,
-    query,
-    keys,
-    k_n,
-    lo,
-    hi,
-    visible,
-    factor,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BN: tl.constexpr,
-    MASK: tl.constexpr,
-):
+    peak, mass, query, keys, k_p, k_n, pages, lo, hi, visible, factor, D: tl.constexpr, DP: tl.constexpr,
+    BN: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
     """Running log-sum-exp of windows lo ... hi - 1 (rounded up to panels of BN); with MASK of the `visible`
     ones only."""
     for first in range(lo, hi, BN):
         window = first + tl.arange(0, BN)
-        x = load_rows(keys, window.to(tl.int64) * k_n, window < hi, D, DP)
-        s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
+        there = window < hi
+        x = load_rows(keys, window_rows(window, there, k_p, k_n, pages, SIZE, STRIDE, BLOCK), there, D, DP)
+        s = tl.dot(query, tl.trans(x.to(query.dtype)), input_precision="ieee") * factor
         if MASK:
             s = tl.where(window[None, :] < visible[:, None], s, float("-inf"))
         higher = tl.maximum(peak, tl.max(s, axis=1))
@@ -78,23 +79,9 @@ def add_panels(
 
 @triton.jit
 def add_visible(
-    peak,
-    mass,
-    query,
-    keys,
-    k_n,
-    room,
-    position,
-    last,
-    part,
-    parts,
-    factor,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BN: tl.constexpr,
-    SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-):
+    peak, mass, query, keys, k_p, k_n, pages, room, position, last, part, parts, factor, D: tl.constexpr,
+    DP: tl.constexpr, BN: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Running log-sum-exp of the windows of one level that each query sees: share `part` of `parts` of the
     panels."""
     visible = windows_in(position + 1, SIZE, STRIDE)
@@ -104,16 +91,23 @@ def add_visible(
     lo = part * share
     hi = tl.minimum(lo + share, reach)
     middle = tl.maximum(lo, tl.minimum(all_see, hi))
-    peak, mass = add_panels(peak, mass, query, keys, k_n, lo, middle, visible, factor, D, DP, BN, False)
-    return add_panels(peak, mass, query, keys, k_n, middle, hi, visible, factor, D, DP, BN, True)
+    peak, mass = add_panels(
+        peak, mass, query, keys, k_p, k_n, pages, lo, middle, visible, factor, D, DP, BN, SIZE, STRIDE, BLOCK,
+        False,
+    )  # fmt: skip
+    return add_panels(
+        peak, mass, query, keys, k_p, k_n, pages, middle, hi, visible, factor, D, DP, BN, SIZE, STRIDE, BLOCK,
+        True,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def lse_kernel(
-    q, k1, k2, lse, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, k2_b, k2_n, k2_h, room1, room2, tokens,
-    length, documents, keep, block_size, shares, factor, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, COARSE: tl.constexpr, STEPS: tl.constexpr,
-    DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    q, k1, k2, lse, lengths, cu, pages, sparse, q_b, q_t, q_h, k1_b, k1_n, k1_h, k2_b, k2_n, k2_h, room1,
+    room2, tokens, length, documents, per_row, keep, shares, factor, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    COARSE: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """lse `[shares, B, T, Hq]`: log2 of the softmax denominator of each query and head over a share of the
     panels.
@@ -125,10 +119,10 @@ def lse_kernel(
     h = tl.program_id(1).to(tl.int64)
     index = tl.num_programs(0) // shares - 1 - tl.program_id(0) // shares  # the longest first
     first, last, position0, n, start = tile_of(
-        lengths, length, cu, documents, index.to(tl.int64), b, tokens, 0, tokens, BQ, STEPS
+        lengths, length, cu, documents, index.to(tl.int64), b, tokens, 0, tokens, BQ, STEPS, sparse
     )
     highest = (position0 + last - 1 - first).to(tl.int32)
-    if (last <= first) | (highest // block_size < keep):
+    if (last <= first) | (highest // BLOCK < keep):
         return
     column = tl.arange(0, GP * BQ)
     g = column // BQ
@@ -138,78 +132,41 @@ def lse_kernel(
     query = load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, there, D, DP)
     peak = tl.full((GP * BQ,), float("-inf"), tl.float32)
     mass = tl.zeros((GP * BQ,), tl.float32)
-    keys1 = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
-    if COARSE:
+    if pages is None:
+        keys1 = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
         keys2 = k2 + b * k2_b + h * k2_h + (start // (4 * STRIDE) + n) * k2_n
+    else:
+        keys1 = k1 + h * k1_h
+        keys2 = k2 + h * k2_h
+        pages += n * per_row
+    if COARSE:
         peak2, mass2 = add_visible(
-            peak,
-            mass,
-            query,
-            keys2,
-            k2_n,
-            room2,
-            position,
-            highest,
-            part,
-            shares,
-            factor,
-            D,
-            DP,
-            BN,
-            4 * SIZE,
-            4 * STRIDE,
-        )
+            peak, mass, query, keys2, k2_b, k2_n, pages, room2, position, highest, part, shares, factor, D,
+            DP, BN, 4 * SIZE, 4 * STRIDE, BLOCK,
+        )  # fmt: skip
         if position0 + 1 < 4 * SIZE:  # no window of the second level: the first one serves
             peak, mass = add_visible(
-                peak,
-                mass,
-                query,
-                keys1,
-                k1_n,
-                room1,
-                position,
-                highest,
-                part,
-                shares,
-                factor,
-                D,
-                DP,
-                BN,
-                SIZE,
-                STRIDE,
-            )
+                peak, mass, query, keys1, k1_b, k1_n, pages, room1, position, highest, part, shares, factor,
+                D, DP, BN, SIZE, STRIDE, BLOCK,
+            )  # fmt: skip
         coarse = position + 1 >= 4 * SIZE
         peak, mass = tl.where(coarse, peak2, peak), tl.where(coarse, mass2, mass)
     else:
         peak, mass = add_visible(
-            peak,
-            mass,
-            query,
-            keys1,
-            k1_n,
-            room1,
-            position,
-            highest,
-            part,
-            shares,
-            factor,
-            D,
-            DP,
-            BN,
-            SIZE,
-            STRIDE,
-        )
+            peak, mass, query, keys1, k1_b, k1_n, pages, room1, position, highest, part, shares, factor, D,
+            DP, BN, SIZE, STRIDE, BLOCK,
+        )  # fmt: skip
     place = ((part * tl.num_programs(2) + b) * tokens + t) * (HEADS * GROUP) + h * GROUP + g
     tl.store(lse + place, peak + tl.log2(mass), mask=there)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def score_kernel(
-    q, k1, lse, scores, lengths, cu, q_b, q_t, q_h, k1_b, k1_n, k1_h, room1, tokens, length, begin, end,
-    width, documents, shares, splits, factor, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, WINDOW: tl.constexpr, KEEP: tl.constexpr,
-    MASK: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr,
-    PB: tl.constexpr,
+    q, k1, lse, scores, lengths, cu, pages, sparse, q_b, q_t, q_h, k1_b, k1_n, k1_h, room1, tokens, length,
+    begin, end, width, documents, per_row, shares, splits, factor, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, WINDOW: tl.constexpr,
+    KEEP: tl.constexpr, MASK: tl.constexpr, STEPS: tl.constexpr, DP: tl.constexpr, GP: tl.constexpr,
+    BQ: tl.constexpr, PB: tl.constexpr,
 ):  # fmt: skip
     """scores `[B, end - begin, Hkv, width]` of the blocks that are not forced by the window, for queries
     begin ... end - 1.
@@ -222,7 +179,7 @@ def score_kernel(
     h = tl.program_id(1).to(tl.int64)
     index = tl.num_programs(0) // splits - 1 - tl.program_id(0) // splits
     first, last, position0, n, start = tile_of(
-        lengths, length, cu, documents, index.to(tl.int64), b, tokens, begin, end, BQ, STEPS
+        lengths, length, cu, documents, index.to(tl.int64), b, tokens, begin, end, BQ, STEPS, sparse
     )
     highest = (position0 + last - 1 - first).to(tl.int32)
     own = highest // (RATIO * STRIDE)
@@ -246,7 +203,11 @@ def score_kernel(
         GP * BQ,
     )
     total = tl.where(g < GROUP, total, float("inf"))  # heads of the padding weigh nothing
-    keys = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
+    if pages is None:
+        keys = k1 + b * k1_b + h * k1_h + (start // STRIDE + n) * k1_n
+    else:
+        keys = k1 + h * k1_h
+        pages += n * per_row
     visible = tl.minimum(windows_in(highest + 1, SIZE, STRIDE), room1)
     row = tl.arange(0, PB)
     above = tl.broadcast_to(((row + PB - 1) % PB)[:, None], (PB, BQ))
@@ -260,7 +221,9 @@ def score_kernel(
         panel = i // RATIO
         phase = i % RATIO
         window = (panel * PB + row) * RATIO + phase
-        x = load_rows(keys, window.to(tl.int64) * k1_n, window < visible, D, DP)
+        seen = window < visible
+        at = window_rows(window, seen, k1_b, k1_n, pages, SIZE, STRIDE, RATIO * STRIDE)
+        x = load_rows(keys, at, seen, D, DP).to(query.dtype)
         s = tl.dot(x, query, input_precision="ieee")
         p = tl.exp2(s * factor - total[None, :])
         p = tl.sum(tl.reshape(p, (PB, GP, BQ)), axis=1)
@@ -318,7 +281,8 @@ def lse_config(tokens: int, group: int, dim: int, itemsize: int) -> dict[str, in
         **tile_config(tokens, group, dim, itemsize),
         "BN": 64 if itemsize == 2 else 32,
         "num_warps": 4 if itemsize == 2 else 8,
-        "num_stages": 2,
+        # fetching wide float32 keys ahead through a page table spills (5 KB a thread, by compilation)
+        "num_stages": 1 if itemsize == 4 and dim > 128 else 2,
     }
 
 
@@ -338,36 +302,30 @@ def _denominators(
 ) -> Tensor:
     """Shares of the softmax denominators, `[shares, B, T, Hq]` in base 2."""
     (batch, tokens, heads, dim), kv_heads = q.shape, k1.shape[2]
-    config = lse_config(tokens, heads // kv_heads, dim, q.element_size())
+    config = lse_config(rows.together, heads // kv_heads, dim, q.element_size())
     tiles = rows.tiles(config["BQ"], 0, tokens)
-    panels = cdiv((k2 if coarse else k1).shape[1], config["BN"])
+    panels = cdiv(rows.windows(k2 if coarse else k1), config["BN"])
     shares = max(1, min(panels, cdiv(LSE_PROGRAMS * cores(q.device), batch * kv_heads * tiles)))
     lse = torch.empty(shares, batch, tokens, heads, dtype=torch.float32, device=q.device)
     with on_device(q):
         lse_kernel[(tiles * shares, kv_heads, batch)](
-            q, k1, k2, lse, rows.lengths, rows.cu, *q.stride()[:3], *k1.stride()[:3], *k2.stride()[:3],
-            k1.shape[1], k2.shape[1], tokens, rows.length, rows.documents, spec.num_blocks, spec.block_size,
-            shares, factor, HEADS=kv_heads, GROUP=heads // kv_heads, D=dim, SIZE=spec.kernel_size,
-            STRIDE=spec.kernel_stride, COARSE=coarse, STEPS=rows.steps, **config,
+            q, k1, k2, lse, rows.lengths, rows.cu, rows.pages, rows.sparse, *q.stride()[:3],
+            *k1.stride()[:3], *k2.stride()[:3], rows.windows(k1), rows.windows(k2), tokens, rows.length,
+            rows.documents, rows.per_row, spec.num_blocks, shares, factor, HEADS=kv_heads,
+            GROUP=heads // kv_heads, D=dim, SIZE=spec.kernel_size, STRIDE=spec.kernel_stride,
+            BLOCK=spec.block_size, COARSE=coarse, STEPS=rows.steps, **config,
         )  # fmt: skip
     return lse
 
 
 def _scores(
-    q: Tensor,
-    k1: Tensor,
-    lse: Tensor,
-    spec: BlockSpec,
-    rows: Rows,
-    factor: float,
-    begin: int,
-    end: int,
+    q: Tensor, k1: Tensor, lse: Tensor, spec: BlockSpec, rows: Rows, factor: float, begin: int, end: int,
     width: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Block scores `[B, end - begin, Hkv, width]` of queries begin ... end - 1; entries that nobody reads are
     not written."""
     (batch, tokens, heads, dim), kv_heads = q.shape, k1.shape[2]
-    config = score_config(end - begin, heads // kv_heads, dim, q.element_size())
+    config = score_config(min(end - begin, rows.together), heads // kv_heads, dim, q.element_size())
     tiles = rows.tiles(config["BQ"], begin, end)
     splits = max(
         1, min(cdiv(width, config["PB"]), cdiv(PROGRAMS * cores(q.device), batch * kv_heads * tiles))
@@ -381,9 +339,10 @@ def _scores(
     )
     with on_device(q):
         score_kernel[(tiles * splits, kv_heads, batch)](
-            q, k1, lse, scores, rows.lengths, rows.cu, *q.stride()[:3], *k1.stride()[:3], k1.shape[1], tokens,
-            rows.length, begin, end, width, rows.documents, lse.shape[0], splits, factor, HEADS=kv_heads,
-            GROUP=heads // kv_heads, D=dim, SIZE=spec.kernel_size, STRIDE=spec.kernel_stride,
+            q, k1, lse, scores, rows.lengths, rows.cu, rows.pages, rows.sparse, *q.stride()[:3],
+            *k1.stride()[:3], rows.windows(k1), tokens, rows.length, begin, end, width, rows.documents,
+            rows.per_row, lse.shape[0], splits, factor, HEADS=kv_heads, GROUP=heads // kv_heads, D=dim,
+            SIZE=spec.kernel_size, STRIDE=spec.kernel_stride,
             RATIO=spec.ratio, WINDOW=spec.window_blocks, KEEP=spec.num_blocks, MASK=masked, STEPS=rows.steps,
             **config,
         )  # fmt: skip
@@ -411,18 +370,41 @@ def triton_select_blocks(
         )
     common = torch.promote_types(q.dtype, compressed[0].dtype)
     queries, k1, k2 = (inner_contiguous(computable(x.to(common))) for x in (q, *compressed))
-    batch, tokens, kv_heads = *q.shape[:2], k1.shape[2]
     most = capacity if rows.lengths is not None else rows.length
-    width = cdiv(cdiv(most, spec.block_size), 16) * 16
+    return _best_blocks(queries, k1, k2, spec, rows, scale, lse, cdiv(most, spec.block_size))
+
+
+def triton_select_paged(
+    q: Tensor, pool: KVPages, table: PageTable, spec: BlockSpec, scale: float, lse: str
+) -> Tensor:
+    """See `select_blocks_paged`, exact search. Nothing waits for the GPU."""
+    queries = inner_contiguous(computable(q.detach()))[None]
+    width = table.pages.shape[1]
+    rows = Rows(
+        q.shape[0], width * spec.block_size, 0, table.lengths, table.cu_seqlens, None, table.pages,
+        table.sparse,
+    )  # fmt: skip
+    return _best_blocks(queries, computable(pool.k1), computable(pool.k2), spec, rows, scale, lse, width)[0]
+
+
+def _best_blocks(
+    q: Tensor, k1: Tensor, k2: Tensor, spec: BlockSpec, rows: Rows, scale: float, lse: str, blocks: int
+) -> Tensor:
+    """Block numbers `[B, T, Hkv, num_blocks]`; no row has more than `blocks` blocks."""
+    batch, tokens, kv_heads = *q.shape[:2], k1.shape[2]
+    width = cdiv(blocks, 16) * 16
     out = torch.empty(batch, tokens, kv_heads, spec.num_blocks, dtype=torch.int32, device=q.device)
     factor = scale * math.log2(math.e)
-    shares = _denominators(queries, k1, k2, spec, rows, factor, lse == "coarse")
+    shares = _denominators(q, k1, k2, spec, rows, factor, lse == "coarse")
     chunk = max(64, SCRATCH // (batch * kv_heads * width) // 64 * 64)
     for begin in range(0, tokens, chunk):
         end = min(begin + chunk, tokens)
-        scores = _scores(queries, k1, shares, spec, rows, factor, begin, end, width)
+        scores = _scores(q, k1, shares, spec, rows, factor, begin, end, width)
         top_blocks(scores, out, spec, rows, begin, end)
     return out
+
+
+TABLES = ("lengths", "cu", "pages", "sparse")
 
 
 def _case_types(
@@ -430,10 +412,7 @@ def _case_types(
 ) -> dict[str, str]:
     types = dict.fromkeys(integers, "i32")
     types.update(
-        {
-            p: "*fp32" if p in ("lse", "scores") else "*i32" if p in ("lengths", "cu") else f"*{dtype}"
-            for p in pointers
-        }
+        {p: "*fp32" if p in ("lse", "scores") else "*i32" if p in TABLES else f"*{dtype}" for p in pointers}
     )
     return {"factor": "fp32", **{name: kind for name, kind in types.items() if name not in given}}
 
@@ -442,12 +421,17 @@ def compile_cases(arch: int) -> CompileCases:
     """Prefill and decoding at the released sizes, wide heads, and float32: exact denominators, a small
     window, documents."""
     spec = BlockSpec()
+    plain = {"pages": None, "sparse": None}
     for name, dtype, tokens, group, dim, given in (
-        ("prefill", "bf16", 4096, 16, 128, {"lengths": None, "cu": None}),
-        ("decode", "bf16", 1, 16, 128, {"cu": None}),
-        ("wide", "bf16", 4096, 4, 256, {"lengths": None, "cu": None}),
-        ("float", "fp32", 4096, 2, 64, {"lengths": None}),
-        ("float wide", "fp32", 4096, 2, 256, {"lengths": None}),
+        ("prefill", "bf16", 4096, 16, 128, {"lengths": None, "cu": None, **plain}),
+        ("decode", "bf16", 1, 16, 128, {"cu": None, **plain}),
+        ("pages prefill", "bf16", 4096, 16, 128, {}),
+        ("pages decode", "bf16", 1, 16, 128, {}),
+        ("wide", "bf16", 4096, 4, 256, {"lengths": None, "cu": None, **plain}),
+        ("pages wide", "bf16", 4096, 4, 256, {}),
+        ("float", "fp32", 4096, 2, 64, {"lengths": None, **plain}),
+        ("float wide", "fp32", 4096, 2, 256, {"lengths": None, **plain}),
+        ("pages float wide", "fp32", 4096, 2, 256, {}),
     ):
         common = {
             "HEADS": 2,
@@ -459,53 +443,21 @@ def compile_cases(arch: int) -> CompileCases:
             **given,
         }
         size = 4 if dtype == "fp32" else 2
+        counts = ("room1", "tokens", "length", "documents", "per_row", "shares")
+        places = ("q_b", "q_t", "q_h", "k1_b", "k1_n", "k1_h")
         for config, kernel, pointers, integers, more in (
             (
                 lse_config(tokens, group, dim, size),
                 lse_kernel,
-                ("q", "k1", "k2", "lse", "lengths", "cu"),
-                (
-                    "q_b",
-                    "q_t",
-                    "q_h",
-                    "k1_b",
-                    "k1_n",
-                    "k1_h",
-                    "k2_b",
-                    "k2_n",
-                    "k2_h",
-                    "room1",
-                    "room2",
-                    "tokens",
-                    "length",
-                    "documents",
-                    "keep",
-                    "block_size",
-                    "shares",
-                ),
-                {"COARSE": name != "float"},
+                ("q", "k1", "k2", "lse", *TABLES),
+                (*places, "k2_b", "k2_n", "k2_h", *counts, "room2", "keep"),
+                {"COARSE": name != "float", "BLOCK": spec.block_size},
             ),
             (
                 score_config(tokens, group, dim, size),
                 score_kernel,
-                ("q", "k1", "lse", "scores", "lengths", "cu"),
-                (
-                    "q_b",
-                    "q_t",
-                    "q_h",
-                    "k1_b",
-                    "k1_n",
-                    "k1_h",
-                    "room1",
-                    "tokens",
-                    "length",
-                    "begin",
-                    "end",
-                    "width",
-                    "documents",
-                    "shares",
-                    "splits",
-                ),
+                ("q", "k1", "lse", "scores", *TABLES),
+                (*places, *counts, "begin", "end", "width", "splits"),
                 {
                     "RATIO": spec.ratio,
                     "WINDOW": spec.window_blocks,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import CompileCase, CompileCases, cdiv, on_device
+from ..triton_common import CompileCase, CompileCases, cdiv, find_sequence, on_device
 from .spec import BlockSpec
 from .triton_rows import COUNTS, Rows, locate
 
@@ -51,14 +51,15 @@ def keys_of(
 
 @triton.jit(do_not_specialize=COUNTS)
 def top_kernel(
-    scores, out, lengths, cu, number, tokens, length, begin, end, width, count,
+    scores, out, lengths, cu, number, sparse, tokens, length, begin, end, width, count, documents,
     HEADS: tl.constexpr, SIZE: tl.constexpr, INIT: tl.constexpr, WINDOW: tl.constexpr, KEEP: tl.constexpr,
-    KEEP_P: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    STEPS: tl.constexpr, KEEP_P: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """out `[B, end - begin, Hkv, KEEP]` from scores `[B, end - begin, Hkv, width]` of queries begin ... end -
     1, R rows a program.
 
-    With WHOLE, C columns hold a whole row; else rows are walked in pieces of C.
+    With WHOLE, C columns hold a whole row; else rows are walked in pieces of C. With pages, rows of sequences
+    that are not `sparse` are -1: as if they had no block.
     """
     row = tl.program_id(0) * R + tl.arange(0, R)
     here = row < count
@@ -66,8 +67,14 @@ def top_kernel(
     out += tl.program_id(0).to(tl.int64) * R * KEEP
     b = row // ((end - begin) * HEADS)
     t = begin + row // HEADS % (end - begin)
-    own, _ = locate(lengths, length, cu, number, tl.where(here, b, 0), tl.where(here, t, begin), tokens)
-    own = tl.where(here, own // SIZE, 0)
+    t = tl.where(here, t, begin)
+    if sparse is None:
+        own, _ = locate(lengths, length, cu, number, tl.where(here, b, 0), t, tokens)
+        own = tl.where(here, own // SIZE, 0)
+    else:
+        n = find_sequence(cu, t, documents, STEPS)
+        own = (t + tl.load(lengths + n) - tl.load(cu + n + 1)) // SIZE
+        own = tl.where(here, tl.where(tl.load(sparse + n) != 0, own, -1), 0)
     pieces = 1 if WHOLE else tl.cdiv(tl.max(own, axis=0) + 1, C)
     key = keys_of(scores, here, own, 0, width, INIT, WINDOW, KEEP, R, C)
 
@@ -142,9 +149,9 @@ def top_blocks(scores: Tensor, out: Tensor, spec: BlockSpec, rows: Rows, begin: 
     config = top_config(width, spec.num_blocks)
     with on_device(scores):
         top_kernel[(cdiv(count, config["R"]),)](
-            scores, target, rows.lengths, rows.cu, rows.number, rows.tokens, rows.length, begin, end, width,
-            count, HEADS=heads, SIZE=spec.block_size, INIT=spec.init_blocks, WINDOW=spec.window_blocks,
-            KEEP=spec.num_blocks, **config,
+            scores, target, rows.lengths, rows.cu, rows.number, rows.sparse, rows.tokens, rows.length, begin,
+            end, width, count, rows.documents, HEADS=heads, SIZE=spec.block_size, INIT=spec.init_blocks,
+            WINDOW=spec.window_blocks, KEEP=spec.num_blocks, STEPS=rows.steps, **config,
         )  # fmt: skip
     if target is not part:
         part.copy_(target)
@@ -153,23 +160,32 @@ def top_blocks(scores: Tensor, out: Tensor, spec: BlockSpec, rows: Rows, begin: 
 def compile_cases(arch: int) -> CompileCases:
     """Rows of 16K, 512K and 1M tokens; the last are more than registers hold."""
     spec = BlockSpec()
-    for width in (1 << 8, 1 << 13, 1 << 14):
+    for width, paged in (
+        (1 << 8, False),
+        (1 << 13, False),
+        (1 << 14, False),
+        (1 << 8, True),
+        (1 << 14, True),
+    ):
         config = top_config(width, spec.num_blocks)
         options = {"num_warps": config.pop("num_warps")}
+        counts = ("tokens", "length", "begin", "end", "width", "count", "documents")
+        tables = ("lengths", "cu", "sparse") if paged else ()
         types = {
             "scores": "*fp32",
             "out": "*i32",
-            **dict.fromkeys(("tokens", "length", "begin", "end", "width", "count"), "i32"),
+            **dict.fromkeys(tables, "*i32"),
+            **dict.fromkeys(counts, "i32"),
         }
         constants = {
-            "lengths": None,
-            "cu": None,
-            "number": None,
+            **dict.fromkeys({"lengths", "cu", "number", "sparse"} - set(tables)),
             "HEADS": 2,
             "SIZE": spec.block_size,
             "INIT": spec.init_blocks,
             "WINDOW": spec.window_blocks,
             "KEEP": spec.num_blocks,
+            "STEPS": 4,
             **config,
         }
-        yield CompileCase(f"top_kernel {width}", top_kernel, types, constants, options)
+        name = f"top_kernel {width}{' pages' * paged}"
+        yield CompileCase(name, top_kernel, types, constants, options)

@@ -1,7 +1,7 @@
 """Training data: documents from files, texts or generators, in weighted mixtures, packed into sequences, with
 a position.
 
-Every stream has `state_dict` and `load_state_dict`; a stream that goes on from a state gives exactly what it
+Every stream has `state_dict` and `load_state_dict`; a stream that resumes from a state gives exactly what it
 would have given.
 """
 

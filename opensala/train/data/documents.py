@@ -26,7 +26,7 @@ _CHARACTERS = 2_000_000  # of one kind: more costs tens of seconds of reading at
 
 
 @dataclass(frozen=True)
-class Document:
+class TrainingDocument:
     """One of `text`, `messages` and `ids`; `place` names where it stands."""
 
     place: str
@@ -41,7 +41,7 @@ class DocumentSource(Protocol):
 
     skipped: int
 
-    def next(self) -> Document: ...
+    def next(self) -> TrainingDocument: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -73,7 +73,7 @@ class InstalledTexts:
         self.seed, self.kind, self.position, self.skipped = seed, kind, 0, 0
         self._epoch, self._order = -1, list(range(len(self.texts)))
 
-    def next(self) -> Document:
+    def next(self) -> TrainingDocument:
         epoch, place = divmod(self.position, len(self.texts))
         if epoch != self._epoch:
             self._epoch, self._order = (
@@ -81,7 +81,9 @@ class InstalledTexts:
                 random.Random(f"{self.seed} {epoch}").sample(range(len(self.texts)), len(self.texts)),
             )
         self.position += 1
-        return Document(f"python:{self.kind} {self._order[place]}", text=self.texts[self._order[place]])
+        return TrainingDocument(
+            f"python:{self.kind} {self._order[place]}", text=self.texts[self._order[place]]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position}
@@ -145,7 +147,7 @@ class Files:
         self.files, self.path, self.seed, self.skip_bad = find_files(path), path, seed, skip_bad
         self.epoch, self.offset, self.skipped, self.rows = 0, 0, 0, 0
         self._good = 0  # documents of this epoch so far
-        self._block: list[Document] | None = None
+        self._block: list[TrainingDocument] | None = None
         self._open(None)
 
     def _open(self, state: dict[str, Any] | None) -> None:
@@ -164,7 +166,7 @@ class Files:
         self._start = state if state is not None else self._data.state_dict()
         self._items = iter(self._data)
 
-    def next(self) -> Document:
+    def next(self) -> TrainingDocument:
         while self._block is None or self.offset >= len(self._block):
             if self._block is not None:  # done with it: the next one begins where the reading stands
                 self._start, self.offset, self._counts = self._data.state_dict(), 0, self._now()
@@ -202,7 +204,7 @@ class Files:
         random.Random(f"{self.seed} {self.epoch} {first}").shuffle(block)
         self._block = block
 
-    def _document(self, row: dict[str, Any]) -> Document | None:
+    def _document(self, row: dict[str, Any]) -> TrainingDocument | None:
         """A row as a document; None for a bad one that is skipped."""
         place = (
             f"{row['file']} line {row['line']}"
@@ -239,14 +241,14 @@ class Files:
         self.offset = state["offset"]
 
 
-def parse(row: dict[str, Any], place: str) -> Document:
+def parse(row: dict[str, Any], place: str) -> TrainingDocument:
     """A row of a file as a document; ValueError saying what is wrong with it, beginning with its place."""
     record: Any = row
     if "content" in row and "line" in row:
         if row["content"] is None:
             raise ValueError(f"{place} is not UTF-8 text")
         if row["line"] == 0:
-            return Document(place, text=row["content"])
+            return TrainingDocument(place, text=row["content"])
         try:
             record = json.loads(row["content"])
         except ValueError as error:
@@ -263,12 +265,12 @@ def parse(row: dict[str, Any], place: str) -> Document:
                 raise ValueError(
                     f"{place}: messages[{n}] must have role and content, got {str(message)[:80]}"
                 )
-        return Document(place, messages=record["messages"], tools=record.get("tools"))
+        return TrainingDocument(place, messages=record["messages"], tools=record.get("tools"))
     if isinstance(record.get("text"), str):
-        return Document(place, text=record["text"])
+        return TrainingDocument(place, text=record["text"])
     ids = record.get("input_ids")
     if isinstance(ids, list) and all(isinstance(t, int) and t >= 0 for t in ids):
-        return Document(place, ids=ids)
+        return TrainingDocument(place, ids=ids)
     raise ValueError(
         f"{place} must have text (a string), messages (a list) or input_ids (numbers), it has "
         f"{', '.join(map(str, record)) or 'nothing'}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .documents import Document
+from .documents import TrainingDocument
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Encoder:
             raise ValueError("the tokenizer has no chat template: give one with --chat-template FILE")
         self.tokenizer, self.chat, self.vocabulary = tokenizer, chat, len(tokenizer)
 
-    def __call__(self, document: Document) -> Example:
+    def __call__(self, document: TrainingDocument) -> Example:
         if self.chat:
             if document.messages is None:
                 raise ValueError(f"{document.place}: a chat stage needs messages")
@@ -58,7 +58,7 @@ class Encoder:
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _conversation(self, document: Document) -> Example:
+    def _conversation(self, document: TrainingDocument) -> Example:
         messages, done = document.messages or [], ""
         ids: list[int] = []
         learnt: list[bool] = []
@@ -84,7 +84,7 @@ class Encoder:
             )
         return Example(np.array(ids, dtype=np.int32), np.array(learnt))
 
-    def _render(self, document: Document, turns: int, prompt: bool) -> str:
+    def _render(self, document: TrainingDocument, turns: int, prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             document.messages[:turns] if document.messages else [],
             tools=document.tools or None,

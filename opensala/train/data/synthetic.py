@@ -15,7 +15,7 @@ from ...data.prompts import PromptFormat
 from ...data.retrieval import hide, place
 from ...data.ruler import ruler_task
 from ...model.config import check_choice
-from .documents import Document, installed_texts
+from .documents import TrainingDocument, installed_texts
 
 TASKS = ("facts", "tracing", "cross")
 _SHORTEST = {"facts": 192, "tracing": 512, "cross": 512}
@@ -51,14 +51,14 @@ class Synthetic:
         )
         self.haystack = Haystack(tokenizer, 2 * _CHARACTERS, texts=texts) if texts else None
 
-    def next(self) -> Document:
+    def next(self) -> TrainingDocument:
         number = self.position
         self.position += 1
         rng = random.Random(f"{self.seed} {number}")
         low = math.log(_SHORTEST[self.task])
         length = int(math.exp(low + (math.log(self.longest) - low) * rng.random() ** 0.5))
         messages = self._facts(rng, length) if self.task == "facts" else self._ruler(number, length)
-        return Document(f"synthetic:{self.task} {number}", messages=messages)
+        return TrainingDocument(f"synthetic:{self.task} {number}", messages=messages)
 
     def _facts(self, rng: random.Random, length: int) -> list[dict[str, Any]]:
         """A document of about 95% of `length` with hidden facts, all asked for."""

@@ -5,7 +5,7 @@ value and returns it to the rank that holds the token; that of the scan is a sca
 first. Every rank of a group must call them in the same order, forward and backward, with tensors of the same
 shape.
 
-Shapes: B rows, T tokens a rank, H heads, D/E key/value dim, R ranks.
+Shapes: B rows, T tokens per rank, H heads, D/E key/value dim, R ranks.
 """
 
 import math
@@ -146,9 +146,9 @@ def state_before(
     Args:
         k, v: `[B, T, H, D]`, `[B, T, H, E]` of this rank.
         slopes: decay per token of each head.
-        tokens: how many of the last tokens here belong to the sequence that goes on behind them.
+        tokens: how many of the last tokens here belong to the sequence that continues behind them.
         reach: how many ranks back the sequence at the first token of rank 0, 1, ... begins.
-        length: tokens a rank, T.
+        length: tokens per rank, T.
 
     Returns:
         `[B, H, D, E]` float32 (float64 for float64); zero if the sequence begins here. Differentiable once.

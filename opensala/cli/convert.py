@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_group import RunUnlessNamed
+from .group import RunUnlessNamed
+from .options import Plan, Quiet, Resume
 
 app = typer.Typer(
     cls=RunUnlessNamed,
@@ -34,7 +35,7 @@ def select(
     seed: Seed = 0,
 ) -> None:
     """Choose the layers that stay softmax attention from scores; prints them as a JSON list."""
-    from .convert.selection import Scores, select_layers
+    from ..convert.selection import Scores, select_layers
 
     try:
         record = json.loads(scores.read_text())
@@ -130,18 +131,14 @@ def run(
     ] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     seed: Seed = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was stopped; the other options as before.")
-    ] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")] = False,
-    quiet: Annotated[bool, typer.Option(help="No progress bars and no plan.")] = False,
+    resume: Resume = False,
+    plan: Plan = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert a Transformer into the hybrid: alignment, choice of layers, distillation."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from .convert import convert
-    from .convert.config import RECIPES
-    from .model.config import check_choice
+    from ..convert import convert
+    from ..convert.config import RECIPES
+    from ..model.config import check_choice
 
     check_choice("recipe", recipe, tuple(RECIPES))
     base = RECIPES[recipe](teacher)
@@ -179,7 +176,6 @@ def run(
             ),
         ),
     )
-    disable_progress_bar()
     finished = convert(config, output, resume=resume, plan_only=plan, quiet=quiet)
     if not plan:
         print(finished)

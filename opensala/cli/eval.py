@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .options import EngineOptions, Json, Quiet, with_options
+
 
 class _RunByDefault(TyperGroup):
     """A group whose first word may be left out: then it is `run`. A folder called `score` is given as
@@ -34,7 +36,9 @@ Output = Annotated[
 
 
 @evals.command()
+@with_options
 def run(
+    engine: EngineOptions,
     model: Annotated[
         str | None,
         typer.Argument(help="Folder or hub name of a checkpoint. Default: the small model that ships here."),
@@ -94,20 +98,16 @@ def run(
     strip_thinking: Annotated[
         bool, typer.Option("--strip-thinking", help="Score only what comes after </think>.")
     ] = False,
-    attention_mode: Annotated[str | None, typer.Option(help="auto, dense or sparse.")] = None,
-    block_search: Annotated[str | None, typer.Option(help="exact or hierarchical.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Output = Path("evaluation"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option(help="No progress bars and no notes.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a suite, or go on with it."""
-    from .evaluate.document_cache import default_folder
-    from .evaluate.suites import PRESETS, Options, build_suites, split_names
+    from ..evaluate.document_cache import default_folder
+    from ..evaluate.suites import PRESETS, Options, build_suites, split_names
 
     ours, foreign = split_names(suite)
-    sizes = tuple(_length(part) for part in lengths.split(",") if part.strip())
+    sizes = tuple(_length(part) for part in lengths.split(",")) if lengths else ()
     options = Options(
         sizes,
         samples,
@@ -120,24 +120,17 @@ def run(
     )
     suites = build_suites(ours, options)
     harness = _load(foreign, include_path, allow_code, strip_thinking, quiet) if foreign else None
-    from transformers.utils.logging import disable_progress_bar
+    from ..evaluate.work import evaluate
 
-    from .engine import Engine
-    from .evaluate.work import evaluate
-
-    if quiet:
-        disable_progress_bar()
-    elif allow_code:
+    if allow_code and not quiet:
         _say_what_is_possible()
-    engine = Engine(
-        model, device=device, dtype=dtype, attention_mode=attention_mode, block_search=block_search
-    )
+    loaded = engine.load(model, quiet)
     figures: dict[str, Any] = {}
     if harness is not None:
-        from .evaluate.harness import run_tasks
+        from ..evaluate.harness import run_tasks
 
         figures = run_tasks(
-            engine,
+            loaded,
             harness,
             output,
             limit=samples,
@@ -148,7 +141,7 @@ def run(
         )
     summary: dict[str, Any] = {"suites": {}, "prompt_tokens": 0, "read_tokens": 0}
     if suites:
-        summary = evaluate(engine, suites, output, chat=chat, strip_thoughts=strip_thinking, quiet=quiet)
+        summary = evaluate(loaded, suites, output, chat=chat, strip_thoughts=strip_thinking, quiet=quiet)
     if as_json:
         print(
             json.dumps(
@@ -158,7 +151,7 @@ def run(
             )
         )
         return
-    _print_tables(summary, figures, Path(engine.name).name if set(ours) & set(PRESETS) else "")
+    _print_tables(summary, figures, Path(loaded.name).name if set(ours) & set(PRESETS) else "")
     if suites and not quiet:
         print(
             f"{summary['read_tokens']:,} of {summary['prompt_tokens']:,} prompt tokens were read, the "
@@ -170,8 +163,8 @@ def run(
 
 def _print_tables(summary: dict[str, Any], figures: dict[str, Any], name: str) -> None:
     """Scores; with a model's `name` the paper's tables too."""
-    from .evaluate.report import paper_tables
-    from .evaluate.tables import figures_table, score_table
+    from ..evaluate.report import paper_tables
+    from ..evaluate.tables import figures_table, score_table
 
     tables = (
         figures_table(figures),
@@ -188,10 +181,10 @@ def score(
         typer.Argument(metavar="FILE...", help="Files of predictions, named after their task: qa_1.jsonl."),
     ],
     form: Annotated[str, typer.Option("--format", help="ruler: lines with pred and outputs.")] = "ruler",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Score predictions that RULER's own scripts (or anyone) wrote."""
-    from .evaluate.ruler_files import score_file
+    from ..evaluate.ruler_files import score_file
 
     if form != "ruler":
         raise ValueError(f"--format must be ruler, got {form!r}")
@@ -211,7 +204,7 @@ def report(
     ] = Path("evaluation-report"),
 ) -> None:
     """Make a report with the published figures beside these, and plots, as Markdown and as one HTML file."""
-    from .evaluate.report import write_report
+    from ..evaluate.report import write_report
 
     print(write_report(folders, output))
 
@@ -230,9 +223,9 @@ def _load(
     names: list[str], include_path: Path | None, allow_code: bool, strip_thinking: bool, quiet: bool
 ) -> Any:
     """Tasks of lm-eval; what is refused whatever their data is refused before those are fetched."""
-    from .evaluate.harness import load_tasks
-    from .evaluate.standard import BENCHMARKS, NO_LEAVE
-    from .evaluate.suites import NAMES
+    from ..evaluate.harness import load_tasks
+    from ..evaluate.standard import BENCHMARKS, NO_LEAVE
+    from ..evaluate.suites import NAMES
 
     if strip_thinking:
         raise ValueError(
@@ -245,7 +238,7 @@ def _load(
 
 
 def _say_what_is_possible() -> None:
-    from .evaluate.sandbox import unprotected
+    from ..evaluate.sandbox import unprotected
 
     for lack in unprotected():
         print(
@@ -254,7 +247,7 @@ def _say_what_is_possible() -> None:
 
 
 def _paths(data: list[str]) -> dict[str, Path]:
-    from .evaluate.hub import data_path
+    from ..evaluate.hub import data_path
 
     found = {}
     for entry in data:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_group import RunUnlessNamed
+from .group import RunUnlessNamed
+from .options import Plan, Quiet, Resume
 
 app = typer.Typer(
     cls=RunUnlessNamed,
@@ -32,8 +33,8 @@ Set = Annotated[
 
 
 def _recipe(name: str, settings: list[str] | None, data: list[str] | None = None) -> Any:
-    from .train.overrides import bind, override
-    from .train.recipes import recipe_named
+    from ..train.overrides import bind, override
+    from ..train.recipes import recipe_named
 
     recipe = recipe_named(name)
     for setting in settings or ():
@@ -62,7 +63,7 @@ def plan(
     """Tokens, FLOPs, memory a device, steps and hours of every stage, beside training from scratch."""
     from rich.console import Console
 
-    from .train.plan import plan_table
+    from ..train.plan import plan_table
 
     Console(width=140).print(plan_table(_recipe(recipe, settings), gpus, device, mfu))
 
@@ -78,9 +79,7 @@ def run(
         list[str] | None,
         typer.Option(help="Run this stage only; may be repeated. Those before it must be finished."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run that was stopped; the other options as before.")
-    ] = False,
+    resume: Resume = False,
     teacher: Annotated[
         str, typer.Option(help="Transformer to convert, instead of one that the recipe trains.")
     ] = "",
@@ -99,16 +98,12 @@ def run(
     ] = None,
     settings: Set = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU if there is one.")] = None,
-    plan_only: Annotated[
-        bool, typer.Option("--plan", help="Print steps and tokens of each stage and stop.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+    plan_only: Plan = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train by a recipe, stage by stage. Under torchrun, on all its processes."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from .train.pipeline import Start, summary, train
-    from .train.trainer import Stopped
+    from ..train.pipeline import Start, summary, train
+    from ..train.trainer import Stopped
 
     chosen = _recipe(recipe, settings, data)
     if plan_only:
@@ -120,7 +115,6 @@ def run(
             )
             print(f"{item.name}: {steps}")
         return
-    disable_progress_bar()
     try:
         template = chat_template.read_text() if chat_template else ""
     except OSError as error:

@@ -1,0 +1,258 @@
+"""The prefix tree: which beginnings of texts have been read, by content, and where their pages and states
+lie.
+
+A node is one full page of tokens below the page before it. A *tail* is the beginning of a page that ends at a
+snapshot. Keys and values alone are worth nothing to a hybrid model: a text can be continued only where there
+is a snapshot of its states too, so a match ends at the deepest snapshot, and says how far the pages alone
+would have
+gone. Texts read densely and texts read sparsely stand in trees of their own: a token's keys and values depend
+on the mode in which the tokens before it were read.
+
+Snapshots are evicted apart from pages, the least recently used first.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from .pool import Pool
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Node:
+    """A page of tokens, or its beginning up to a snapshot (a tail).
+
+    Attributes:
+        tokens: the tokens of the page; fewer than a page holds in a tail.
+        page: the place of its keys and values; -1 in a root.
+        slot: the place of the states behind its last token, or None.
+    """
+
+    tokens: Tokens
+    page: int
+    parent: "Node | None"
+    slot: int | None = None
+    used: int = 0
+    children: dict[Tokens, "Node"] = field(default_factory=dict)
+    tails: dict[Tokens, "Node"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Match:
+    """What is there of a text.
+
+    Attributes:
+        length: tokens that need not be read again: up to the deepest snapshot.
+        pages: the pages that hold them; the last one is held in part if `length` does not fill it, and must
+            be copied before it is written to.
+        slot: the snapshot's states; None if `length` is 0.
+        paged: tokens whose keys and values are there, with or without a snapshot behind them.
+    """
+
+    length: int
+    pages: list[int]
+    slot: int | None
+    paged: int
+
+
+class PrefixTree:
+    """Texts of the past that are still at hand.
+
+    Args:
+        pages: the pool of pages.
+        slots: the pool of state slots.
+        page_size: tokens per page.
+    """
+
+    def __init__(self, pages: Pool, slots: Pool, page_size: int) -> None:
+        self.pages, self.slots, self.page_size = pages, slots, page_size
+        self._roots = {mode: Node((), -1, None) for mode in (False, True)}
+        self._snapshots: set[Node] = set()
+        # how often the tree itself holds a page: a tail may share a node's
+        self._held: Counter[int] = Counter()
+        self._clock = count(1)
+
+    @property
+    def num_snapshots(self) -> int:
+        return len(self._snapshots)
+
+    def match(self, tokens: Sequence[int], sparse: bool, limit: int) -> Match:
+        """The longest beginning of `tokens`, of at most `limit` tokens, that can be continued; nothing is
+        held by it."""
+        path, tail = self._deepest_snapshot(tokens, sparse, limit)
+        last = tail or (path.nodes[path.snapshot - 1] if path.snapshot else None)
+        nodes = path.nodes[: path.snapshot] + ([tail] if tail else [])
+        now = next(self._clock)
+        for node in nodes:
+            node.used = now
+        return Match(
+            length=sum(len(node.tokens) for node in nodes),
+            pages=[node.page for node in nodes],
+            slot=last.slot if last else None,
+            paged=len(path.nodes) * self.page_size,
+        )
+
+    def _deepest_snapshot(
+        self, tokens: Sequence[int], sparse: bool, limit: int
+    ) -> tuple["_Path", Node | None]:
+        path, node, best = _Path([], 0), self._roots[sparse], None
+        while True:
+            start = len(path.nodes) * self.page_size
+            rest = tuple(tokens[start : min(start + self.page_size, limit)])
+            for length in range(min(len(rest), self.page_size - 1), 0, -1) if node.tails else ():
+                if rest[:length] in node.tails:
+                    path.snapshot, best = len(path.nodes), node.tails[rest[:length]]
+                    break
+            child = node.children.get(rest) if len(rest) == self.page_size else None
+            if child is None:
+                return path, best
+            node = child
+            path.nodes.append(node)
+            if node.slot is not None:
+                path.snapshot, best = len(path.nodes), None
+
+    def insert(
+        self, tokens: Sequence[int], sparse: bool, pages: Sequence[int], slot: int | None
+    ) -> dict[int, int]:
+        """Remember that `tokens` lie in `pages`, and that `slot` holds the states behind the last of them.
+
+        The tree holds what it remembers once more by itself. Pages whose content stood in the tree before are
+        not
+        held twice: the number of each page maps to the one to use instead, for the caller to swap.
+
+        Without a slot, only full pages are remembered.
+        """
+        node, swapped, now = self._roots[sparse], {}, next(self._clock)
+        full = len(tokens) // self.page_size
+        for i in range(full):
+            key = tuple(tokens[i * self.page_size : (i + 1) * self.page_size])
+            child = node.children.get(key)
+            if child is None:
+                child = node.children[key] = self._new_node(key, pages[i], node)
+            elif child.page != pages[i]:
+                swapped[pages[i]] = child.page
+            node = child
+            node.used = now
+        if slot is None:
+            return swapped
+        key = tuple(tokens[full * self.page_size :])
+        if key:
+            tail = node.tails.get(key)
+            if tail is None:
+                tail = node.tails[key] = self._new_node(key, pages[full], node)
+            node = tail
+            node.used = now
+        if node.slot is None and node.parent is not None:
+            node.slot = slot
+            self.slots.share([slot])
+            self._snapshots.add(node)
+        return swapped
+
+    def evict_slots(self, wanted: int) -> None:
+        """Forget the least recently used snapshots until `wanted` slots are free or none is left to
+        forget."""
+        for node in sorted(self._snapshots, key=lambda n: n.used):
+            if self.slots.num_free >= wanted:
+                return
+            if self.slots.references(node.slot) == 1:  # type: ignore[arg-type]  # it has one
+                self._forget_snapshot(node)
+
+    def evict_pages(self, wanted: int) -> None:
+        """Forget the least recently used leaves until `wanted` pages are free or none is left to forget.
+
+        Pages that a sequence is using are not freed by forgetting them; they are kept.
+        """
+        heap = [(n.used, i, n) for i, n in enumerate(self._nodes()) if self._is_evictable(n)]
+        heapq.heapify(heap)
+        order = count(len(heap))
+        while heap and self.pages.num_free < wanted:
+            node = heapq.heappop(heap)[2]
+            parent = node.parent
+            self._remove(node)
+            if parent is not None and self._is_evictable(parent):
+                heapq.heappush(heap, (parent.used, next(order), parent))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for node in list(self._nodes()):
+            self._let_go(node)
+            if node.slot is not None:
+                self.slots.release([node.slot])
+        self._snapshots.clear()
+        for root in self._roots.values():
+            root.children.clear()
+            root.tails.clear()
+
+    def held_pages(self) -> Iterator[int]:
+        return (node.page for node in self._nodes())
+
+    def held_slots(self) -> Iterator[int]:
+        return (node.slot for node in self._nodes() if node.slot is not None)
+
+    def check_integrity(self) -> None:
+        """Assert that nodes, snapshots and keys agree with one another."""
+        nodes = list(self._nodes())
+        assert self._held == Counter(n.page for n in nodes), "the count of pages is wrong"
+        assert {n for n in nodes if n.slot is not None} == self._snapshots, "the set of snapshots is wrong"
+        for node in nodes:
+            assert node.parent is not None, "a node hangs below its parent"
+            is_tail = len(node.tokens) < self.page_size
+            family = node.parent.tails if is_tail else node.parent.children
+            assert family.get(node.tokens) is node, "a node stands under its own tokens"
+            assert not (is_tail and (node.children or node.tails or node.slot is None)), (
+                "a tail is only a snapshot"
+            )
+
+    def _is_evictable(self, node: Node) -> bool:
+        leaf = node.parent is not None and not node.children and not node.tails
+        alone = leaf and self.pages.references(node.page) == self._held[node.page]
+        return alone and (node.slot is None or self.slots.references(node.slot) == 1)
+
+    def _new_node(self, tokens: Tokens, page: int, parent: Node) -> Node:
+        self.pages.share([page])
+        self._held[page] += 1
+        return Node(tokens, page, parent)
+
+    def _let_go(self, node: Node) -> None:
+        self.pages.release([node.page])
+        self._held[node.page] -= 1
+        if not self._held[node.page]:
+            del self._held[node.page]
+
+    def _remove(self, node: Node) -> None:
+        assert node.parent is not None, "a root is never removed"
+        family = node.parent.tails if len(node.tokens) < self.page_size else node.parent.children
+        del family[node.tokens]
+        self._let_go(node)
+        if node.slot is not None:
+            self.slots.release([node.slot])
+            self._snapshots.discard(node)
+
+    def _forget_snapshot(self, node: Node) -> None:
+        if len(node.tokens) < self.page_size:  # a tail is nothing without it
+            self._remove(node)
+            return
+        assert node.slot is not None, "it is among the snapshots"
+        self.slots.release([node.slot])
+        node.slot = None
+        self._snapshots.discard(node)
+
+    def _nodes(self) -> Iterator[Node]:
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            if node.parent is not None:
+                yield node
+            stack += [*node.children.values(), *node.tails.values()]
+
+
+@dataclass
+class _Path:
+    """Full pages that match, and how many of them lie before the deepest snapshot."""
+
+    nodes: list[Node]
+    snapshot: int

@@ -1,0 +1,185 @@
+"""The table of commands: each parses its arguments and hands the work on.
+
+Answers go to stdout, everything else to stderr.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import __version__
+from .convert import app as convert_app
+from .eval import evals
+from .options import Device, EngineOptions, Json, Model, Quiet, SamplingOptions, Seed, with_options
+from .train import app as train_app
+
+if TYPE_CHECKING:
+    from ..engine import Generation, Reading
+
+_SHOWN = 5  # entries of a folder that are named when they were skipped; --json has them all
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Read very long documents with hybrid sparse/linear models.",
+)
+
+benches = typer.Typer(rich_markup_mode=None, help="Measure speed and memory on this machine.")
+app.add_typer(benches, name="bench")
+app.add_typer(evals, name="eval")
+app.add_typer(convert_app, name="convert")
+app.add_typer(train_app, name="train")
+
+
+@app.command()
+@with_options
+def ask(
+    documents: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DOC...",
+            help="Files (text, source code, Markdown, PDF), directories, pipes, or - for stdin.",
+        ),
+    ],
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    model: Model = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask a question about documents of any length."""
+    from ..engine import ask as run
+    from ..engine import check_text, read_documents
+
+    chosen = sampling.checked()
+    check_text("the question", question.strip())
+    reading = read_documents(documents)
+    if not quiet and not as_json:
+        _note(reading)
+    result = run(engine.load(model, quiet), reading.documents, question, chosen, quiet=quiet)
+    if as_json:
+        record = result.as_dict()
+        record["notes"] = reading.notes + record["notes"]
+        record["skipped"] = [{"name": s.name, "reason": s.reason} for s in reading.skipped]
+        print(json.dumps({"answer": record.pop("text"), **record}, ensure_ascii=False))
+        return
+    print(result.text)
+    if not quiet:
+        _measurements(result)
+
+
+@app.command()
+@with_options
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or - for stdin.")],
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+    model: Model = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a text, printing it as it comes."""
+    from ..engine import check_text, read_documents
+    from ..engine import generate as run
+
+    chosen = sampling.checked()
+    if prompt == "-":
+        reading = read_documents(["-"])
+        text, notes = reading.documents[0].text, reading.notes
+    else:
+        text, notes = prompt, []
+    check_text("the prompt", text)
+    loaded = engine.load(model, quiet)
+    result = run(loaded, loaded.encode(text), chosen, stream=not as_json, quiet=quiet)
+    result.notes = notes + result.notes
+    if as_json:
+        record = result.as_dict()
+        print(json.dumps({"text": record.pop("text"), **record}, ensure_ascii=False))
+    elif not quiet:
+        _measurements(result)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=2048, max=4 << 20, help="Length of the document.")] = 32768,
+    seed: Seed = None,
+) -> None:
+    """Hide a fact in the standard library's sources, ask for it, and time a full-attention twin beside."""
+    from ..bench.demo import run
+
+    run(tokens, seed)
+
+
+@benches.command()
+def ops(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="16K tokens and no whole models: a minute on two cores.")
+    ] = False,
+    million: Annotated[
+        bool,
+        typer.Option("--million", help="Also a million tokens through each op and the shipped model (CPU)."),
+    ] = False,
+    device: Device = "auto",
+    rows: Annotated[Path, typer.Option(help="CSV file the rows are added to.")] = Path(
+        "benchmarks/results.csv"
+    ),
+) -> None:
+    """Time the attention ops against their peers, after checking their results; the last line on stdout is
+    JSON."""
+    from ..bench.ops import run
+
+    run(quick, device, rows, million)
+
+
+def _note(reading: "Reading") -> None:
+    """Say on stderr what was left out of the documents, before the long work begins."""
+    for note in reading.notes:
+        print(f"note: {note}", file=sys.stderr)
+    for skipped in reading.skipped[:_SHOWN]:
+        print(f"note: skipped {skipped.name}: {skipped.reason}", file=sys.stderr)
+    more = len(reading.skipped) - _SHOWN
+    if more > 0:
+        print(f"note: and {more:,} more skipped (--json lists them all)", file=sys.stderr)
+
+
+def _measurements(result: "Generation") -> None:
+    """Print what a generation cost to stderr; how it attended was logged, and shown, as it began."""
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    rate = result.decode_tokens_per_second
+    decode = "" if rate is None else f", then {rate:,.1f} tokens/s"
+    print(
+        f"{result.prompt_tokens:,} tokens read, first token after {result.time_to_first_token:.2f} s "
+        f"({result.prefill_tokens_per_second:,.0f} tokens/s){decode}; cache "
+        f"{result.cache_bytes / 2**20:,.1f} MiB, peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB",
+        file=sys.stderr,
+    )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    _help_alone(context)
+
+
+@benches.callback(invoke_without_command=True)
+def _help_alone(context: typer.Context) -> None:
+    """A group without a command: its help, and the exit code of bad input."""
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)

@@ -1,0 +1,142 @@
+"""The options that several commands take, each written once.
+
+An option alone is an annotated type. Options that always come together are a dataclass: a command decorated
+with `with_options` asks for the dataclass, and typer sees its fields as if they stood in the signature.
+"""
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from ..engine import Engine, SamplingParams
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result and its measurements as one JSON object.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub name of a MiniCPM-SALA checkpoint. Default: the small model that ships here."
+    ),
+]
+Plan = Annotated[bool, typer.Option("--plan", help="Print what would be run and stop.")]
+Quiet = Annotated[bool, typer.Option(help="Only the result: no progress bars, no plan, no notes.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with a run that was stopped; the other options as before.")
+]
+
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of what is drawn at random.")]
+
+
+@dataclass
+class EngineOptions:
+    """How a checkpoint is loaded and how it attends."""
+
+    attention_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (dense below the model's dense_len, sparse from there), dense or sparse. "
+            "Default: what the checkpoint says."
+        ),
+    ] = None
+    block_search: Annotated[
+        str | None,
+        typer.Option(
+            help="How sparse layers look for blocks: exact, or hierarchical for contexts near a million "
+            "tokens. Default: what the checkpoint says."
+        ),
+    ] = None
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Device = "auto"
+
+    def load(self, model: str | None, quiet: bool) -> "Engine":
+        """The engine of a checkpoint (None: the small one); without progress bars and notes if `quiet`."""
+        from huggingface_hub.utils import disable_progress_bars
+
+        from ..engine import load_engine
+
+        if model is not None and not model.strip():
+            raise ValueError("--model is empty: name a checkpoint folder or a hub name, or omit it")
+        if quiet:
+            disable_progress_bars()
+            logging.getLogger("opensala").setLevel(logging.ERROR)
+        return load_engine(
+            model,
+            device=self.device,
+            dtype=self.dtype,
+            attention_mode=self.attention_mode,
+            block_search=self.block_search,
+        )
+
+
+@dataclass
+class SamplingOptions:
+    """How tokens are chosen."""
+
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens that together have this probability.")
+    ] = 1.0
+    top_k: Annotated[int, typer.Option(help="Sample from so many most likely tokens; 0 for all.")] = 0
+    seed: Seed = None
+    speculate: Annotated[
+        int,
+        typer.Option(help="Tokens to draft at most by prompt lookup; the text stays the same. 0 for none."),
+    ] = 8
+
+    def checked(self) -> "SamplingParams":
+        """The engine's form of them; ValueError for one out of range."""
+        from ..engine import SamplingParams
+
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be at least 1, got {self.max_new_tokens}")
+        return SamplingParams(
+            max_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            speculate=self.speculate,
+        )
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, with the fields of its dataclass parameters in their place in the signature."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if is_dataclass(parameter.annotation)
+    }
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        parameters += _fields(groups[name]) if name in groups else [parameter]
+
+    @functools.wraps(command)
+    def expanded(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    expanded.__dict__["__signature__"] = signature.replace(parameters=keyword)
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
+
+
+def _fields(group: Any) -> list[inspect.Parameter]:
+    types = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=types[field.name]
+        )
+        for field in fields(group)
+    ]

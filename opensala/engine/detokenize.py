@@ -1,0 +1,78 @@
+"""From tokens to text as it comes: characters that are cut between tokens, and texts at which an answer ends.
+
+A character may take several tokens, and a tokenizer may write a token differently at the beginning of a text;
+so a token's text is the difference between decoding the last few tokens with and without it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+_CUT = "\ufffd"  # what an unfinished character decodes to
+
+
+class Detokenizer:
+    """The text of one answer.
+
+    Args:
+        tokenizer: of transformers; None for an engine without one, whose texts are empty.
+        stop: texts at which the answer ends; the first one found is cut off, with what is behind it.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokens: list[int] = []
+        self._start = self._read = 0  # tokens before `start` are decoded for good; up to `read`, as context
+        self.text = ""  # decoded so far
+        self._given = 0  # characters of it that were handed out
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Take the next token; returns the text that is certain now. After it, `stopped` says whether a stop
+        text came."""
+        if self._tokenizer is None or self.stopped:
+            return ""
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._start : self._read])
+        now = self._decode(self._tokens[self._start :])
+        if now.endswith(_CUT):
+            return ""
+        self.text += now[len(before) :]
+        self._start, self._read = self._read, len(self._tokens)
+        return self._certain()
+
+    def finish(self) -> str:
+        """The rest of the text, an unfinished character at its end included."""
+        if self._tokenizer is not None and not self.stopped:
+            before = self._decode(self._tokens[self._start : self._read])
+            self.text += self._decode(self._tokens[self._start :])[len(before) :]
+            self._start = self._read = len(self._tokens)
+            self._cut_at_stop()
+        return self._hand_out(len(self.text))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+
+    def _certain(self) -> str:
+        self._cut_at_stop()
+        return self._hand_out(len(self.text) - (0 if self.stopped else self._held_back()))
+
+    def _cut_at_stop(self) -> None:
+        """End the text before the first stop text; none begins in what was handed out, for its beginning is
+        held back."""
+        found = [place for stop in self._stop if (place := self.text.find(stop, self._given)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _held_back(self) -> int:
+        """Characters at the end that may be the beginning of a stop text."""
+        most = 0
+        for stop in self._stop:
+            for size in range(min(len(stop) - 1, len(self.text)), most, -1):
+                if self.text.endswith(stop[:size]):
+                    most = size
+                    break
+        return most
+
+    def _hand_out(self, end: int) -> str:
+        some, self._given = self.text[self._given : end], max(self._given, end)
+        return some

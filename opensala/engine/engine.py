@@ -1,0 +1,573 @@
+"""The engine: sequences come, are computed together step by step, say what they got, and leave.
+
+`Engine.add` takes a request, `Engine.step` computes one step for all of them and returns what there is to
+say, `Engine.abort` ends one. It prints nothing, draws no bar and seeds nothing global. What a request gets
+does not
+depend on the others: on a CPU in float32, bit for bit.
+"""
+
+import itertools
+from array import array
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import Pool
+from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from ..model.storage import CacheStorage, cache_sizes
+from .detokenize import Detokenizer
+from .memory import cache_budget
+from .request import (
+    Completion,
+    FinishReason,
+    SamplingParams,
+    Sequence,
+    Status,
+    TokenEvent,
+    as_token_ids,
+)
+from .runner import Runner
+from .sampler import Choice, check_finite, choose, log_probabilities
+from .scheduler import Limits, Scheduler, Step, Work
+from .speculate import Drafter
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Bounds of an engine, fixed when it is made.
+
+    Attributes:
+        max_batch_tokens: tokens computed in one step; a longer prompt is read in chunks.
+        max_running: sequences that hold memory at a time; more wait.
+        memory_bytes: for keys, values and states; None for most of what is free on the device.
+        max_cached_tokens: for keys and values, instead of a share of `memory_bytes`.
+        max_snapshots: states kept beside the running ones; None for a tenth of the memory.
+        snapshot_interval: tokens of a prompt between states that are kept for later; None lets the memory
+            decide, 0 keeps those at the ends of documents and turns and where texts part only.
+        min_shared: prompts that begin with so many equal tokens share the reading of them.
+        speculate: tokens to draft at most by prompt lookup, for requests that do not say.
+    """
+
+    max_batch_tokens: int = 4096
+    max_running: int = 16
+    memory_bytes: int | None = None
+    max_cached_tokens: int | None = None
+    max_snapshots: int | None = None
+    snapshot_interval: int | None = None
+    min_shared: int = 64
+    speculate: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"max_batch_tokens": 1, "max_running": 1, "min_shared": 1, "speculate": 0}
+        least |= {"memory_bytes": 1, "max_cached_tokens": 1, "max_snapshots": 0, "snapshot_interval": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is None and EngineOptions.__dataclass_fields__[name].default is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+
+
+@dataclass(eq=False)
+class _Request:
+    """What the engine keeps beside a sequence."""
+
+    sequence: Sequence
+    detokenizer: Detokenizer
+    completion: Completion
+    generator: torch.Generator | None
+    drafter: Drafter | None
+    targets: array  # of the prompt's tokens to score: what follows each place
+    numbers: list[float] = field(default_factory=list)
+
+    def number(self, place: int) -> float | None:
+        """What the answer's token at `place` is drawn with, the same however often it is asked for; None if
+        greedy."""
+        if self.generator is None:
+            return None
+        while len(self.numbers) <= place:
+            self.numbers.append(float(torch.rand((), generator=self.generator, dtype=torch.float64)))
+        return self.numbers[place]
+
+
+class Engine:
+    """A model with the memory of its sequences.
+
+    Args:
+        model: a MiniCPM-SALA model; it is put into evaluation mode.
+        tokenizer: of transformers, for texts; None for token ids only.
+        options: bounds.
+        name: what to call the model in messages.
+
+    Raises:
+        ValueError: there is not even memory for one page and the states of one sequence.
+    """
+
+    def __init__(
+        self,
+        model: MiniCPMSALAForCausalLM,
+        tokenizer: Any = None,
+        options: EngineOptions | None = None,
+        *,
+        name: str = "model",
+    ) -> None:
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.options = options or EngineOptions()
+        self.config: MiniCPMSALAConfig = model.config
+        self.config.check()
+        self.device, self.dtype = model.device, model.dtype
+        pages, slots = self._pool_sizes()
+        page_size = self.config.block_spec.block_size
+        self.storage = CacheStorage(self.config, pages, slots, self.dtype, model.model.layer_devices())
+        interval = self.options.snapshot_interval
+        limits = Limits(
+            max_batch_tokens=self.options.max_batch_tokens,
+            max_running=self.options.max_running,
+            snapshot_interval=self._interval() if interval is None else interval,
+            min_shared=self.options.min_shared,
+        )
+        self.scheduler = Scheduler(Pool(pages, "pages"), Pool(slots, "state slots"), page_size, limits)
+        self.runner = Runner(model, self.storage)
+        self.end_ids = _end_ids(model)
+        self._requests: dict[str, _Request] = {}
+        self._numbers = itertools.count()
+
+    def _pool_sizes(self) -> tuple[int, int]:
+        options, (page, slot) = self.options, cache_sizes(self.config, self.dtype)
+        size = self.config.block_spec.block_size
+        budget = options.memory_bytes or cache_budget(self.device)
+        running = 2 * options.max_running + 2
+        kept = options.max_snapshots
+        if kept is None:
+            kept = min(1024, max(16, budget // 10 // max(1, slot)))
+        pages = (budget - (running + kept) * slot) // max(1, page)
+        if options.max_cached_tokens is not None:
+            pages = -(-options.max_cached_tokens // size) + 1
+        most = 16 * max(1 << 20, self.config.max_position_embeddings) // size
+        if pages < 2:
+            raise ValueError(
+                f"{budget:,} bytes are available for texts on {self.device.type}, which hold none: a page "
+                f"takes {page:,} bytes and the states of "
+                f"{options.max_running} "
+                f"sequences {running * slot:,}; allow more memory or fewer sequences at a time"
+            )
+        return min(pages, most), running + kept
+
+    def _interval(self) -> int:
+        page, slot = cache_sizes(self.config, self.dtype)
+        as_many = self.config.block_spec.block_size * slot // max(1, page)  # tokens whose pages weigh as much
+        return max(8192, 4 * as_many)
+
+    # --- requests ---
+
+    @property
+    def capacity(self) -> int:
+        """Tokens, prompt and answer, that one request can have."""
+        return (self.scheduler.pages.size - 1) * self.config.block_spec.block_size
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a raw prompt."""
+        if self.tokenizer is None:
+            raise ValueError("this engine has no tokenizer: give token ids")
+        return self.tokenizer(text)["input_ids"]
+
+    def check_prompt(self, tokens: int, new_tokens: int) -> list[str]:
+        """Refuse a prompt that memory cannot hold; return remarks the user should see.
+
+        Raises:
+            ValueError: with what is needed, what there is, and what to change.
+        """
+        total = tokens + new_tokens
+        if total > self.capacity:
+            page = cache_sizes(self.config, self.dtype).page
+            needed = (-(-total // self.config.block_spec.block_size) + 1) * page
+            raise ValueError(
+                f"a prompt of {tokens:,} tokens and an answer of up to {new_tokens:,} need {needed:,} "
+                "bytes of cache "
+                f"on {self.device.type}, the engine has {self.scheduler.pages.size * page:,} "
+                f"({self.capacity:,} tokens): "
+                "shorten the document, free memory, or use a smaller dtype"
+            )
+        limit = self.config.max_position_embeddings
+        if total > limit:
+            return [f"the prompt and its answer take {total:,} tokens; the model was made for {limit:,}"]
+        return []
+
+    def add(
+        self,
+        prompt: SequenceOf[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        marks: SequenceOf[int] = (),
+    ) -> str:
+        """Take a request; its tokens come with later steps.
+
+        Args:
+            prompt: token ids.
+            params: how to continue it; greedily by default.
+            request_id: its name; a number by default.
+            marks: places in the prompt (ends of documents or turns) from which later prompts may continue.
+
+        Returns:
+            The request's id.
+
+        Raises:
+            ValueError: an empty prompt, unknown token ids, a prompt longer than the memory, an id in use,
+                marks outside the prompt, stop texts without a tokenizer, a place to score from that is not in
+                the prompt.
+        """
+        params = params or SamplingParams()
+        ids = as_token_ids(prompt, self.config.vocab_size)
+        request_id = f"request-{next(self._numbers)}" if request_id is None else request_id
+        if request_id in self._requests:
+            raise ValueError(f"request id {request_id!r} is in use: give each request its own")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop texts need a tokenizer; use stop_token_ids")
+        if params.logprobs > self.config.vocab_size:
+            raise ValueError(
+                f"logprobs must be at most {self.config.vocab_size} (the vocabulary), got {params.logprobs}"
+            )
+        wrong = [m for m in marks if not 0 < m <= len(ids)]
+        if wrong:
+            raise ValueError(f"marks must lie within the prompt, 1 to {len(ids)}, got {wrong[0]}")
+        targets = array("i")
+        if params.score_from is not None:
+            if params.score_from >= len(ids):
+                raise ValueError(
+                    f"score_from must be below the prompt's {len(ids)} tokens, got {params.score_from}"
+                )
+            if params.max_tokens:
+                raise ValueError(
+                    "a request either scores its prompt (max_tokens=0) or continues it, not both"
+                )
+            targets, ids = ids[1:], ids[:-1]  # the last token is only predicted
+        self.check_prompt(len(ids), params.max_tokens)
+        sequence = Sequence(
+            request_id, ids, len(ids), params, self.config.attention_rule, next(self._numbers)
+        )
+        sequence.marks = sorted({m for m in marks if m <= len(ids)})
+        drafts = self.options.speculate if params.speculate is None else params.speculate
+        self._requests[request_id] = _Request(
+            sequence,
+            Detokenizer(self.tokenizer, params.stop),
+            Completion(request_id),
+            None if params.is_greedy else _generator(params.seed),
+            Drafter(drafts) if drafts and params.max_tokens else None,
+            targets,
+        )
+        self.scheduler.add(sequence)
+        return request_id
+
+    def abort(self, request_id: str) -> TokenEvent:
+        """End a request now; its memory is free at once.
+
+        Raises:
+            ValueError: no such request is running or waiting.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            raise ValueError(f"no request {request_id!r} is running or waiting: it ended, or it never was")
+        return self._end(request, FinishReason.ABORT)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    def tokens_read(self, request_id: str) -> int:
+        """How many tokens of a request's prompt are at hand or read so far."""
+        sequence = self._requests[request_id].sequence
+        return min(sequence.num_cached, sequence.num_prompt)
+
+    # --- a step ---
+
+    def step(self) -> list[TokenEvent]:
+        """Compute one step for all requests; returns what there is to say, in the order of their arrival.
+
+        An interruption (Ctrl-C, out of memory) leaves every request as it was before the step.
+        """
+        for request in self._requests.values():
+            self._draft(request)
+        step = self.scheduler.schedule()
+        if not step.works:
+            assert not self.has_work, "a sequence that is alone always fits"
+            return []
+        try:
+            hidden = self.runner.run(step)
+            plans = self._choose(step, hidden)
+            rewound = [(work, kept) for work, _, kept in plans if kept < work.count]
+            if rewound:
+                self.runner.rewind(step, rewound)
+        except BaseException:
+            self.scheduler.discard(step)
+            raise
+        return [event for work, results, kept in plans for event in self._apply(work, results, kept)]
+
+    def _draft(self, request: _Request) -> None:
+        sequence = request.sequence
+        if request.drafter is None or sequence.status is not Status.RUNNING or sequence.num_pending != 1:
+            return
+        room = sequence.room - sequence.num_tokens - 1
+        sequence.draft = request.drafter.propose(sequence.tokens, room) if room > 0 else []
+
+    def _choose(self, step: Step, hidden: Tensor) -> list[tuple[Work, "_Results", int]]:
+        """For each work what its sequence gets, and how many of its tokens stay computed."""
+        rows, first, wanted = [], 0, []
+        for work in step.works:
+            if work.completes and work.sequence.params.max_tokens:
+                wanted.append(work)
+                rows.append(torch.arange(first + work.count - work.drafted - 1, first + work.count))
+            first += work.count
+        results = {id(work): _Results() for work in step.works}
+        if wanted:
+            logits = self.runner.logits(hidden[torch.cat(rows).to(hidden.device)])
+            self._choose_tokens(wanted, logits, results)
+        first = 0
+        for work in step.works:
+            if self._requests[work.sequence.request_id].targets:
+                self._score(work, hidden[first : first + work.count], results[id(work)])
+            first += work.count
+        plans = []
+        for work in step.works:
+            found = results[id(work)]
+            surplus = max(0, len(found.choices) - 1) if work.completes else work.drafted
+            plans.append((work, found, work.count - work.drafted + surplus))
+        return plans
+
+    def _choose_tokens(self, works: list[Work], logits: Tensor, results: dict[int, "_Results"]) -> None:
+        """Tokens of the works that complete, from logits `[R, V]` of the places behind which one is
+        wanted."""
+        finite, likely, logprobs = (
+            check_finite(logits).tolist(),
+            logits.argmax(-1).tolist(),
+            log_probabilities(logits),
+        )
+        first = 0
+        for work in works:
+            sequence, found = work.sequence, results[id(work)]
+            request = self._requests[sequence.request_id]
+            text = list(sequence.tokens) if sequence.params.has_penalties else []
+            for i in range(work.drafted + 1):
+                row = first + i
+                if not finite[row]:
+                    found.error = (
+                        f"the model's output behind token {sequence.num_tokens + i} is not finite (NaN or "
+                        "infinity): "
+                        "its weights are damaged, or its dtype overflows; try dtype float32"
+                    )
+                    break
+                number = request.number(len(sequence.tokens) - sequence.num_prompt + i)
+                plain = number is None and not sequence.params.has_penalties
+                token = likely[row] if plain else choose(logits[row], sequence, text, number)
+                found.choices.append(_choice(token, logprobs[row], sequence.params.logprobs))
+                text.append(token)
+                if self._ends(sequence, token, len(found.choices)):
+                    break
+                if i < work.drafted and sequence.draft[i] != token:
+                    break
+            first += work.drafted + 1
+
+    def _ends(self, sequence: Sequence, token: int, new: int) -> bool:
+        params = sequence.params
+        if token in params.stop_token_ids or (token in self.end_ids and not params.ignore_eos):
+            return True
+        return sequence.num_tokens - sequence.num_prompt + new >= params.max_tokens
+
+    def _score(self, work: Work, hidden: Tensor, found: "_Results") -> None:
+        """Log-probabilities of prompt tokens that follow the places of this work; a few hundred rows at a
+        time."""
+        sequence = work.sequence
+        request = self._requests[sequence.request_id]
+        assert sequence.params.score_from is not None, "only such requests have targets"
+        begin = max(0, sequence.params.score_from - 1 - sequence.num_cached)
+        for start in range(begin, work.count, self.runner.rows_at_a_time):
+            end = min(work.count, start + self.runner.rows_at_a_time)
+            logits = self.runner.logits(hidden[start:end])
+            if not bool(check_finite(logits).all()):
+                found.error = (
+                    f"the model's output between tokens {sequence.num_cached + start} and "
+                    f"{sequence.num_cached + end} "
+                    "is not finite (NaN or infinity): its weights are damaged, or its dtype overflows"
+                )
+                return
+            targets = torch.tensor(request.targets[sequence.num_cached + start : sequence.num_cached + end])
+            logprobs = log_probabilities(logits).gather(1, targets.to(logits.device, torch.long)[:, None])[
+                :, 0
+            ]
+            right = logits.argmax(-1).cpu() == targets
+            found.scores += zip(logprobs.tolist(), right.tolist(), strict=True)
+
+    def _apply(self, work: Work, results: "_Results", kept: int) -> list[TokenEvent]:
+        """Make a work's outcome part of its sequence."""
+        sequence = work.sequence
+        request = self._requests[sequence.request_id]
+        if sequence.params.score_from is not None:  # a text that was put back is scored again
+            del request.completion.scores[max(0, sequence.num_cached - sequence.params.score_from + 1) :]
+            request.completion.scores += results.scores
+        self.scheduler.commit(work, kept)
+        if work.drafted and request.drafter is not None:
+            taken = max(0, len(results.choices) - 1)
+            request.drafter.learn(work.drafted, taken)
+        sequence.draft = []
+        events = []
+        for choice in results.choices:
+            sequence.tokens.append(choice.token)
+            events.append(self._event(request, choice))
+            if events[-1].finish_reason is not None:
+                return events
+        if results.error is not None:
+            return [*events, self._end(request, FinishReason.ERROR, results.error)]
+        if not sequence.params.max_tokens and not sequence.is_reading:
+            events.append(self._end(request, FinishReason.LENGTH))
+        return events
+
+    def _event(self, request: _Request, choice: Choice) -> TokenEvent:
+        """The event of one token; ends the request if the token does."""
+        sequence, done = request.sequence, request.completion
+        params = sequence.params
+        done.tokens.append(choice.token)
+        done.logprobs.append(choice.logprob)
+        done.top.append(choice.top)
+        reason, text = None, ""
+        if choice.token in params.stop_token_ids or (choice.token in self.end_ids and not params.ignore_eos):
+            reason = FinishReason.STOP
+        else:
+            text = request.detokenizer.add(choice.token)
+            if request.detokenizer.stopped:
+                reason = FinishReason.STOP
+            elif len(done.tokens) >= params.max_tokens:
+                reason = FinishReason.LENGTH
+        completion = None
+        if reason is not None:
+            last = self._end(request, reason)
+            text, completion = text + last.text, last.completion
+        return TokenEvent(sequence.request_id, choice.token, text, choice.logprob, choice.top, completion)
+
+    def _end(self, request: _Request, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        """End a request: give its memory back and say the rest of its text."""
+        sequence, done = request.sequence, request.completion
+        self.scheduler.finish(sequence, reason)
+        del self._requests[sequence.request_id]
+        rest = request.detokenizer.finish()
+        done.text, done.finish_reason, done.error = request.detokenizer.text, reason, error
+        done.reuse = sequence.reuse
+        if request.drafter is not None:
+            done.drafted, done.accepted = request.drafter.proposed, request.drafter.accepted
+        return TokenEvent(sequence.request_id, None, rest, completion=done)
+
+    # --- for callers that wait ---
+
+    def generate(
+        self,
+        prompts: SequenceOf[SequenceOf[int]],
+        params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        *,
+        marks: SequenceOf[SequenceOf[int]] | None = None,
+        on_event: Callable[[TokenEvent], None] | None = None,
+        on_read: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """Continue prompts, together, and wait for all of them.
+
+        Args:
+            prompts: token ids of each.
+            params: one for all, or one each.
+            marks: places of each prompt to keep for later prompts (see `add`).
+            on_event: called with every event.
+            on_read: called after each step with the number of prompt tokens that it read, or found at hand.
+
+        Raises:
+            ValueError: see `add`; a request of another caller is under way; a model's output is not finite.
+        """
+        if self._requests:
+            raise ValueError(
+                f"{len(self._requests)} other requests are under way: call step() for them first"
+            )
+        every = (
+            [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        )
+        places = marks or [()] * len(prompts)
+        done: dict[str, Completion] = {}
+        ids: list[str] = []
+        try:
+            for prompt, one, some in zip(prompts, every, places, strict=True):
+                ids.append(self.add(prompt, one, marks=some))
+            lengths = {i: self._requests[i].sequence.num_prompt for i in ids}
+            read = 0
+            while self.has_work:
+                for event in self.step():
+                    if event.completion is not None:
+                        done[event.request_id] = event.completion
+                    if on_event is not None:
+                        on_event(event)
+                at_hand = sum(lengths[i] if i in done else self.tokens_read(i) for i in ids)
+                if on_read is not None and at_hand > read:
+                    on_read(at_hand - read)
+                read = max(read, at_hand)
+        finally:
+            for request_id in ids:
+                if request_id in self._requests:  # an interruption, or a prompt that was refused
+                    self.abort(request_id)
+        for completion in done.values():
+            if completion.error is not None:
+                raise ValueError(completion.error)
+        return [done[i] for i in ids]
+
+    def stream(self, prompt: SequenceOf[int], params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+        """Continue one prompt, event by event; ends the request if the caller stops listening."""
+        request_id = self.add(prompt, params)
+        try:
+            while request_id in self._requests:
+                yield from (event for event in self.step() if event.request_id == request_id)
+        finally:
+            if request_id in self._requests:
+                self.abort(request_id)
+
+    def check_integrity(self) -> None:
+        """Assert that every page and slot belongs to exactly those that say so."""
+        self.scheduler.check_integrity()
+        assert {s.request_id for s in self.scheduler.sequences()} == set(self._requests), (
+            "requests went astray"
+        )
+
+
+@dataclass
+class _Results:
+    """What a step found for one sequence."""
+
+    choices: list[Choice] = field(default_factory=list)
+    scores: list[tuple[float, bool]] = field(default_factory=list)
+    error: str | None = None
+
+
+def _choice(token: int, logprobs: Tensor, count: int) -> Choice:
+    """A token with its log-probability, of all `[V]`, and the `count` most likely ones."""
+    top: tuple[tuple[int, float], ...] = ()
+    if count:
+        best = logprobs.topk(count)
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Choice(token, float(logprobs[token]), top)
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def _end_ids(model: MiniCPMSALAForCausalLM) -> frozenset[int]:
+    """Tokens at which a text ends: those of the generation config, as for transformers, else of the
+    config."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = model.config.eos_token_id if ends is None else ends
+    return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)

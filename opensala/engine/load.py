@@ -1,0 +1,101 @@
+"""From the name of a checkpoint to an engine."""
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from .engine import Engine, EngineOptions
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def shipped_model() -> Path:
+    """Folder of the small model that comes with the package."""
+    return Path(str(resources.files("opensala") / "assets" / "small"))
+
+
+def load_engine(
+    model: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attention_mode: str | None = None,
+    block_search: str | None = None,
+    options: EngineOptions | None = None,
+) -> Engine:
+    """Load a model with its tokenizer.
+
+    Args:
+        model: folder or hub name of a MiniCPM-SALA checkpoint; None for the shipped one.
+        device: `auto`, `cpu`, `cuda`, ...; `auto` takes a CUDA GPU if there is one.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU (half precision is
+            many times slower there) and bfloat16 elsewhere.
+        attention_mode: `auto`, `dense` or `sparse`; None for what the checkpoint says.
+        block_search: `exact` or `hierarchical`; None for what the checkpoint says.
+        options: bounds of the engine.
+
+    Raises:
+        ValueError: an unknown device or dtype, a checkpoint that is missing, broken or of another kind.
+    """
+    name = str(shipped_model()) if model is None else model
+    where = _device(device)
+    kind = _dtype(dtype, where)
+    config = _config(name)
+    if attention_mode is not None:
+        config.attention_mode = attention_mode
+    if block_search is not None:
+        config.block_search = block_search
+    config.check()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: no usable tokenizer ({_first_line(error)})") from error
+    try:
+        weights = MiniCPMSALAForCausalLM.from_pretrained(name, config=config, dtype=kind).to(where)
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+    return Engine(weights, tokenizer, options, name=name)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: no CUDA GPU is usable here; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _config(name: str) -> MiniCPMSALAConfig:
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise ValueError(f"{name}: no such checkpoint folder (and not a hub name like owner/model)")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"{name}: no checkpoint to be found there ({_first_line(error)})") from error
+    if not isinstance(config, MiniCPMSALAConfig):
+        raise ValueError(
+            f"{name}: a {config.model_type} model; this command runs {MiniCPMSALAConfig.model_type} "
+            "checkpoints"
+        )
+    return config

@@ -1,0 +1,91 @@
+"""From a step of the scheduler to hidden states and logits: the one place where the engine meets the
+model."""
+
+from array import array
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model import MiniCPMSALAForCausalLM
+from ..model.batch import BatchRow, ForwardBatch
+from ..model.cache import advance_states
+from ..model.storage import CacheStorage
+from .graphs import DecodeGraphs
+from .scheduler import Step, Work
+
+_LOGITS_BYTES = 64 << 20  # of float32 logits at a time
+
+
+class Runner:
+    """Runs a model over pages and slots.
+
+    Args:
+        model: in evaluation mode.
+        storage: the memory of its sequences.
+    """
+
+    def __init__(self, model: MiniCPMSALAForCausalLM, storage: CacheStorage) -> None:
+        self.model, self.storage = model, storage
+        self.device = model.model.embed_tokens.weight.device
+        self.graphs = DecodeGraphs(model, storage)
+        self._batch: ForwardBatch | None = None
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> Tensor:
+        """Compute a step: normalised hidden states `[T, W]` of its tokens, work behind work."""
+        self.storage.copy_pages(step.copies)
+        ids, rows = array("i"), []
+        for work in step.works:
+            sequence = work.sequence
+            known = sequence.tokens[sequence.num_cached : sequence.num_cached + work.count]
+            ids += known + array("i", sequence.draft[: work.drafted])
+            pages = np.array(sequence.pages, np.int32)  # a view would keep the array from being cut
+            rows.append(
+                BatchRow(pages, sequence.num_cached, work.count, work.sparse, sequence.slot, work.slot)
+            )
+        record = any(work.drafted for work in step.works)
+        tokens = torch.tensor(ids, dtype=torch.int32).to(self.device)
+        x = self.model.model.embed_tokens(tokens)[None] * self.model.config.scale_emb
+        self.model.model.say_attention((work.sparse for work in step.works), x)
+        replayed = self.graphs.run(x, rows, record)
+        if replayed is not None:
+            hidden, self._batch = replayed
+            return hidden
+        self._batch = ForwardBatch.of(self.storage, rows, self.device, record=record)
+        return self.model.model.run_batch(x, self._batch)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[N, V]` from normalised hidden states `[N, W]`."""
+        return self.model.lm_head(hidden / self.model.config.logit_divisor)
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Rows of logits that may exist at a time."""
+        return max(16, _LOGITS_BYTES // (4 * self.model.config.vocab_size))
+
+    @torch.inference_mode()
+    def rewind(self, step: Step, kept: SequenceOf[tuple[Work, int]]) -> None:
+        """After a step with drafts: make the states of these works those behind their first so many tokens.
+
+        The recorded keys and values are run over the states from before the step, which gives the very bits
+        that
+        the shorter step would have given. Pages need nothing: what lies behind a text's end is written again.
+        """
+        batch = self._batch
+        assert batch is not None and batch.recorded is not None, "a step with drafts is recorded"
+        first, places, counts = 0, [], []
+        wanted = {id(work): count for work, count in kept}
+        for work in step.works:
+            if id(work) in wanted:
+                counts.append(wanted[id(work)])
+                places.append(torch.arange(first, first + counts[-1]))
+            first += work.count
+        where = torch.cat(places).to(self.device)
+        read = [work.sequence.slot for work in step.works if id(work) in wanted]
+        write = [work.slot for work in step.works if id(work) in wanted]
+        for layer, (k, v) in batch.recorded.items():
+            states = self.storage.states[layer]
+            advance_states(k[where], v[where], self.model.config, states, read, write, counts)

@@ -1,0 +1,122 @@
+"""The memory that sequences share: pages of keys and values, slots of recurrent states.
+
+A page is one selection block of one sequence: K, V and the compressed keys whose windows end in it, for every
+sparse layer. A slot is the float32 states of all Lightning layers at one position. Which page or slot belongs
+to whom is the business of `opensala.cache`; what is written into them that of the ops.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops import KVPages
+from .config import MiniCPMSALAConfig
+
+_AS_INTEGERS = {torch.bfloat16: np.dtype(np.uint16)}  # numpy has no such type
+
+
+class CacheSizes(NamedTuple):
+    """Bytes of one page and of one slot."""
+
+    page: int
+    slot: int
+
+
+def cache_sizes(config: MiniCPMSALAConfig, dtype: torch.dtype) -> CacheSizes:
+    """What a page and a slot of a model take, over all its layers."""
+    assert (
+        config.num_key_value_heads and config.head_dim and config.lightning_nh and config.lightning_head_dim
+    )
+    spec, layers = config.block_spec, config.num_hidden_layers
+    sparse = sum(config.is_sparse(i) for i in range(layers))
+    rows = 2 * spec.block_size + sum(_compressed_per_page(config))
+    page = sparse * rows * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return CacheSizes(page, (layers - sparse) * 4 * config.lightning_nh * config.lightning_head_dim**2)
+
+
+def _compressed_per_page(config: MiniCPMSALAConfig) -> tuple[int, int]:
+    spec = config.block_spec
+    return -(-spec.block_size // spec.kernel_stride), -(-spec.block_size // spec.coarse_stride)
+
+
+class CacheStorage:
+    """Pages and slots of one model on one device (or, where its layers are spread over several, on those).
+
+    On a CPU the memory is the operating system's zero pages until something is written, so that a large pool
+    costs what is used of it.
+
+    Args:
+        config: the model's configuration.
+        pages, slots: how many there are.
+        dtype: of keys and values; states are float32.
+        devices: the device of each layer, or one for all.
+    """
+
+    def __init__(
+        self,
+        config: MiniCPMSALAConfig,
+        pages: int,
+        slots: int,
+        dtype: torch.dtype,
+        devices: Sequence[torch.device] | torch.device,
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        layers = range(config.num_hidden_layers)
+        self.devices = [devices] * len(layers) if isinstance(devices, torch.device) else list(devices)
+        self.num_pages, self.num_slots = pages, slots
+        self.kv = {i: self._new_pages(self.devices[i], pages) for i in layers if config.is_sparse(i)}
+        self.states = {i: self._new_slots(self.devices[i], slots) for i in layers if not config.is_sparse(i)}
+
+    def _new_pages(self, device: torch.device, pages: int) -> KVPages:
+        config, size = self.config, self.config.block_spec.block_size
+        rows = (size, size, *_compressed_per_page(config))
+        assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
+        width = (config.num_key_value_heads, config.head_dim)
+        return KVPages(*(_zeros((pages, n, *width), self.dtype, device) for n in rows))
+
+    def _new_slots(self, device: torch.device, slots: int) -> Tensor:
+        config = self.config
+        assert config.lightning_nh and config.lightning_head_dim, "filled by the configuration"
+        shape = (slots, config.lightning_nh, config.lightning_head_dim, config.lightning_head_dim)
+        return _zeros(shape, torch.float64 if self.dtype == torch.float64 else torch.float32, device)
+
+    @property
+    def num_bytes(self) -> int:
+        sizes = cache_sizes(self.config, self.dtype)
+        return self.num_pages * sizes.page + self.num_slots * sizes.slot
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy pages, (from, to) each, in all layers."""
+        for pool in self.kv.values():
+            for tensor in pool:
+                for source, target in pairs:
+                    tensor[target].copy_(tensor[source])
+
+    def grow(self, pages: int, slots: int) -> None:
+        """Make room for more, keeping what there is: a copy of everything, where an engine never does
+        that."""
+        if pages > self.num_pages:
+            for i, old in self.kv.items():
+                new = self._new_pages(self.devices[i], pages)
+                for target, source in zip(new, old, strict=True):
+                    target[: self.num_pages] = source
+                self.kv[i] = new
+            self.num_pages = pages
+        if slots > self.num_slots:
+            for i, state in self.states.items():
+                larger = self._new_slots(self.devices[i], slots)
+                larger[: self.num_slots] = state
+                self.states[i] = larger
+            self.num_slots = slots
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # usable inside and outside of inference mode, whichever comes first
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=device)
+        if dtype in _AS_INTEGERS:
+            return torch.from_numpy(np.zeros(shape, _AS_INTEGERS[dtype])).view(dtype)
+        return torch.from_numpy(np.zeros(shape, str(dtype).removeprefix("torch.")))

@@ -1,0 +1,109 @@
+// Lightning attention for inference: the recurrence itself, token by token, over states that lie in slots.
+//
+// A token's output is one chain of multiply-adds over the rows of the state, and a row of the state one chain over the
+// tokens: the bits of both are the same however a sequence is cut into calls, whatever else is in the call, and
+// however many threads there are. For speed, a group of state rows is kept in registers while a block of tokens
+// passes; the sums of their outputs wait in cache for the next group.
+#include "replay.h"
+#include "gemm.h"
+
+namespace {
+
+constexpr int ROWS_HELD = W == 16 ? 8 : 4;  // state rows in registers at once
+constexpr int TOKENS = 64;                  // of a block
+constexpr int64_t SINGLE_WORK = 1 << 16;    // multiplications below which a second thread costs more than it saves
+
+struct Slots {
+  const float *q, *k, *v, *decay;
+  float *out, *states;  // [T, H, E], [slots, H, D, E]
+  const int32_t *bounds, *read, *write;
+  int64_t sequences, heads, dim, value_dim;
+  float scale;
+};
+
+// R rows of the state from `row` on, C vectors wide, walk over `count` tokens: state <- keep state + k v, out += q state.
+template <int R, int C>
+INLINE void walk(const float* q, const float* k, const float* v, int64_t token, int64_t value_token, int count, float keep,
+                 float* state, int64_t width, float* out) {
+  Vec held[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) held[r][c] = load(state + r * width + c * W);
+  for (int t = 0; t < count; ++t, q += token, k += token, v += value_token, out += width) {
+    Vec value[C], sum[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) value[c] = load(v + c * W), sum[c] = load(out + c * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vec key = splat(k[r]), query = splat(q[r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        held[r][c] = held[r][c] * keep + key * value[c];
+        sum[c] += query * held[r][c];
+      }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(out + c * W, sum[c]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(state + r * width + c * W, held[r][c]);
+}
+
+// One sequence and head, columns first ... first + width - 1 of values and state; width is a multiple of W, padded.
+template <int C>
+void run(const Slots& s, int64_t n, int64_t head, int64_t first, float* state, float* values, float* sums) {
+  constexpr int64_t width = C * W;
+  int64_t columns = std::min(width, s.value_dim - first), size = s.heads * s.dim * s.value_dim;
+  int64_t offset = head * s.dim * s.value_dim + first, token = s.heads * s.dim, value_token = s.heads * s.value_dim;
+  std::fill_n(state, s.dim * width, 0.0f);
+  if (s.read[n] >= 0)
+    for (int64_t d = 0; d < s.dim; ++d)
+      std::copy_n(s.states + s.read[n] * size + offset + d * s.value_dim, columns, state + d * width);
+  float keep = std::exp(-s.decay[head]);
+  for (int64_t t = s.bounds[n]; t < s.bounds[n + 1]; t += TOKENS) {
+    int count = int(std::min<int64_t>(TOKENS, s.bounds[n + 1] - t));
+    const float *q = s.q + t * token + head * s.dim, *k = s.k + t * token + head * s.dim;
+    const float* v = s.v + t * value_token + head * s.value_dim + first;
+    if (columns < width) std::fill_n(values, count * width, 0.0f);
+    for (int i = 0; i < count; ++i) std::copy_n(v + i * value_token, columns, values + i * width);
+    std::fill_n(sums, count * width, 0.0f);
+    int64_t d = 0;
+    for (; d + ROWS_HELD <= s.dim; d += ROWS_HELD)
+      walk<ROWS_HELD, C>(q + d, k + d, values, token, width, count, keep, state + d * width, width, sums);
+    for (; d < s.dim; ++d) walk<1, C>(q + d, k + d, values, token, width, count, keep, state + d * width, width, sums);
+    float* out = s.out + t * value_token + head * s.value_dim + first;
+    for (int i = 0; i < count; ++i)
+      for (int64_t c = 0; c < columns; ++c) out[i * value_token + c] = sums[i * width + c] * s.scale;
+  }
+  for (int64_t d = 0; d < s.dim; ++d)
+    std::copy_n(state + d * width, columns, s.states + s.write[n] * size + offset + d * s.value_dim);
+}
+
+}  // namespace
+
+// q, k `[T, H, D]`, v, out `[T, H, E]` contiguous; bounds `[N + 1]`; sequence n begins with slot read[n] of states
+// `[slots, H, D, E]` (-1: zeros) and leaves its last state in slot write[n].
+extern "C" void opensala_lightning_slots(const float* q, const float* k, const float* v, const float* decay, float* out,
+                                         float* states, const int32_t* bounds, const int32_t* read, const int32_t* write,
+                                         int64_t sequences, int64_t heads, int64_t dim, int64_t value_dim, float scale,
+                                         int64_t threads) {
+  Slots s{q, k, v, decay, out, states, bounds, read, write, sequences, heads, dim, value_dim, scale};
+  constexpr int WIDE = 2;
+  int64_t panel = value_dim > W ? WIDE * W : W, panels = (value_dim + panel - 1) / panel;
+  if (bounds[sequences] * heads * dim * value_dim < SINGLE_WORK) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Scratch state(dim * panel), values(TOKENS * panel), sums(TOKENS * panel);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < sequences * heads * panels; ++i) {
+      int64_t n = i / (heads * panels), head = i / panels % heads, first = i % panels * panel;
+      if (panel == W) run<1>(s, n, head, first, state.data, values.data, sums.data);
+      else run<WIDE>(s, n, head, first, state.data, values.data, sums.data);
+    }
+  }
+}
+
+REPLAYABLE(opensala_lightning_slots)

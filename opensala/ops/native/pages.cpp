@@ -1,0 +1,98 @@
+// New keys and values into their pages, and the compressed keys whose windows end among them.
+//
+// A compressed key is summed token by token in order, in float32, from the keys as the pages hold them: it has the same
+// bits however the tokens arrived.
+#include "replay.h"
+#include "pages.h"
+
+#include <vector>
+
+namespace {
+
+template <typename T>
+T narrow(float x) { return T(x); }
+template <>
+BFloat16 narrow(float x) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return {uint16_t(x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+
+// Some tokens, or some windows of one level, of one sequence.
+struct Piece {
+  int64_t sequence, level, first, last;
+};
+
+void cut(std::vector<Piece>& pieces, int64_t sequence, int64_t level, int64_t first, int64_t last, int64_t step) {
+  for (int64_t a = first; a < last; a += step) pieces.push_back({sequence, level, a, std::min(a + step, last)});
+}
+
+int64_t windows(int64_t length, int64_t size, int64_t stride) { return length < size ? 0 : (length - size) / stride + 1; }
+
+// Rows a ... b - 1 of x `[T, Hkv, D]` to rows of a sequence.
+template <typename T>
+void copy(const T* x, const Rows& to, int64_t to_head, int64_t to_row, int64_t a, int64_t b, int64_t heads, int64_t dim) {
+  for (int64_t t = a; t < b; ++t, ++to_row)
+    for (int64_t h = 0; h < heads; ++h)
+      std::copy_n(x + (t * heads + h) * dim, dim, const_cast<T*>(to.at<T>(to_row)) + h * to_head);
+}
+
+// Window j, of `size` tokens from j * stride on, of keys to row j of `to`.
+template <typename T>
+void mean(const Rows& keys, int64_t key_head, const Rows& to, int64_t to_head, int64_t j, int64_t size, int64_t stride,
+          int64_t heads, int64_t dim, float* sum) {
+  std::fill_n(sum, heads * dim, 0.0f);
+  for (int64_t i = j * stride; i < j * stride + size; ++i) {
+    const T* key = keys.at<T>(i);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t d = 0; d < dim; ++d) sum[h * dim + d] += widen(key[h * key_head + d]);
+  }
+  T* out = const_cast<T*>(to.at<T>(j));
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t d = 0; d < dim; ++d) out[h * to_head + d] = narrow<T>(sum[h * dim + d] / float(size));
+}
+
+}  // namespace
+
+// k `[T, Hkv, D]` and v `[T, Hkv, E]` have the pool's element type.
+extern "C" void opensala_store_kv(
+    const void* k, const void* v, void* keys, void* values, void* k1, void* k2, int64_t kind, const int32_t* cu_seqlens,
+    const int32_t* lengths, const int32_t* pages, int64_t sequences, int64_t table_width, int64_t kv_heads, int64_t dim,
+    int64_t value_dim, int64_t k_page, int64_t k_token, int64_t k_head, int64_t v_page, int64_t v_token, int64_t v_head,
+    int64_t k1_page, int64_t k1_window, int64_t k1_head, int64_t k2_page, int64_t k2_window, int64_t k2_head, int64_t size,
+    int64_t stride, int64_t kernel, int64_t threads) {
+  PageTable table{cu_seqlens, lengths, pages, nullptr, sequences, table_width};
+  std::vector<Piece> tokens, ends;
+  for (int64_t n = 0; n < sequences; ++n) {
+    int64_t before = lengths[n] - table.tokens(n);
+    cut(tokens, n, 0, before, lengths[n], 64);
+    for (int64_t level : {1, 4})
+      cut(ends, n, level, windows(before, level * kernel, level * stride), windows(lengths[n], level * kernel, level * stride), 16);
+  }
+  with_type(kind, [&](auto type) {
+    using T = decltype(type);
+#pragma omp parallel num_threads(threads) if (cu_seqlens[sequences] > 64)
+    {
+#pragma omp for schedule(dynamic, 1)
+      for (size_t i = 0; i < tokens.size(); ++i) {
+        auto [n, level, a, b] = tokens[i];
+        int64_t shift = cu_seqlens[n + 1] - lengths[n];  // from a token's position to its place in the call
+        copy(static_cast<const T*>(k), table.rows(n, keys, kind, k_page, k_token, size), k_head, a, a + shift, b + shift, kv_heads, dim);
+        copy(static_cast<const T*>(v), table.rows(n, values, kind, v_page, v_token, size), v_head, a, a + shift, b + shift, kv_heads, value_dim);
+      }
+      std::vector<float> sum(kv_heads * dim);
+#pragma omp for schedule(dynamic, 1)
+      for (size_t i = 0; i < ends.size(); ++i) {
+        auto [n, level, a, b] = ends[i];
+        int64_t length = level * kernel, step = level * stride;
+        Rows from = table.rows(n, keys, kind, k_page, k_token, size);
+        Rows to = level == 1 ? table.rows(n, k1, kind, k1_page, k1_window, size, step, length - 1)
+                             : table.rows(n, k2, kind, k2_page, k2_window, size, step, length - 1);
+        for (int64_t j = a; j < b; ++j)
+          mean<T>(from, k_head, to, level == 1 ? k1_head : k2_head, j, length, step, kv_heads, dim, sum.data());
+      }
+    }
+  });
+}
+
+REPLAYABLE(opensala_store_kv)

@@ -1,0 +1,129 @@
+"""The scheduler without a model: random operations leave every page and slot with exactly those that say
+so."""
+
+import random
+from array import array
+
+import pytest
+
+from opensala.cache import Pool
+from opensala.engine.request import FinishReason, SamplingParams, Sequence, Status
+from opensala.engine.scheduler import Limits, Scheduler
+
+from ..conftest import tiny_config
+
+PAGE = 16
+RULE = tiny_config().attention_rule  # blocks of 16 tokens, sparse from 64 on
+
+
+def scheduler(pages=40, running=4, budget=50, snapshots=6, interval=0):
+    limits = Limits(max_batch_tokens=budget, max_running=running, snapshot_interval=interval, min_shared=8)
+    return Scheduler(Pool(pages, "pages"), Pool(2 * running + 2 + snapshots, "state slots"), PAGE, limits)
+
+
+def sequence(tokens, arrival, max_tokens=10):
+    return Sequence(
+        str(arrival), array("i", tokens), len(tokens), SamplingParams(max_tokens=max_tokens), RULE, arrival
+    )
+
+
+def finish_works(planned, step, rng=None, token=5):
+    """What the engine does behind a step: keep some of the drafts, append a token where one was wanted."""
+    for work in list(step.works):
+        accepted = rng.randint(0, work.drafted) if rng else work.drafted
+        drafts, completes = work.sequence.draft[:accepted], work.completes
+        planned.commit(work, work.count - work.drafted + accepted)
+        work.sequence.tokens.extend(drafts)
+        if completes:
+            work.sequence.tokens.append(token)
+        work.sequence.draft = []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ten_thousand_random_operations(seed):
+    rng = random.Random(seed)
+    planned, alive, arrival = scheduler(pages=rng.choice([20, 40, 200]), interval=rng.choice([0, 32])), [], 0
+    texts = [[rng.randint(3, 90) for _ in range(200)] for _ in range(3)]
+    for _ in range(2500):
+        action = rng.random()
+        if action < 0.2 and len(alive) < 12:
+            text = rng.choice(texts)[: rng.randint(1, 120)] + [
+                rng.randint(3, 90) for _ in range(rng.randint(0, 40))
+            ]
+            alive.append(sequence(text, arrival, rng.randint(1, 60)))
+            arrival += 1
+            planned.add(alive[-1])
+        elif action < 0.3 and alive:
+            planned.finish(
+                alive.pop(rng.randrange(len(alive))), rng.choice([FinishReason.ABORT, FinishReason.ERROR])
+            )
+        else:
+            for one in alive:
+                if one.status is Status.RUNNING and one.num_pending == 1 and rng.random() < 0.5:
+                    room = one.room - one.num_tokens - 1
+                    one.draft = [7] * rng.randint(0, max(0, min(5, room)))
+            step = planned.schedule()
+            planned.check_integrity()
+            assert sum(work.count for work in step.works) <= planned.limits.max_batch_tokens
+            assert bool(step.works) == bool(alive)
+            if rng.random() < 0.1:
+                planned.discard(step)  # interrupted
+            else:
+                finish_works(planned, step, rng, token=rng.randint(3, 90))
+            for one in [s for s in alive if s.num_tokens >= s.room]:
+                planned.finish(one, FinishReason.LENGTH)
+                alive.remove(one)
+        planned.check_integrity()
+    for one in alive:
+        planned.finish(one, FinishReason.ABORT)
+    planned.check_integrity()
+    planned.tree.clear()
+    assert planned.pages.num_free == planned.pages.size and planned.slots.num_free == planned.slots.size
+
+
+def test_decoding_goes_beside_a_long_prompt():
+    planned = scheduler(pages=200)
+    planned.add(sequence(range(3, 13), 0))
+    finish_works(planned, planned.schedule())
+    planned.add(sequence(range(3, 90), 1, 5))
+    step = planned.schedule()
+    assert [(w.sequence.request_id, w.count) for w in step.works] == [("0", 1), ("1", 49)]
+
+
+def test_works_end_where_the_mode_changes():
+    """Drafts across dense_len are cut: a token is computed in one mode."""
+    planned, one = scheduler(), sequence([5] * 60, 0, 20)
+    planned.add(one)
+    modes = []
+    for _ in range(14):
+        if one.num_pending == 1:
+            one.draft = [5] * 6
+        step = planned.schedule()
+        for work in step.works:
+            modes += [(one.num_cached + i, work.sparse) for i in range(work.count)]
+        finish_works(planned, step)
+    assert modes == [(n, n >= 63) for n in range(len(modes))] and len(modes) > 70
+
+
+def test_the_youngest_gives_way():
+    planned = scheduler(pages=10, running=3, snapshots=0)
+    old, young = sequence([5] * 60, 0, 90), sequence([6] * 60, 1, 90)
+    planned.add(old)
+    planned.add(young)
+    for _ in range(60):
+        finish_works(planned, planned.schedule())
+        planned.check_integrity()
+    assert old.preemptions == 0 and young.preemptions >= 1 and old.num_tokens > 100
+
+
+def test_a_prompt_waits_for_the_reading_of_what_it_shares():
+    planned, text = scheduler(pages=200, budget=40), [n % 80 + 3 for n in range(100)]
+    planned.add(sequence([*text, 4], 0))
+    planned.add(sequence([*text, 5], 1))
+    shares = []
+    for _ in range(6):
+        step = planned.schedule()
+        shares.append([(w.sequence.request_id, w.count) for w in step.works])
+        finish_works(planned, step)
+    assert shares[:3] == [[("0", 40)], [("0", 40)], [("0", 20)]]
+    assert sum(count for step in shares for name, count in step if name == "1") <= 4  # the rest was at hand
