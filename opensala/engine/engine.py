@@ -185,12 +185,11 @@ class Engine:
         if total > self.capacity:
             page = cache_sizes(self.config, self.dtype).page
             needed = (-(-total // self.config.block_spec.block_size) + 1) * page
+            answer = f" and an answer of up to {new_tokens:,} need" if new_tokens else " needs"
             raise ValueError(
-                f"a prompt of {tokens:,} tokens and an answer of up to {new_tokens:,} need {needed:,} "
-                "bytes of cache "
-                f"on {self.device.type}, the engine has {self.scheduler.pages.size * page:,} "
-                f"({self.capacity:,} tokens): "
-                "shorten the document, free memory, or use a smaller dtype"
+                f"a prompt of {tokens:,} tokens{answer} {needed:,} bytes of cache on {self.device.type}, the "
+                f"engine has {self.scheduler.pages.size * page:,} ({self.capacity:,} tokens): shorten the "
+                "document, free memory, or use a smaller dtype"
             )
         limit = self.config.max_position_embeddings
         if total > limit:

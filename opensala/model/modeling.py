@@ -168,7 +168,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        call = self._call(inputs_embeds, attention_mask, position_ids, cu_seqlens, cache)
+        call = self._call(inputs_embeds, attention_mask, position_ids, cu_seqlens, cache, bool(use_cache))
         cached = cache is not None or (use_cache if use_cache is not None else self.config.use_cache)
         if cached and call.packed:
             if use_cache:
@@ -253,11 +253,12 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         cache: SALACache | None,
+        use_cache: bool,
     ) -> "_Call":
         """What sequences a call holds, checked."""
         batch, length = embeds.shape[:2]
         if self.parallel is not None:
-            if cache is not None or attention_mask is not None:
+            if cache is not None or use_cache or attention_mask is not None:
                 raise ValueError(
                     "where sequences are split over ranks there is no cache and no padding: pass "
                     "use_cache=False "

@@ -313,7 +313,7 @@ def bad_input():
         "world": lambda: init_parallel(ParallelConfig(2, 4), device="cpu"),
         "cp": lambda: init_parallel(ParallelConfig(cp=3), device="cpu"),
         "labels": lambda: model(part["input_ids"], labels=part["input_ids"], use_cache=False),
-        "cache": lambda: model(part["input_ids"]),
+        "cache": lambda: model(part["input_ids"], use_cache=True),
         "mask": lambda: model(part["input_ids"], attention_mask=torch.ones(1, 80), use_cache=False),
         "tokens": lambda: share_of_loss(torch.zeros(()), 0.0, mesh),
         "model": lambda: context_parallel(torch.nn.Linear(2, 2), mesh),
