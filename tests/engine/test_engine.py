@@ -380,7 +380,7 @@ def test_ids_and_marks_are_checked():
 
 
 def test_engines_that_hold_nothing_are_refused():
-    with pytest.raises(ValueError, match="hold no text"):
+    with pytest.raises(ValueError, match="which hold none"):
         engine(memory_bytes=10, max_cached_tokens=None)
     for field, value in (("max_running", 0), ("max_batch_tokens", 1.5), ("snapshot_interval", -1)):
         with pytest.raises(ValueError, match=f"{field} must be a whole number"):
