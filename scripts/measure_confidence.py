@@ -2,9 +2,9 @@
 
     python scripts/measure_confidence.py [--documents 20] [--length 6000]
 
-Each document hides ten facts. It is asked for them, and for ten that are not in it. Rows go to benchmarks/confidence.csv; the table says, for each
-threshold of the least probability of an answer's tokens, how many wrong answers lie below it, and how many
-right ones.
+Each document hides ten facts. It is asked for them, and for ten that are not in it. Rows go to
+benchmarks/confidence.csv; the table says, for each threshold of the least probability of an answer's tokens,
+how many wrong answers lie below it, and how many right ones.
 """
 
 import csv
