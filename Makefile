@@ -1,7 +1,8 @@
 # make demo, make test: from a bare checkout to done. make check: style, types, direction of imports.
 # make test-oldest, make test-newest: what a dependency can break, with the oldest and newest versions that pyproject.toml allows.
 # make lock: renews the lock files, from which all of these install.
-# make gpu: tests, times and report of the GPU kernels, with the Python that has torch and Triton; OUT is where they go.
+# make gpu: tests, times and report of the GPU kernels, with the Python that has torch and Triton; OUT is where they go,
+# GPU holds options of scripts/gpu.py (GPU='--seconds 270').
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= benchmarks
@@ -70,7 +71,7 @@ lock: .venv/ready
 		--no-emit-package triton -o requirements-oldest.lock
 
 gpu:
-	$(PYTHON) scripts/gpu.py --output $(OUT)
+	$(PYTHON) scripts/gpu.py --output $(OUT) $(GPU)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist

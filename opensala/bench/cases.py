@@ -82,13 +82,6 @@ def time_lightning(
     }
     if best != "torch":
         works["torch"] = lambda: lightning_attention(q, k, v, decay, backend="torch")
-    if device.type == "cuda" and baselines.fla_installed():
-        theirs = baselines.simple_gla(q, k, v, decay)
-        works["fla simple_gla"] = theirs
-        report.note(
-            "fla simple_gla differs from ours by "
-            f"{_difference(theirs(), lightning_attention(q, k, v, decay)[0]):.1e}"
-        )
     timings = take_turns(works, device, budget)
     flops, moved = (
         counts.lightning_flops(tokens, heads, dim, dim),
@@ -138,7 +131,7 @@ def time_lightning(
     return timings[best].p50, timings["projections"].p50, backward
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def difference(a: Tensor, b: Tensor) -> float:
     """Norm of the difference over the norm of b."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
@@ -192,7 +185,7 @@ def time_sparse(
     device, spec, size = report.device, shape.spec, shape.spec.block_size
     q, k, v = shape.draw(device)
     blocks = select_blocks(q, k, spec, backend=best)
-    _check_rows(q, k, v, blocks, size, sparse_attention(q, k, v, blocks, size, backend=best))
+    check_rows(q, k, v, blocks, size, sparse_attention(q, k, v, blocks, size, backend=best))
     works: dict[str, Work] = {
         "select_blocks": lambda: select_blocks(q, k, spec, backend=best),
         "sparse_attention": lambda: sparse_attention(q, k, v, blocks, size, backend=best),
@@ -211,8 +204,6 @@ def time_sparse(
         "sparse_attention", best, ours["sparse_attention"], shape=str(shape), dtype=shape.dtype, flops=flops
     )
     dense = _time_dense(report, shape, q, k, v, budget, dense_most)
-    if device.type == "cuda" and baselines.fla_installed():
-        _time_fla(report, shape, q, k, v, blocks, budget)
     back = None
     if backward:
         back = _time_backward(
@@ -228,20 +219,20 @@ def time_sparse(
     return SparseSeconds(ours["select_blocks"].p50, ours["sparse_attention"].p50, dense, back)
 
 
-def _check_rows(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, out: Tensor) -> None:
+def check_rows(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, out: Tensor) -> None:
     """A few rows of the output against the reference implementation in float64, at the size that is timed."""
     tolerance = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[q.dtype]
-    for end in {1, 65, q.shape[1] // 2 + 1, q.shape[1]}:
+    for end in {1, min(65, q.shape[1]), q.shape[1] // 2 + 1, q.shape[1]}:
         row = slice(end - 1, end)
         wanted = sparse_attention(
-            q[:, row].double(),
-            k[:, :end].double(),
-            v[:, :end].double(),
-            blocks[:, row],
+            q[:, row].double().cpu(),
+            k[:, :end].double().cpu(),
+            v[:, :end].double().cpu(),
+            blocks[:, row].cpu(),
             size,
             backend="naive",
         )
-        error = (out[:, row].double() - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+        error = (out[:, row].double().cpu() - wanted).abs().max() / wanted.abs().max().clamp(min=1)
         if not error < tolerance:
             raise ValueError(
                 f"sparse_attention is not timed: at token {end} of {q.shape[1]} it differs from the plain "
@@ -252,53 +243,18 @@ def _check_rows(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, out:
 def _time_dense(
     report: Report, shape: Shape, q: Tensor, k: Tensor, v: Tensor, budget: float, most: int
 ) -> float:
-    """All forms of dense attention that run on a GPU, torch's own choice on a CPU; the median of the
-    fastest."""
-    flops = counts.dense_flops(shape.tokens, shape.heads, shape.dim)
-    if report.device.type == "cpu":
-        works: dict[str, Work] = {"": lambda: baselines.dense_attention(q, k, v)}
-    else:
-        usable, refused = baselines.usable_kinds(q, k, v)
-        for line in refused:
-            report.note(f"dense attention, {line}")
-        works = {kind: partial(baselines.dense_attention, q, k, v, kind) for kind in usable}
-    timings = take_turns(works, report.device, budget, most=most)
-    for kind, timing in timings.items():
-        report.add(
-            "scaled_dot_product_attention",
-            kind or "torch's choice",
-            timing,
-            shape=str(shape),
-            dtype=shape.dtype,
-            flops=flops,
-        )
-    return min(t.p50 for t in timings.values())
-
-
-def _time_fla(
-    report: Report, shape: Shape, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, budget: float
-) -> None:
-    """flash-linear-attention's sparse attentions, as far as they accept these tensors."""
-    ours = sparse_attention(q, k, v, blocks, shape.spec.block_size)
-    makers = {
-        "fla nsa": lambda: baselines.nsa(q, k, v, blocks, shape.spec.block_size),
-        "fla moba": lambda: baselines.moba(q, k, v, shape.spec.block_size, shape.spec.num_blocks),
-    }
-    for name, make in makers.items():
-        try:
-            work = make()
-            out = work()
-        except (ImportError, RuntimeError, ValueError, AssertionError) as error:
-            report.note(
-                f"{name} does not run on {shape}: "
-                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            )
-            continue
-        if name == "fla nsa":
-            assert isinstance(out, Tensor)
-            report.note(f"fla nsa differs from ours on the same lists by {_difference(out, ours):.1e}")
-        timing = take_turns({name: work}, report.device, budget)[name]
-        report.add("sparse_attention", name, timing, shape=str(shape), dtype=shape.dtype)
+    """Torch's own choice among its forms of dense attention; its median."""
+    works: dict[str, Work] = {"": lambda: baselines.dense_attention(q, k, v)}
+    timing = take_turns(works, report.device, budget, most=most)[""]
+    report.add(
+        "scaled_dot_product_attention",
+        "torch's choice",
+        timing,
+        shape=str(shape),
+        dtype=shape.dtype,
+        flops=counts.dense_flops(shape.tokens, shape.heads, shape.dim),
+    )
+    return timing.p50
 
 
 @torch.no_grad()

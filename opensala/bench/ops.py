@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ..engine import load_engine
-from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..ops import BlockSpec
 from ..ops.backends import Backend, planned_backend
 from . import counts
@@ -26,12 +25,11 @@ from .million import TOKENS, time_million
 from .prefill import time_first_token, time_steps, time_twin_first_token
 from .record import Report, Target
 from .roofline import measure_roofline
-from .twin import QWEN3_8B, build_dense, twin_config
+from .twin import build_dense, twin_config
 from .verify import verify_ops
 
 SMALL = BlockSpec(window_size=512, topk=16)  # 24 blocks of 64, as the shipped model
 K = 1024
-GPU_MODELS = 60 << 30  # bytes of free GPU memory from which the whole models are timed
 
 
 def run(
@@ -43,14 +41,14 @@ def run(
     """Check, time, append the rows to a CSV file, print the targets; the last line on stdout is JSON.
 
     Args:
-        quick: 16K tokens, no whole models (a minute on two cores).
+        quick: 16K tokens, no whole models (a minute on two cores); on a GPU, no whole model.
         device: `auto`, `cpu` or `cuda`.
         rows: CSV file that gets the rows.
         million: also a million tokens through every op and the shipped model (CPU).
 
     Raises:
         ValueError: an op that differs from its reference implementation, a device that is not there, a file
-            of other columns.
+            of other columns; on a GPU, steps that failed (the others were run).
     """
     gpu = torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not gpu):
@@ -61,14 +59,13 @@ def run(
     chosen = torch.device("cuda" if gpu and device != "cpu" else "cpu")
     if million and chosen.type != "cpu":
         raise ValueError("--million measures the CPU: add --device cpu")
+    if chosen.type == "cuda":
+        return _cuda(quick, rows)
     report = Report(chosen)
     report.say(" | ".join(f"{name} {value}" for name, value in report.machine.items() if value))
-    if chosen.type == "cpu":
-        _cpu(report, quick)
-        if million:
-            _million(report)
-    else:
-        _cuda(report, quick)
+    _cpu(report, quick)
+    if million:
+        _million(report)
     report.append_to(rows)
     report.show_targets()
     print(report.as_json())
@@ -178,86 +175,19 @@ def _million(report: Report) -> None:
     ]
 
 
-def _cuda(report: Report, quick: bool) -> None:
-    best = _verified(report, (torch.float32, torch.bfloat16, torch.float16))
-    roofline = measure_roofline(report, quick)
-    half = torch.bfloat16
-    tokens = (16 if quick else 128) * K
-    forward, _, backward = time_lightning(report, Shape(tokens, 32, 32, 128, half), best, 4096, 2.0)
-    floor = counts.lightning_bytes(tokens, 32, 128, 2) / roofline["copy"]
-    report.targets.append(
-        Target.at_most(
-            f"lightning forward over its bandwidth floor, {tokens // K}K tokens", forward / floor, 2
-        )
-    )
-    _backward_target(report, f"lightning, {tokens // K}K tokens", backward, forward)
-    for r in report.rows:
-        if r["backend"] == "fla simple_gla":
-            report.targets.append(
-                Target.at_least("fla simple_gla over lightning forward", r["p50_ms"] / 1e3 / forward, 1)
-            )
-    for tokens in (16 * K,) if quick else (64 * K, 256 * K):
-        shape = Shape(tokens, 32, 2, 128, half)
-        part = time_sparse(report, shape, best, 3.0, backward=tokens <= 64 * K, dense_most=3)
-        if part.backward:
-            _backward_target(report, f"sparse attention, {tokens // K}K tokens", part.backward, part.attend)
-        for name, seconds, flops in (
-            ("selection", part.select, counts.selection_flops(tokens, 32, 128, shape.spec)),
-            ("sparse attention", part.attend, counts.sparse_flops(tokens, 32, 128, shape.spec)),
-        ):
-            report.targets.append(
-                Target.at_most(
-                    f"{name} over its floor, {tokens // K}K tokens",
-                    seconds * roofline["bfloat16"] / flops,
-                    2.5,
-                )
-            )
-        if tokens == 256 * K:
-            report.targets.append(
-                Target.at_least(
-                    "selection + sparse attention over dense attention, 256K tokens", part.speedup, 6
-                )
-            )
-    shape = Shape(16 * K, 32, 2, 128, half)
-    time_fused(report, shape, best, 0.5)
-    time_decode(report, shape, best, (8 * K, 256 * K) if quick else (8 * K, 256 * K, K * K), 1.0)
-    if quick:
-        return
-    free = torch.cuda.mem_get_info(report.device)[0]
-    if free < GPU_MODELS:
-        report.note(
-            f"whole models of 9B and 8B parameters left out: {free >> 30} GiB of GPU memory are free, "
-            f"{GPU_MODELS >> 30} are wanted"
-        )
-        return
-    _released_shapes(report)
+def _cuda(quick: bool, rows: Path) -> Report:
+    """The steps of `make gpu` but the tests, in this process and without a limit of time."""
+    from .gpu.outcome import result_of
+    from .gpu.plan import run_here
+    from .gpu.sizes import Sizes
+    from .gpu.steps import read_events
 
-
-def _released_shapes(report: Report) -> None:
-    """The released 9B model's shape with random weights, and Qwen3-8B's."""
-    report.say("the released model's shape with random weights, and Qwen3-8B's shape")
-    with torch.device(report.device):
-        model = MiniCPMSALAForCausalLM._from_config(MiniCPMSALAConfig(), dtype=torch.bfloat16).eval()
-    weights = sum(p.nbytes for n, p in model.named_parameters() if "embed_tokens" not in n)
-    time_first_token(report, "SALA 9B shape", model, 8 * K, 1)  # warm-up: the kernels are compiled here
-    caches = {}
-    for tokens in (64 * K, 256 * K):
-        ours, cache = time_first_token(report, "SALA 9B shape", model, tokens, 1, keep=True)
-        caches[tokens] = cache
-    steps = time_steps(report, "SALA 9B shape", model, {n: c for n, c in caches.items() if c is not None})
-    copy = next(r["gbs"] for r in report.rows if r["op"] == "copy") * 1e9
-    report.targets.append(
-        Target.at_most(
-            "decoding step at 256K over reading the weights once (a copy's rate)",
-            steps[256 * K] * copy / weights,
-            1.4,
-        )
-    )
-    del model, cache, caches
-    torch.cuda.empty_cache()
-    twin = build_dense(QWEN3_8B, device=report.device, dtype=torch.bfloat16)
-    time_twin_first_token(report, "Qwen3 8B shape", twin, 8 * K)
-    dense = time_twin_first_token(report, "Qwen3 8B shape", twin, 256 * K)
-    report.targets.append(
-        Target.at_least("first token at 256K, Qwen3-8B's shape over ours", dense / ours.p50, 4)
-    )
+    report = run_here(["ceilings", "kernels", *([] if quick else ["model", "million"])], rows)
+    result = result_of(read_events(report.events), Sizes())
+    report.targets = [Target(**t) for t in result["targets"]]
+    report.show_targets()
+    print(report.as_json())
+    if result["failed"]:
+        step, error = result["failed"][0]
+        raise ValueError(f"{len(result['failed'])} steps failed, the first one was {step}: {error}")
+    return report

@@ -95,7 +95,7 @@ class Report:
             "gbs": significant(moved / timing.p50 / 1e9) if moved else "",
             "peak_mib": "" if peak is None else round(peak / 2**20),
         }
-        self.rows.append(row)
+        self.keep(row)
         rates = [
             f"{row['gflops']} GFLOP/s" if flops else "",
             f"{row['gbs']} GB/s" if moved else "",
@@ -105,6 +105,10 @@ class Report:
             f"  {op} {kind}, {backend}, {shape}: {row['p50_ms']} ms ({row['p20_ms']} ... {row['p80_ms']}, "
             f"{timing.runs} runs) " + ", ".join(r for r in rates if r)
         )
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """What becomes of a new row."""
+        self.rows.append(row)
 
     def note(self, text: str) -> None:
         """Keep and show something a reader of the figures should know."""
@@ -120,21 +124,7 @@ class Report:
         Raises:
             ValueError: the file has other columns.
         """
-        columns = [*MEASURED, *self.machine]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size:
-            with path.open(newline="") as file:
-                header = next(csv.reader(file))
-            if header != columns:
-                raise ValueError(
-                    f"{path} has the columns {', '.join(header)}, not {', '.join(columns)}: name another "
-                    "file with --rows"
-                )
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            if not file.tell():
-                writer.writeheader()
-            writer.writerows(row | self.machine for row in self.rows)
+        append_rows(path, [*MEASURED, *self.machine], [row | self.machine for row in self.rows])
 
     def show_targets(self) -> None:
         table = Table(box=None, pad_edge=False)
@@ -153,6 +143,28 @@ class Report:
                 "machine": self.machine,
             }
         )
+
+
+def append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Add rows to a CSV file of these columns, which gets a header if it is new.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if header != columns:
+            raise ValueError(
+                f"{path} has the columns {', '.join(header)}, not {', '.join(columns)}: name another "
+                "file with --rows"
+            )
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def significant(x: float) -> float:

@@ -1,5 +1,4 @@
-"""The benchmark of the ops from end to end, at sizes that take seconds; also the part for GPUs, here on the
-CPU."""
+"""The benchmark of the ops on a CPU from end to end, at sizes that take seconds."""
 
 import csv
 import json
@@ -7,11 +6,9 @@ import json
 import pytest
 import torch
 
-from opensala.bench import cases, ops, twin
+from opensala.bench import cases, ops
 from opensala.bench.record import Report
 from opensala.bench.timing import take_turns
-from opensala.model import MiniCPMSALAConfig
-from tests.conftest import tiny_config
 
 CPU = torch.device("cpu")
 
@@ -65,32 +62,3 @@ def test_the_whole_on_a_cpu(small, monkeypatch):
         "shipped model",
         "full-attention twin",
     }
-
-
-def test_the_part_for_gpus(small, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 30, 1 << 30))
-    report = Report(CPU)
-    ops._cuda(report, quick=False)
-    assert any("whole models" in note for note in report.notes)
-    assert [t.name.split(",")[0] for t in report.targets] == [
-        "lightning forward over its bandwidth floor",
-        "backward over forward",
-        "backward over forward",
-        "selection over its floor",
-        "sparse attention over its floor",
-        "selection over its floor",
-        "sparse attention over its floor",
-        "selection + sparse attention over dense attention",
-    ]
-
-
-def test_the_released_shapes(small, monkeypatch):
-    """The comparison of whole models, with tiny ones in their place."""
-    monkeypatch.setattr(ops, "MiniCPMSALAConfig", tiny_config)
-    config = tiny_config()
-    assert isinstance(config, MiniCPMSALAConfig)
-    monkeypatch.setattr(ops, "QWEN3_8B", twin.twin_config(config))
-    report = Report(CPU)
-    report.rows.append({"op": "copy", "gbs": 10.0})
-    ops._released_shapes(report)
-    assert [t.name.split(" at ")[0] for t in report.targets] == ["decoding step", "first token"]

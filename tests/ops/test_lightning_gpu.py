@@ -20,6 +20,7 @@ def slopes(heads=HEADS):
     return torch.tensor(alibi_slopes(heads), device="cuda")
 
 
+@pytest.mark.large_memory
 def test_more_elements_than_32_bits_can_count():
     length, tail = 600_000, 4096
     assert length * HEADS * DIM > 2**31

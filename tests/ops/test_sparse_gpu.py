@@ -105,6 +105,7 @@ def test_both_paths_agree_on_packed_documents(monkeypatch, bounds=(0, 7, 700, 70
     assert_same_blocks(blocks[:, a:b], select_blocks(q[:, a:b], k[:, a:b], SPEC, backend="triton"))
 
 
+@pytest.mark.large_memory
 def test_more_elements_than_32_bits_can_count(
     monkeypatch, length=540_000, tail=64, rows=(5, 6143, 7000, 270_001, 524_287, 539_000)
 ):

@@ -1,0 +1,75 @@
+"""The GPU's own test files, one after the other, each in a process of its own, their log on disk as it
+grows."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .steps import Context, Step
+
+ROOT = Path(__file__).parents[3]
+MARK = "large_memory"  # tests that want tens of GiB: never beside another, and only when they are asked for
+LEAST = 15.0  # seconds without which a file is not begun
+
+
+def files() -> list[Path]:
+    """Test files that say by their name that they want a GPU."""
+    return sorted((ROOT / "tests").rglob("test_*_gpu.py"))
+
+
+def steps() -> list[Step]:
+    return [_step(path, "tests", f"not {MARK}") for path in files()]
+
+
+def large_steps() -> list[Step]:
+    """The tests that want most of the memory."""
+    return [_step(path, "large", MARK) for path in files()]
+
+
+def _step(path: Path, group: str, mark: str) -> Step:
+    name = f"{path.name}, {group}"
+    return Step(name, group, LEAST, lambda context: run_file(context, path, mark))
+
+
+def run_file(context: Context, path: Path, mark: str) -> None:
+    """Run one file within the time of its group.
+
+    Raises:
+        RuntimeError: a test failed, or time was over; what passed until then is in the message.
+    """
+    log = context.file("tests.log")
+    relative = str(path.relative_to(ROOT))
+    command = [sys.executable, "-m", "pytest", relative, "-m", mark, "-v", "--durations=8"]
+    command += ["-p", "no:cacheprovider", "-o", "addopts=", "--color=no"]
+    limit = min(context.seconds_left, 1e6)
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(command[1:])}\n")
+        file.flush()
+        begin, start = log.stat().st_size, time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = None
+    with log.open("rb") as file_:
+        file_.seek(begin)
+        output = file_.read().decode(errors="replace")
+    verdict = _verdict(output, code, time.perf_counter() - start)
+    context.report.write({"event": "tests", "file": relative, "verdict": verdict, "ok": code in (0, 5)})
+    context.report.say(f"  {relative}: {verdict}")
+    if code not in (0, 5):  # 5: no test has the mark
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+        raise RuntimeError(f"{relative}: {verdict}; {', '.join(f.split('::')[-1] for f in failed[:8])}")
+
+
+def _verdict(output: str, code: int | None, seconds: float) -> str:
+    if code is not None:
+        return f"{(output.strip().splitlines() or ['no output'])[-1].strip('= ')}"
+    passed, failed = (len(re.findall(rf"^\S+::.* {word}\b", output, re.M)) for word in ("PASSED", "FAILED"))
+    running = re.findall(r"^(\S+::\S.*?)\s*$", output, re.M)
+    last = running[-1].split("::")[-1] if running else "the first one"
+    return f"stopped after {seconds:.0f} s: {passed} passed, {failed} failed, the last line was {last}"
