@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..model import MiniCPMSALAForCausalLM
-from ..model.batch import BatchNumbers, BatchRow, ForwardBatch, NumbersLayout, host_numbers
+from ..model.batch import BatchNumbers, BatchRow, ForwardBatch, NumbersLayout, host_numbers, send
 from ..model.storage import CacheStorage
 from ..ops.backends import planned_backend
 
@@ -100,7 +100,7 @@ class CapturedStep:
         """Normalised hidden states `[T, W]`; valid until the next run of any step."""
         host = host_numbers(self.layout.size, self.device)
         self.layout.write(host.numpy(), numbers, ids)
-        self._numbers.copy_(host, non_blocking=True)
+        send(host, self.device, into=self._numbers)
         if self._hidden is None:
             self._hidden, self._replay = self.recorder.record(self._work)
         self._replay()

@@ -37,6 +37,8 @@ from .sampler import Choice, check_finite, choose, greedy, log_probabilities
 from .scheduler import Limits, Scheduler, Step, Work
 from .speculate import Drafter
 
+_ANSWER_PAGES = 16  # pages for the answer to the longest prompt
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -143,11 +145,17 @@ class Engine:
     def _pool_sizes(self) -> tuple[int, int]:
         options, (page, slot) = self.options, cache_sizes(self.config, self.dtype)
         size = self.config.block_spec.block_size
-        budget = options.memory_bytes or cache_budget(self.device)
+        budget = options.memory_bytes or cache_budget(
+            self.device, self.config, self.dtype, options.max_batch_tokens
+        )
         running = 2 * options.max_running + 2
         kept = options.max_snapshots
         if kept is None:
             kept = min(1024, max(16, budget // 10 // max(1, slot)))
+            if self.device.type == "cuda":  # taken at once there: one long text comes before many snapshots
+                longest = -(-max(1 << 20, self.config.max_position_embeddings) // size) + _ANSWER_PAGES
+                spare = (budget - running * slot - longest * page) // max(1, slot)
+                kept = max(4, min(kept, spare))
         pages = (budget - (running + kept) * slot) // max(1, page)
         if options.max_cached_tokens is not None:
             pages = -(-options.max_cached_tokens // size) + 1

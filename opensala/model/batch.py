@@ -125,8 +125,10 @@ def host_numbers(size: int, device: torch.device) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 
-def send(host: Tensor, device: torch.device) -> Tensor:
-    """What `host_numbers` made, on the device; on a CPU the same memory."""
+def send(host: Tensor, device: torch.device, into: Tensor | None = None) -> Tensor:
+    """What `host_numbers` made, on the device: in new memory (on a CPU the same), or copied to `into`."""
+    if into is not None:
+        return into.copy_(host, non_blocking=True)
     return host if device.type == "cpu" else host.to(device, non_blocking=True)
 
 
