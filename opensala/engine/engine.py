@@ -13,11 +13,13 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..cache import Pool
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from ..model.batch import on_device
 from ..model.storage import CacheStorage, cache_sizes
 from .detokenize import Detokenizer
 from .memory import cache_budget
@@ -31,9 +33,11 @@ from .request import (
     as_token_ids,
 )
 from .runner import Runner
-from .sampler import Choice, check_finite, choose, log_probabilities
+from .sampler import Choice, check_finite, choose, greedy, log_probabilities
 from .scheduler import Limits, Scheduler, Step, Work
 from .speculate import Drafter
+
+_ANSWER_PAGES = 16  # pages for the answer to the longest prompt
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,9 @@ class Engine:
         self.device, self.dtype = model.device, model.dtype
         pages, slots = self._pool_sizes()
         page_size = self.config.block_spec.block_size
-        self.storage = CacheStorage(self.config, pages, slots, self.dtype, model.model.layer_devices())
+        self.storage = CacheStorage(
+            self.config, pages, slots, self.dtype, model.model.layer_devices(), scratch=True
+        )
         interval = self.options.snapshot_interval
         limits = Limits(
             max_batch_tokens=self.options.max_batch_tokens,
@@ -139,11 +145,17 @@ class Engine:
     def _pool_sizes(self) -> tuple[int, int]:
         options, (page, slot) = self.options, cache_sizes(self.config, self.dtype)
         size = self.config.block_spec.block_size
-        budget = options.memory_bytes or cache_budget(self.device)
+        budget = options.memory_bytes or cache_budget(
+            self.device, self.config, self.dtype, options.max_batch_tokens
+        )
         running = 2 * options.max_running + 2
         kept = options.max_snapshots
         if kept is None:
             kept = min(1024, max(16, budget // 10 // max(1, slot)))
+            if self.device.type == "cuda":  # taken at once there: one long text comes before many snapshots
+                longest = -(-max(1 << 20, self.config.max_position_embeddings) // size) + _ANSWER_PAGES
+                spare = (budget - running * slot - longest * page) // max(1, slot)
+                kept = max(4, min(kept, spare))
         pages = (budget - (running + kept) * slot) // max(1, page)
         if options.max_cached_tokens is not None:
             pages = -(-options.max_cached_tokens // size) + 1
@@ -323,11 +335,13 @@ class Engine:
         for work in step.works:
             if work.completes and work.sequence.params.max_tokens:
                 wanted.append(work)
-                rows.append(torch.arange(first + work.count - work.drafted - 1, first + work.count))
+                rows.append(np.arange(first + work.count - work.drafted - 1, first + work.count))
             first += work.count
         results = {id(work): _Results() for work in step.works}
         if wanted:
-            logits = self.runner.logits(hidden[torch.cat(rows).to(hidden.device)])
+            where = np.concatenate(rows)
+            every = len(where) == len(hidden)  # in a decoding step, and in order
+            logits = self.runner.logits(hidden if every else hidden[on_device(where, hidden.device)])
             self._choose_tokens(wanted, logits, results)
         first = 0
         for work in step.works:
@@ -344,11 +358,11 @@ class Engine:
     def _choose_tokens(self, works: list[Work], logits: Tensor, results: dict[int, "_Results"]) -> None:
         """Tokens of the works that complete, from logits `[R, V]` of the places behind which one is
         wanted."""
-        finite, likely, logprobs = (
-            check_finite(logits).tolist(),
-            logits.argmax(-1).tolist(),
-            log_probabilities(logits),
-        )
+        logprobs = log_probabilities(logits)
+        best = greedy(logits)
+        of_best = logprobs.gather(1, best[:, None])[:, 0]
+        # One copy from the device: float64 holds all three exactly.
+        answers = torch.stack([check_finite(logits).double(), best.double(), of_best.double()], 1).tolist()
         first = 0
         for work in works:
             sequence, found = work.sequence, results[id(work)]
@@ -356,7 +370,8 @@ class Engine:
             text = list(sequence.tokens) if sequence.params.has_penalties else []
             for i in range(work.drafted + 1):
                 row = first + i
-                if not finite[row]:
+                finite, likely, logprob = answers[row]
+                if not finite:
                     found.error = (
                         f"the model's output behind token {sequence.num_tokens + i} is not finite (NaN or "
                         "infinity): "
@@ -365,8 +380,12 @@ class Engine:
                     break
                 number = request.number(len(sequence.tokens) - sequence.num_prompt + i)
                 plain = number is None and not sequence.params.has_penalties
-                token = likely[row] if plain else choose(logits[row], sequence, text, number)
-                found.choices.append(_choice(token, logprobs[row], sequence.params.logprobs))
+                token = int(likely) if plain else choose(logits[row], sequence, text, number)
+                if token != int(likely):
+                    logprob = float(logprobs[row, token])
+                found.choices.append(
+                    Choice(token, logprob, _most_likely(logprobs[row], sequence.params.logprobs))
+                )
                 text.append(token)
                 if self._ends(sequence, token, len(found.choices)):
                     break
@@ -546,13 +565,12 @@ class _Results:
     error: str | None = None
 
 
-def _choice(token: int, logprobs: Tensor, count: int) -> Choice:
-    """A token with its log-probability, of all `[V]`, and the `count` most likely ones."""
-    top: tuple[tuple[int, float], ...] = ()
-    if count:
-        best = logprobs.topk(count)
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Choice(token, float(logprobs[token]), top)
+def _most_likely(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most likely tokens of all `[V]` and their log-probabilities."""
+    if not count:
+        return ()
+    best = logprobs.topk(count)
+    return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _generator(seed: int | None) -> torch.Generator:

@@ -54,10 +54,12 @@ def load_engine(
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: no usable tokenizer ({_first_line(error)})") from error
     try:
-        weights = MiniCPMSALAForCausalLM.from_pretrained(name, config=config, dtype=kind).to(where)
+        weights = MiniCPMSALAForCausalLM.from_pretrained(name, config=config, dtype=kind)
     except OSError as error:
         raise ValueError(f"{name}: cannot be loaded ({_first_line(error)})") from error
-    return Engine(weights, tokenizer, options, name=name)
+    if where.type == "cuda":  # straight to where they stay, so that nothing lies there twice
+        weights.model.merge_projections(where)
+    return Engine(weights.to(where), tokenizer, options, name=name)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,13 +7,20 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..model import MiniCPMSALAConfig
+
 _RESERVE = 200 << 20  # bytes left alone: allocator slack, the operating system
-_SHARES = {"cpu": 0.6, "cuda": 0.8}  # of the rest
+_CPU_SHARE = 0.6  # of the rest
+_GPU_RESERVE = 0.02  # of a GPU's memory: fragments, captured steps, logits
+# What the sparse kernels hold beside activations: partial results, scores, the index of pairs. Held against
+# what they allocate by tests/engine/test_memory.py.
+_SPARSE_SCRATCH = 1230 << 20
 
 
 def available_bytes(device: torch.device) -> int:
     """Free bytes on the device: GPU memory, or main memory within the limits of this control group."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator holds for nobody is free
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     root = Path("/sys/fs/cgroup")
@@ -28,13 +35,38 @@ def available_bytes(device: torch.device) -> int:
     return free
 
 
-def cache_budget(device: torch.device) -> int:
-    """Bytes for keys, values and states: most of what is free, the rest being left for activations.
+def activation_bytes(config: MiniCPMSALAConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that a step of `tokens` tokens takes on a GPU beside weights and cache, at its peak.
 
-    On a CPU it is a bound, not an allocation: memory is taken as texts fill it.
+    The residual stream and its norm, and the larger of the two things that are made from it: gate, up and
+    their product, or the projections of a mixer, once as one product and once as heads, with what attends to
+    them.
     """
-    share = _SHARES.get(device.type, _SHARES["cpu"])
-    return max(0, int(share * (available_bytes(device) - _RESERVE)))
+    assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
+    assert config.lightning_nh and config.lightning_nkv and config.lightning_head_dim, "likewise"
+    sparse = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    lightning = (2 * config.lightning_nh + 2 * config.lightning_nkv) * config.lightning_head_dim
+    states = 4 * config.lightning_nh * config.lightning_head_dim**2 * max(16, -(-tokens // 512))
+    one = tokens * dtype.itemsize
+    return 2 * one * config.hidden_size + max(
+        3 * one * config.intermediate_size,
+        2 * one * lightning + states,
+        2 * one * sparse + _SPARSE_SCRATCH,
+    )
+
+
+def cache_budget(
+    device: torch.device, config: MiniCPMSALAConfig, dtype: torch.dtype, step_tokens: int
+) -> int:
+    """Bytes for keys, values and states: what is free, less what a step of `step_tokens` tokens takes.
+
+    On a CPU it is a bound, not an allocation: memory is taken as texts fill it, and others want some.
+    """
+    free = available_bytes(device)
+    if device.type != "cuda":
+        return max(0, int(_CPU_SHARE * (free - _RESERVE)))
+    total = torch.cuda.mem_get_info(device)[1]
+    return max(0, int(free - activation_bytes(config, dtype, step_tokens) - _GPU_RESERVE * total))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..model import MiniCPMSALAForCausalLM
-from ..model.batch import BatchRow, ForwardBatch
-from ..model.cache import advance_states
+from ..model.batch import BatchRow, ForwardBatch, on_device
+from ..model.cache import Advance
 from ..model.storage import CacheStorage
+from .capture import CapturedSteps, Recorder
 from .graphs import DecodeGraphs
 from .scheduler import Step, Work
 
@@ -22,13 +23,20 @@ class Runner:
     """Runs a model over pages and slots.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode. On a GPU its projections are merged.
         storage: the memory of its sequences.
+        recorder: captures decoding steps; CUDA graphs on a GPU if None.
     """
 
-    def __init__(self, model: MiniCPMSALAForCausalLM, storage: CacheStorage) -> None:
+    def __init__(
+        self, model: MiniCPMSALAForCausalLM, storage: CacheStorage, recorder: Recorder | None = None
+    ) -> None:
         self.model, self.storage = model, storage
         self.device = model.model.embed_tokens.weight.device
+        one_device = set(model.model.layer_devices()) == {self.device}
+        if (self.device.type == "cuda" and one_device) or recorder is not None:
+            model.model.merge_projections()
+        self.captured = CapturedSteps(model, storage, recorder)
         self.graphs = DecodeGraphs(model, storage)
         self._batch: ForwardBatch | None = None
 
@@ -46,15 +54,26 @@ class Runner:
                 BatchRow(pages, sequence.num_cached, work.count, work.sparse, sequence.slot, work.slot)
             )
         record = any(work.drafted for work in step.works)
-        tokens = torch.tensor(ids, dtype=torch.int32).to(self.device)
-        x = self.model.model.embed_tokens(tokens)[None] * self.model.config.scale_emb
-        self.model.model.say_attention((work.sparse for work in step.works), x)
-        replayed = self.graphs.run(x, rows, record)
-        if replayed is not None:
-            hidden, self._batch = replayed
+        numbers = np.frombuffer(ids, np.int32)
+        model = self.model.model
+        model.say_attention((work.sparse for work in step.works), model.embed_tokens.weight)
+        captured = self.captured.run(numbers, rows, record)
+        if captured is not None:
+            hidden, self._batch = captured
             return hidden
-        self._batch = ForwardBatch.of(self.storage, rows, self.device, record=record)
-        return self.model.model.run_batch(x, self._batch)[0]
+        if self.graphs.reason is None:
+            x = self._embed(on_device(numbers, self.device))
+            replayed = self.graphs.run(x, rows, record)
+            if replayed is not None:
+                hidden, self._batch = replayed
+                return hidden
+        self._batch = ForwardBatch.of(self.storage, rows, self.device, ids=numbers, record=record)
+        assert self._batch.ids is not None, "sent along"
+        return model.run_batch(self._embed(self._batch.ids), self._batch)[0]
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Scaled embeddings `[1, T, W]` of tokens `[T]`."""
+        return self.model.model.embed_tokens(ids)[None] * self.model.config.scale_emb
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -81,11 +100,11 @@ class Runner:
         for work in step.works:
             if id(work) in wanted:
                 counts.append(wanted[id(work)])
-                places.append(torch.arange(first, first + counts[-1]))
+                places.append(np.arange(first, first + counts[-1]))
             first += work.count
-        where = torch.cat(places).to(self.device)
+        where = on_device(np.concatenate(places), self.device)
         read = [work.sequence.slot for work in step.works if id(work) in wanted]
         write = [work.slot for work in step.works if id(work) in wanted]
+        advance = Advance.of(self.model.config, self.device, read, write, counts)
         for layer, (k, v) in batch.recorded.items():
-            states = self.storage.states[layer]
-            advance_states(k[where], v[where], self.model.config, states, read, write, counts)
+            advance.run(k[where], v[where], self.storage.states[layer])

@@ -93,11 +93,15 @@ class SparseMixer(nn.Module):
                 norm_rope(y, w, cos, sin, self.config.rms_norm_eps)
                 for y, w in zip((q, k), norms, strict=True)
             )
+        return self.scaled(q, layout.positions), k, v
+
+    def scaled(self, q: Tensor, positions: Tensor) -> Tensor:
+        """Queries `[B, T, H, D]` at positions `[B, T]` (or `[T]`), with `attn_scale_base` if there is one."""
         base = self.config.attn_scale_base
-        if base is not None:  # on the query, so that the selection of blocks follows
-            growth = torch.log(layout.positions.double() + base) / math.log(base)
-            q = q * growth.to(q.dtype)[..., None, None]
-        return q, k, v
+        if base is None:
+            return q
+        growth = torch.log(positions.double() + base) / math.log(base)
+        return q * growth.to(q.dtype)[..., None, None]  # so that the selection of blocks follows
 
     def forward(self, x: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:
         attend = self._paged if isinstance(context, ForwardBatch) else self._whole
@@ -108,7 +112,11 @@ class SparseMixer(nn.Module):
 
     def _paged(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """Next tokens x `[1, T, W]` of the batch's sequences: `[1, T, H, D]`."""
-        q, k, v = (y[0] for y in self.project(x, batch))
+        q, k, v = self.project(x, batch)
+        return self.attend_pages(q[0], k[0], v[0], batch)[None]
+
+    def attend_pages(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
+        """The batch's next tokens, q `[T, H, D]`, k and v `[T, Hkv, D]`, into and over pages: `[T, H, D]`."""
         pool = batch.storage.kv[self.layer]
         store_kv(k, v, pool, batch.table, self.spec)
         blocks = None
@@ -122,7 +130,7 @@ class SparseMixer(nn.Module):
                 lse=self.config.lse,
                 search=self.config.block_search,
             )
-        return paged_attention(q, pool, batch.table, blocks, self.spec, scale=self.scale)[None]
+        return paged_attention(q, pool, batch.table, blocks, self.spec, scale=self.scale)
 
     def _whole(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         """All tokens x `[B, T, W]` of whole sequences: `[B, T, H, D]`."""
@@ -181,14 +189,26 @@ class LightningMixer(nn.Module):
         )
         if self.config.qk_norm or cos is not None:
             norms = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else (None, None)
-            # Left in float32: rounding q and k behind the rotation costs accuracy on long contexts.
+            # On a GPU rounded once, to the dtype of the values: tensor cores take no float32, the states are
+            # float32 anyway, and the error does not grow with the length (docs/log.md, 2026-11-26).
             q, k = (
-                norm_rope(y, w, cos, sin, self.config.rms_norm_eps, out_dtype=wide(y.dtype))
+                norm_rope(
+                    y,
+                    w,
+                    cos,
+                    sin,
+                    self.config.rms_norm_eps,
+                    out_dtype=y.dtype if y.is_cuda else wide(y.dtype),
+                )
                 for y, w in zip((q, k), norms, strict=True)
             )
-        if self.repeats > 1:
-            k, v = (y.repeat_interleave(self.repeats, dim=2) for y in (k, v))
-        return q, k, v
+        return q, *self.repeated(k, v)
+
+    def repeated(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, T, Hkv, D]`, each repeated for the query heads that share it."""
+        if self.repeats == 1:
+            return k, v
+        return k.repeat_interleave(self.repeats, dim=2), v.repeat_interleave(self.repeats, dim=2)
 
     def forward(self, x: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:
         attend = self._paged if isinstance(context, ForwardBatch) else self._whole
@@ -203,26 +223,30 @@ class LightningMixer(nn.Module):
         """`[H]` decay rates per token; made once for each device (a buffer would not survive the meta
         device)."""
         if device not in self._decay:
-            self._decay[device] = torch.tensor(self.slopes, dtype=torch.float32, device=device)
+            with torch.inference_mode(False):  # training may need it later
+                self._decay[device] = torch.tensor(self.slopes, dtype=torch.float32, device=device)
         return self._decay[device]
 
     def _paged(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """Next tokens x `[1, T, W]` of the batch's sequences: `[1, T, H, D]`."""
-        q, k, v = (y[0] for y in self.project(x, batch))
+        q, k, v = self.project(x, batch)
+        return self.attend_slots(q[0], k[0], v[0], batch)[None]
+
+    def attend_slots(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
+        """The batch's next tokens `[T, H, D]` over the states in slots: `[T, H, D]` in v's dtype."""
         if batch.recorded is not None:
             batch.recorded[self.layer] = k, v
-        o = lightning_attention_slots(
+        return lightning_attention_slots(
             q,
             k,
             v,
-            self.decay(x.device),
+            self.decay(v.device),
             batch.storage.states[self.layer],
             cu_seqlens=batch.table.cu_seqlens,
             read_slots=batch.read,
             write_slots=batch.write,
             scale=self.config.lightning_scale_value,
         )
-        return o.to(x.dtype)[None]
 
     def _whole(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         """All tokens x `[B, T, W]` of whole sequences: `[B, T, H, D]`."""

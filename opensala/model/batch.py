@@ -1,11 +1,13 @@
 """One step of the model over several sequences at once: what the layers need to know, made once, used by all.
 
 The tokens of the step lie in one row, sequence behind sequence. Lengths, page tables and slots are tensors on
-the device, so that no layer waits for it or builds anything from Python lists.
+the device, so that no layer waits for it or builds anything from Python lists. They travel there together, in
+one copy, and are views of one tensor afterwards.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -65,6 +67,78 @@ class BatchNumbers:
         return cls(positions, bounds, ends.astype(np.int32), pages, *flags)
 
 
+_ALIGNED = (
+    4  # integers: fields begin at multiples of 16 bytes, as kernels take the beginnings of tensors to do
+)
+
+
+@dataclass(frozen=True)
+class NumbersLayout:
+    """Where the numbers of a step lie in one row of int32: `tokens` tokens of `sequences` sequences, with
+    room for `width` pages each."""
+
+    tokens: int
+    sequences: int
+    width: int
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """First place and size of each field."""
+        n = self.sequences
+        sizes = {"ids": self.tokens, "positions": self.tokens, "bounds": n + 1, "lengths": n, "sparse": n}
+        sizes |= {"read": n, "write": n, "pages": n * self.width}
+        places, first = {}, 0
+        for name, size in sizes.items():
+            places[name] = first, size
+            first += -(-size // _ALIGNED) * _ALIGNED
+        return places
+
+    @property
+    def size(self) -> int:
+        first, size = self.places["pages"]
+        return first + -(-size // _ALIGNED) * _ALIGNED
+
+    def write(self, target: np.ndarray, numbers: BatchNumbers, ids: np.ndarray | None) -> None:
+        """Put a step's numbers into `target` `[size]`; pages that no sequence has are -1."""
+        for name, (first, size) in self.places.items():
+            if name == "pages":
+                table = target[first : first + size].reshape(self.sequences, self.width)
+                table[:, : numbers.pages.shape[1]] = numbers.pages
+                table[:, numbers.pages.shape[1] :] = -1
+            elif name != "ids":
+                target[first : first + size] = getattr(numbers, name)
+            elif ids is not None:
+                target[first : first + size] = ids
+
+    def fields(self, packed: Tensor) -> dict[str, Tensor]:
+        """The fields of a packed tensor `[size]`, as views of it."""
+        found = {name: packed.narrow(0, *place) for name, place in self.places.items()}
+        found["pages"] = found["pages"].view(self.sequences, self.width)
+        return found
+
+
+def host_numbers(size: int, device: torch.device) -> Tensor:
+    """int32 `[size]` in main memory, from where it can be copied to the device without waiting for it.
+
+    Each step gets memory of its own: the allocator gives it to another one only when the copy is done.
+    """
+    return torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
+def send(host: Tensor, device: torch.device, into: Tensor | None = None) -> Tensor:
+    """What `host_numbers` made, on the device: in new memory (on a CPU the same), or copied to `into`."""
+    if into is not None:
+        return into.copy_(host, non_blocking=True)
+    return host if device.type == "cpu" else host.to(device, non_blocking=True)
+
+
+def on_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """Integers `[N]` as an int32 tensor on the device, without waiting for it."""
+    host = host_numbers(len(values), device)
+    host.numpy()[:] = values
+    return send(host, device)
+
+
 @dataclass
 class ForwardBatch:
     """See the module; made by `ForwardBatch.of`.
@@ -74,6 +148,7 @@ class ForwardBatch:
         table: page tables, lengths and modes.
         read, write: `[N]` slots.
         any_sparse: whether any sequence selects blocks (known without asking the device).
+        ids: `[T]` the tokens themselves, where the caller sent them along.
         recorded: keys and values `[T, H, D]` of each Lightning layer, if they are to be kept for a rollback.
     """
 
@@ -84,6 +159,7 @@ class ForwardBatch:
     write: Tensor
     any_sparse: bool
     recorded: dict[int, tuple[Tensor, Tensor]] | None = None
+    ids: Tensor | None = None
     _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _moved: dict[torch.device, "ForwardBatch"] = field(default_factory=dict, repr=False)
 
@@ -94,19 +170,37 @@ class ForwardBatch:
         rows: Sequence[BatchRow],
         device: torch.device,
         *,
+        ids: np.ndarray | None = None,
         positions: Tensor | None = None,
         record: bool = False,
     ) -> "ForwardBatch":
         """The step of these rows; `positions` `[T]` instead of each token's place in its sequence."""
         numbers = BatchNumbers.of(rows, storage.config.block_spec.block_size)
-        if positions is None:
-            positions = _to(numbers.positions, device)
-        table = PageTable(
-            *(_to(x, device) for x in (numbers.bounds, numbers.lengths, numbers.pages, numbers.sparse))
-        )
-        read, write = _to(numbers.read, device), _to(numbers.write, device)
+        layout = NumbersLayout(len(numbers.positions), len(rows), numbers.pages.shape[1])
+        host = host_numbers(layout.size, device)
+        layout.write(host.numpy(), numbers, ids)
+        packed = send(host, device)
         any_sparse = any(row.sparse for row in rows)
-        return cls(storage, positions, table, read, write, any_sparse, {} if record else None)
+        batch = cls.over(storage, layout, packed, any_sparse, record=record)
+        batch.positions = batch.positions if positions is None else positions
+        batch.ids = batch.ids if ids is not None else None
+        return batch
+
+    @classmethod
+    def over(
+        cls,
+        storage: CacheStorage,
+        layout: NumbersLayout,
+        packed: Tensor,
+        any_sparse: bool,
+        *,
+        record: bool = False,
+    ) -> "ForwardBatch":
+        """The step whose numbers lie in `packed` `[layout.size]`, int32 on the device, now and later."""
+        n = layout.fields(packed)
+        table = PageTable(n["bounds"], n["lengths"], n["pages"], n["sparse"])
+        kept: dict[int, tuple[Tensor, Tensor]] | None = {} if record else None
+        return cls(storage, n["positions"], table, n["read"], n["write"], any_sparse, kept, n["ids"])
 
     def on(self, device: torch.device) -> "ForwardBatch":
         """The same step for a layer that lies on another device."""
@@ -131,8 +225,3 @@ class ForwardBatch:
                 self.positions[None], dim, config.rope_theta, config.rope_scaling
             )
         return self._angles[dim]
-
-
-def _to(values: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

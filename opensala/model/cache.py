@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from ..cache import Pool
 from ..ops import alibi_slopes, lightning_attention_slots
 from ..ops.sparse import num_windows
-from .batch import BatchRow, ForwardBatch
+from .batch import BatchRow, ForwardBatch, on_device
 from .config import MiniCPMSALAConfig
 from .storage import CacheStorage, cache_sizes
 
@@ -503,6 +503,7 @@ class SALACache(Cache):
         `slot`."""
         storage = self._store.reserve(0, 1, True, torch.float32, None)
         target = self._store.slots.take()[0]
+        where: dict[torch.device, Advance] = {}
         for layer, states in storage.states.items():
             keys, values = [], []
             for pieces, recorded in self._recorded:
@@ -513,7 +514,10 @@ class SALACache(Cache):
                         keys.append(recorded[layer][0][part])
                         values.append(recorded[layer][1][part])
                     first += piece.count
-            advance_states(torch.cat(keys), torch.cat(values), self.config, states, [slot], [target], [kept])
+            k, v = torch.cat(keys), torch.cat(values)
+            if k.device not in where:
+                where[k.device] = Advance.of(self.config, k.device, [slot], [target], [kept])
+            where[k.device].run(k, v, states)
         return target
 
     def _select_rows(self, rows: list[int]) -> None:
@@ -571,30 +575,45 @@ class SALACache(Cache):
         return sum(text_bytes(self.config, row.length, storage.dtype) for row in self.rows)
 
 
-def advance_states(
-    k: Tensor,
-    v: Tensor,
-    config: MiniCPMSALAConfig,
-    states: Tensor,
-    read: list[int],
-    write: list[int],
-    counts: list[int],
-) -> None:
-    """Run states over recorded keys and values `[T, H, D]` of `counts[n]` tokens per sequence, from slot
-    read[n] to write[n]."""
-    assert config.lightning_nh is not None, "filled by the configuration"
-    device = k.device
-    lightning_attention_slots(
-        k,
-        k,
-        v,
-        torch.tensor(alibi_slopes(config.lightning_nh), dtype=torch.float32, device=device),
-        states,
-        cu_seqlens=torch.tensor([0, *counts], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32),
-        read_slots=torch.tensor(read, dtype=torch.int32, device=device),
-        write_slots=torch.tensor(write, dtype=torch.int32, device=device),
-        scale=1.0,
-    )
+@dataclass(frozen=True)
+class Advance:
+    """What running states over recorded keys and values takes, on the device, for all layers."""
+
+    decay: Tensor
+    bounds: Tensor
+    read: Tensor
+    write: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        config: MiniCPMSALAConfig,
+        device: torch.device,
+        read: list[int],
+        write: list[int],
+        counts: list[int],
+    ) -> "Advance":
+        """`counts[n]` tokens per sequence, from slot read[n] to write[n]."""
+        assert config.lightning_nh is not None, "filled by the configuration"
+        n = len(counts)
+        numbers = on_device(np.array([*read, *write, 0, *counts], np.int32), device)
+        decay = torch.tensor(alibi_slopes(config.lightning_nh), dtype=torch.float32).to(device)
+        bounds = numbers[2 * n :].cumsum(0, dtype=torch.int32)
+        return cls(decay, bounds, numbers[:n], numbers[n : 2 * n])
+
+    def run(self, k: Tensor, v: Tensor, states: Tensor) -> None:
+        """Advance one layer's states by keys and values `[T, H, D]`."""
+        lightning_attention_slots(
+            k,
+            k,
+            v,
+            self.decay,
+            states,
+            cu_seqlens=self.bounds,
+            read_slots=self.read,
+            write_slots=self.write,
+            scale=1.0,
+        )
 
 
 def text_bytes(config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype) -> int:

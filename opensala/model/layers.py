@@ -17,22 +17,34 @@ def runs_alone(*tensors: Tensor | None) -> bool:
 
     Their results for a row do not depend on the other rows of a call (on a CPU, bit for bit).
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False
     return all(x is None or type(x) in (Tensor, nn.Parameter) for x in tensors)
+
+
+def fuses(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the fused inference steps run on these tensors: float32 anywhere, any but float64 on a GPU.
+
+    In half precision on a CPU nothing is gained by them.
+    """
+    wanted = x.dtype == torch.float32 or (x.is_cuda and x.dtype != torch.float64)
+    return wanted and runs_alone(x, *others)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b; in inference on a CPU a row of it does not depend on the other rows (`ops.linear`)."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and runs_alone(x, weight, bias):
+        return linear(x, weight, bias)
+    return nn.functional.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
     """nn.Linear whose inference on a CPU does not depend on how many rows a call has (`ops.linear`)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if (
-            input.dtype == torch.float32
-            and input.device.type == "cpu"
-            and runs_alone(input, self.weight, self.bias)
-        ):
-            return linear(input, self.weight, self.bias)
-        return super().forward(input)
+        return product(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -44,7 +56,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32 and runs_alone(x, self.weight):
+        if fuses(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()
         return nn.functional.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
@@ -95,7 +107,8 @@ class SwiGLU(nn.Module):
         self.act, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act == "silu"
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.is_silu and x.dtype == torch.float32 and runs_alone(x):
-            return self.down_proj(silu_mul(gate, up))
-        return self.down_proj(self.act(gate) * up)
+        return self.down_proj(self.activate(self.gate_proj(x), self.up_proj(x)))
+
+    def activate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up."""
+        return silu_mul(gate, up) if self.is_silu and fuses(gate, up) else self.act(gate) * up

@@ -27,7 +27,8 @@ from .cache import SALACache
 from .checkpoint import load_strictly
 from .compat import CACHE_ARGUMENT, take_cache
 from .config import ATTENTION_MODES, MiniCPMSALAConfig, check_choice
-from .layers import Linear, RMSNorm, SwiGLU, runs_alone
+from .inference import MergedLayers
+from .layers import Linear, RMSNorm, SwiGLU, fuses
 from .layout import (
     SequenceLayout,
     SequenceParallel,
@@ -71,7 +72,7 @@ class MiniCPMSALADecoderLayer(nn.Module):
 
     def _run(self, x: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(x), context)
-        if x.dtype == torch.float32 and runs_alone(x, mixed):
+        if fuses(x, mixed):
             norm = self.post_attention_layernorm
             x, h = add_rms_norm(x, mixed, self.residual_scale, norm.weight, norm.eps)
             return add_scaled(x, self.mlp(h), self.residual_scale)
@@ -136,6 +137,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.parallel: SequenceParallel | None = None  # set where rows are split over ranks
         self._said: set[tuple[Any, ...]] = set()
+        self._merged: MergedLayers | None = None  # set by `merge_projections`
         self.post_init()
 
     def forward(
@@ -240,11 +242,47 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         States and pages are written; nothing else knows of it. What comes into each layer is put into
         `every`.
         """
+        merged = None if every is not None else self.merged_layers(x)
+        if merged is not None:
+            return merged.run(x, batch)
         for layer in self.layers:
             if every is not None:
                 every.append(x)
             x = layer(x, batch)
         return self.norm(x)
+
+    def merge_projections(self, device: torch.device | None = None) -> None:
+        """Prepare for inference on a GPU: projections of one input become one product (`model/inference.py`).
+
+        Parameters keep their names, shapes and values, and lie on `device` afterwards (where the embedding
+        is, if None). A model with modules of another kind is left as it is, which is said.
+        """
+        device = device or self.embed_tokens.weight.device
+        old = self._merged
+        if old is not None and old.device == device and old.is_current and old.disturbed() is None:
+            return
+        try:
+            self._merged = MergedLayers(self, device)
+        except ValueError as error:
+            self._say_not_merged(str(error))
+
+    def merged_layers(self, like: Tensor) -> MergedLayers | None:
+        """The layers as `merge_projections` made them, if they can serve activations like `like` now."""
+        merged = self._merged
+        if merged is None or like.device != merged.device or not fuses(like):
+            return None
+        reason = merged.disturbed()
+        if reason is not None:
+            self._say_not_merged(reason)
+            return None
+        if not merged.is_current:  # someone moved or replaced parameters
+            self.merge_projections(merged.device)
+        return self._merged
+
+    def _say_not_merged(self, reason: str) -> None:
+        if ("one by one", reason) not in self._said:
+            self._said.add(("one by one", reason))
+            logger.warning("the projections of a layer run one by one, not merged: %s", reason)
 
     def _call(
         self,

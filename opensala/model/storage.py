@@ -53,6 +53,8 @@ class CacheStorage:
         pages, slots: how many there are.
         dtype: of keys and values; states are float32.
         devices: the device of each layer, or one for all.
+        scratch: one page and one slot more, that belong to nobody and that nobody reads: what the padding of
+            a recorded step writes (`self.scratch`, else None).
     """
 
     def __init__(
@@ -62,7 +64,11 @@ class CacheStorage:
         slots: int,
         dtype: torch.dtype,
         devices: Sequence[torch.device] | torch.device,
+        *,
+        scratch: bool = False,
     ) -> None:
+        self.scratch = (pages, slots) if scratch else None
+        pages, slots = pages + scratch, slots + scratch
         self.config, self.dtype = config, dtype
         layers = range(config.num_hidden_layers)
         self.devices = [devices] * len(layers) if isinstance(devices, torch.device) else list(devices)

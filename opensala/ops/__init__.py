@@ -1,7 +1,7 @@
 """The attention operators: tensors in, tensors out. They know no config, cache or layer."""
 
 from .backends import use_backend
-from .fused import add_rms_norm, add_scaled, norm_gate, norm_rope, rms_norm, silu_mul
+from .fused import add_rms_norm, add_scaled, norm_gate, norm_rope, rms_norm, silu_mul, split_heads
 from .lightning import alibi_slopes, lightning_attention, lightning_attention_slots
 from .linear import linear
 from .sparse import (
@@ -37,6 +37,7 @@ __all__ = [
     "select_blocks_paged",
     "silu_mul",
     "sparse_attention",
+    "split_heads",
     "store_kv",
     "use_backend",
 ]

@@ -4,7 +4,15 @@ gradients."""
 import pytest
 import torch
 
-from opensala.ops import add_rms_norm, norm_gate, norm_rope, rms_norm, silu_mul
+from opensala.ops import (
+    add_rms_norm,
+    add_scaled,
+    norm_gate,
+    norm_rope,
+    rms_norm,
+    silu_mul,
+    split_heads,
+)
 from tests.ops.grid import BACKENDS, TRITON_DEVICE, assert_close
 
 TRITON = [x for x in BACKENDS if x.id == "triton"]
@@ -230,6 +238,60 @@ def test_rows_equal_naive_with_gradients(shape, backend):
     gradients = torch.autograd.grad(got, leaves, [n.float() for n in noise])
     for a, b in zip(gradients, torch.autograd.grad(wanted, wide, noise), strict=True):
         torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [*ROWS, (2, 1024)], ids=str)
+@pytest.mark.parametrize("backend", TRITON)
+@torch.no_grad()
+def test_triton_rows_equal_naive(backend, shape):
+    """Whole rows, and gates and factors that are parts of wider rows."""
+    x, y, gate, up = torch.randn(4, *shape, dtype=torch.float64)
+    weight = torch.rand(shape[-1], dtype=torch.float64) + 0.5
+
+    def results(kind, x, y, w, both):
+        gate, up = both.chunk(2, -1)
+        return [
+            *add_rms_norm(x, y, 0.3, w, 1e-6, backend=kind),
+            rms_norm(x, w, 1e-6, backend=kind),
+            add_scaled(x, y, -1.7, backend=kind),
+            silu_mul(gate, up, backend=kind),
+            norm_gate(x, w, gate, 1e-6, backend=kind),
+            norm_gate(x, None, up, 1e-6, backend=kind),
+        ]
+
+    inputs = x, y, weight, torch.cat([gate, up], -1)
+    backend.compare(lambda *t: results(backend.name, *t), results("naive", *inputs), *inputs)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 20), (1, 1, 128), (32, 2, 64)])
+@pytest.mark.parametrize("parts", ["both", "norm", "rope", "neither"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_split_heads_equals_naive(backend, heads, kv_heads, dim, parts):
+    """From rows that stand in wider ones (a gate behind the values), several tokens and rows of a batch."""
+    inner = (heads + 2 * kv_heads) * dim
+    wide = torch.randn(2, 7, inner + 24, dtype=torch.float64)
+    weights = torch.rand(2, dim, dtype=torch.float64) + 0.5
+    angle = torch.rand(2, 7, dim // 2, dtype=torch.float64) * 50
+
+    def results(kind, wide, weights, cos, sin):
+        q_weight, k_weight = weights if parts in ("both", "norm") else (None, None)
+        cos, sin = (cos, sin) if parts in ("both", "rope") else (None, None)
+        return split_heads(
+            wide[..., :inner], heads, kv_heads, q_weight, k_weight, cos, sin, 1e-6, backend=kind
+        )
+
+    inputs = wide, weights, angle.cos(), angle.sin()
+    wanted = results("naive", *inputs)
+    assert [x.shape[2:] for x in wanted] == [(heads, dim), (kv_heads, dim), (kv_heads, dim)]
+    torch.testing.assert_close(wanted[2], wide[..., inner - kv_heads * dim : inner].unflatten(-1, (-1, dim)))
+    backend.compare(lambda *t: results(backend.name, *t), wanted, *inputs)
+
+
+def test_heads_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="heads in a row"):
+        split_heads(torch.ones(1, 2, 30), 2, 1, None, None, None, None, 1e-6)
+    with pytest.raises(ValueError, match="come together"):
+        split_heads(torch.ones(1, 2, 32), 2, 1, torch.ones(8), None, None, None, 1e-6)
 
 
 def test_no_bit_of_a_row_depends_on_the_others():

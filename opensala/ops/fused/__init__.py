@@ -24,7 +24,7 @@ from .plain import (
     plain_silu_mul,
 )
 
-__all__ = ["add_rms_norm", "add_scaled", "norm_gate", "norm_rope", "rms_norm", "silu_mul"]
+__all__ = ["add_rms_norm", "add_scaled", "norm_gate", "norm_rope", "rms_norm", "silu_mul", "split_heads"]
 
 WIDEST = 16384  # elements of a row that one Triton program holds
 
@@ -126,7 +126,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend | None =
     Source: arXiv 1910.07467, equation 4.
     """
     _check_weight(x, weight)
-    name = choose_backend("rms_norm", x, backend, {"cpp": None})
+    name = choose_backend("rms_norm", x, backend, {"cpp": None, "triton": _beyond_triton(x, weight)})
+    if name == "triton":
+        from .triton_inference import triton_add_norm
+
+        return triton_add_norm(x, None, 1.0, weight, eps)[1]
     run = {"naive": naive_rms_norm, "torch": plain_rms_norm, "cpp": cpp_rms_norm}[name]
     return run(x, weight, eps).to(x.dtype)
 
@@ -144,8 +148,8 @@ def add_rms_norm(
         eps: added to the mean square.
 
     Returns:
-        The sum and its norm, both in x's shape and dtype. Gradients flow with every backend (through
-        PyTorch).
+        The sum and its norm (of the sum before it is rounded), both in x's shape and dtype. Gradients flow
+        with every backend but `triton` (through PyTorch).
 
     Raises:
         ValueError: shapes that do not fit together, or an unavailable backend.
@@ -153,7 +157,12 @@ def add_rms_norm(
     _check_weight(x, weight)
     if x.shape != y.shape:
         raise ValueError(f"y must have x's shape {list(x.shape)}, got {list(y.shape)}")
-    name = choose_backend("add_rms_norm", x, backend, {"cpp": None})
+    limit = _beyond_triton(x, y, weight)
+    name = choose_backend("add_rms_norm", x, backend, {"cpp": None, "triton": limit})
+    if name == "triton":
+        from .triton_inference import triton_add_norm
+
+        return triton_add_norm(x, y, scale, weight, eps)
     run = {"naive": naive_add_rms_norm, "torch": plain_add_rms_norm, "cpp": cpp_add_rms_norm}[name]
     total, out = run(x, y, scale, weight, eps)
     return total.to(x.dtype), out.to(x.dtype)
@@ -174,7 +183,11 @@ def add_scaled(x: Tensor, y: Tensor, scale: float, *, backend: Backend | None = 
     """
     if x.shape != y.shape:
         raise ValueError(f"y must have x's shape {list(x.shape)}, got {list(y.shape)}")
-    name = choose_backend("add_scaled", x, backend, {"cpp": None})
+    name = choose_backend("add_scaled", x, backend, {"cpp": None, "triton": _beyond_triton(x, y)})
+    if name == "triton":
+        from .triton_inference import triton_add_norm
+
+        return triton_add_norm(x, y, scale, None, 0.0)[0]
     run = {"naive": naive_add_scaled, "torch": plain_add_scaled, "cpp": cpp_add_scaled}[name]
     return run(x, y, scale).to(x.dtype)
 
@@ -183,10 +196,11 @@ def silu_mul(gate: Tensor, up: Tensor, *, backend: Backend | None = None) -> Ten
     """silu(gate) * up, the middle of a SwiGLU feed-forward.
 
     Args:
-        gate, up (Tensor): `[..., W]`.
+        gate, up (Tensor): `[..., W]`; with `triton`, parts of wider rows are read where they lie.
 
     Returns:
-        gate's shape and dtype; computed in float32 (float64 for float64). Gradients flow to both.
+        gate's shape and dtype; computed in float32 (float64 for float64). Gradients flow to both,
+        but not with `triton`, which is for inference.
 
     Raises:
         ValueError: shapes that differ, or an unavailable backend.
@@ -195,9 +209,74 @@ def silu_mul(gate: Tensor, up: Tensor, *, backend: Backend | None = None) -> Ten
     """
     if gate.shape != up.shape:
         raise ValueError(f"up must have gate's shape {list(gate.shape)}, got {list(up.shape)}")
-    name = choose_backend("silu_mul", gate, backend, {"cpp": None})
+    limit = _beyond_triton(gate, up, widest=None)
+    name = choose_backend("silu_mul", gate, backend, {"cpp": None, "triton": limit})
+    if name == "triton":
+        from .triton_inference import triton_silu_mul
+
+        return triton_silu_mul(gate, up)
     run = {"naive": naive_silu_mul, "torch": plain_silu_mul, "cpp": cpp_silu_mul}[name]
     return run(gate, up).to(gate.dtype)
+
+
+def split_heads(
+    x: Tensor,
+    heads: int,
+    kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+    *,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values from the result of one product, the first two by `norm_rope`. For inference.
+
+    Args:
+        x (Tensor): `[B, T, (heads + 2 * kv_heads) * D]`: heads of queries, of keys, of values; rows may be
+            parts of wider rows.
+        heads, kv_heads: how many of queries, and of keys and of values.
+        q_weight, k_weight (Tensor): `[D]` of their norms, or None for none; they come together.
+        cos, sin (Tensor): `[B, T, D / 2]` or `[1, T, D / 2]`, float32, or None for no rotation.
+        eps: added to the mean square.
+
+    Returns:
+        q `[B, T, heads, D]`, k and v `[B, T, kv_heads, D]` in x's dtype (computed in float32):
+        contiguous with `triton`, in one launch. Without norm and rotation, views of x. No gradients.
+
+    Raises:
+        ValueError: a width that the heads do not divide, a single weight, or an unavailable backend.
+
+    Source: MiniCPM-SALA (arXiv 2602.11761) section 2.1 (QK-norm, HyPE).
+    """
+    dim, rest = divmod(x.shape[-1], heads + 2 * kv_heads)
+    if rest:
+        raise ValueError(f"x must have {heads} + 2 * {kv_heads} heads in a row, got {x.shape[-1]} elements")
+    if (q_weight is None) != (k_weight is None):
+        raise ValueError("q_weight and k_weight come together")
+    sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
+    with torch.no_grad():
+        if q_weight is not None or cos is not None:
+            limit = f"the head dimension {dim} is above 256" if dim > 256 else None
+            limit = limit or _beyond_triton(x, widest=None)
+            if choose_backend("split_heads", x, backend, {"cpp": None, "triton": limit}) == "triton":
+                from .triton_inference import triton_split_heads
+
+                return triton_split_heads(x, heads, kv_heads, q_weight, k_weight, cos, sin, eps)
+        q, k, v = (part.unflatten(-1, (-1, dim)) for part in x.split(sizes, -1))
+        if q_weight is not None or cos is not None:
+            q = norm_rope(q, q_weight, cos, sin, eps, backend=backend)
+            k = norm_rope(k, k_weight, cos, sin, eps, backend=backend)
+        return q, k, v
+
+
+def _beyond_triton(*tensors: Tensor, widest: int | None = WIDEST) -> str | None:
+    """Why the inference kernels cannot run this call, or None."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "gradients are wanted, which only the torch form has: call it under torch.no_grad()"
+    width = tensors[0].shape[-1]
+    return f"rows of {width} are above {widest}" if widest is not None and width > widest else None
 
 
 def _check_weight(x: Tensor, weight: Tensor) -> None:

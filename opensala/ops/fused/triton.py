@@ -86,13 +86,19 @@ def _rope_arguments(x: Tensor, cos: Tensor | None) -> dict[str, int | bool]:
     return {"rows": batch * length * heads, "table_rows": length, "H": heads, "REPEATED": repeated}
 
 
+def _gated(x: Tensor, weight: Tensor | None, gate: Tensor | None, gate_row: int, eps: float) -> Tensor:
+    """The result for contiguous x; rows of the gate begin `gate_row` elements apart."""
+    out = torch.empty_like(x)
+    config = _gate_config(x.shape[-1], x.element_size())
+    rows = x.numel() // x.shape[-1]
+    norm_gate_kernel[(cdiv(rows, config["ROWS"]),)](x, weight, gate, out, rows, gate_row, eps, **config)
+    return out
+
+
 class _NormGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
-        out = torch.empty_like(x)
-        config = _gate_config(x.shape[-1], x.element_size())
-        rows = x.numel() // x.shape[-1]
-        norm_gate_kernel[(cdiv(rows, config["ROWS"]),)](x, weight, gate, out, rows, eps, **config)
+        out = _gated(x, weight, gate, x.shape[-1], eps)
         ctx.save_for_backward(x, weight, gate)
         ctx.eps = eps
         return out
@@ -137,8 +143,15 @@ def triton_norm_rope(
 
 
 def triton_norm_gate(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
-    """See `norm_gate`; gradients flow to x, weight and gate, once."""
+    """See `norm_gate`; gradients flow to x, weight and gate, once. Without them, the gate may be part of
+    wider rows."""
     with on_device(x):
+        if not torch.is_grad_enabled() and gate is not None:
+            rows = computable(gate)
+            rows = rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
+            rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+            plain = computable(x).contiguous()
+            return _gated(plain, _ready(weight), rows, rows.stride(0), eps).to(x.dtype)
         return _NormGate.apply(_ready(x), _ready(weight), _ready(gate), eps).to(x.dtype)
 
 
@@ -176,7 +189,8 @@ def compile_cases(arch: int) -> CompileCases:
         config = _gate_config(width, 2 if x == "*bf16" else 4)
         options = {"num_warps": config.pop("num_warps")}
         types = {"x": x, "weight": x, "gate": x, "rows": "i32", "eps": "fp32"}
-        yield CompileCase(f"norm_gate {name}", norm_gate_kernel, {**types, "out": x}, config, options)
+        forward = {**types, "out": x, "gate_row": "i32"}
+        yield CompileCase(f"norm_gate {name}", norm_gate_kernel, forward, config, options)
         yield CompileCase(
             f"norm_gate grad {name}",
             norm_gate_grad_kernel,

@@ -130,9 +130,9 @@ def norm_rope_grad_kernel(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def norm_gate_kernel(
-    x, weight, gate, out, rows, eps, W: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr
+    x, weight, gate, out, rows, gate_row, eps, W: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """out [rows, W]."""
+    """out [rows, W]; rows of the gate begin gate_row elements apart."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLS)
     cells = row.to(tl.int64)[:, None] * W + columns[None, :]
@@ -141,7 +141,8 @@ def norm_gate_kernel(
     if weight is not None:
         y = y * tl.rsqrt(tl.sum(y * y, 1) / W + eps)[:, None] * _load(weight, columns, columns < W)[None, :]
     if gate is not None:
-        y *= tl.sigmoid(_load(gate, cells, inside))
+        places = row.to(tl.int64)[:, None] * gate_row + columns[None, :]
+        y *= tl.sigmoid(_load(gate, places, inside))
     tl.store(out + cells, y.to(out.dtype.element_ty), mask=inside)
 
 
