@@ -11,6 +11,7 @@ from `cu[n] // size + n` on: enough for it whatever its length, and nobody has t
 `find_document`).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -209,6 +210,16 @@ def load_rows(x, offsets, there, DIM: tl.constexpr, WIDE: tl.constexpr):
     if DIM < WIDE:
         mask = mask & (d < DIM)[None, :]
     return tl.load(x + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+def positive_factor(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """q and a factor greater than 0, for which factor * q.k are the scores scale * q.k in base 2.
+
+    Kernels take the maximum of a row of q.k before they multiply it, which only such a factor allows.
+    """
+    if scale == 0:
+        return torch.zeros_like(q), 1.0
+    return (q if scale > 0 else -q), abs(scale) * math.log2(math.e)
 
 
 def cores(device: torch.device) -> int:
