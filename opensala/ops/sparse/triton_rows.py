@@ -203,6 +203,19 @@ def window_rows(
 
 
 @triton.jit
+def phase_rows(
+    block, phase, there, k_p, k_n, pages, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr
+):
+    """`window_rows` of windows block * RATIO + phase, one phase for all: what depends on it is one number."""
+    if pages is None:
+        return block.to(tl.int64) * (RATIO * k_n) + phase * k_n
+    else:
+        end = phase * STRIDE + (SIZE - 1)
+        page = tl.load(pages + block + end // (RATIO * STRIDE), mask=there, other=0).to(tl.int64)
+        return page * k_p + end % (RATIO * STRIDE) // STRIDE * k_n
+
+
+@triton.jit
 def load_rows(x, offsets, there, DIM: tl.constexpr, WIDE: tl.constexpr):
     """Rows `[n, WIDE]` at the given offsets; zero where `there` is false and beyond DIM."""
     d = tl.arange(0, WIDE)
