@@ -247,6 +247,14 @@ def test_any_lists_of_blocks_in_tiles_of_a_gpu(heads, size, path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_is_not_positive(scale, path):
+    q, k, v = draw(130, 20, 4, 2, 16)
+    blocks = select_blocks(q, k, SMALL)
+    out = sparse_attention(*on_device(q, k, v, blocks), 16, scale=scale, backend="triton")
+    assert_close(out, sparse_attention(q, k, v, blocks, 16, scale=scale, backend="naive"), 2e-5)
+
+
 def test_long_calls_go_by_block():
     def asked(tokens, capacity, dim=128, dtype=torch.bfloat16):
         q, v = (

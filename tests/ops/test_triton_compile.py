@@ -40,9 +40,18 @@ KNOWN_SPILLS = {
 }
 
 
+# In every version: rows of scores held by 32 warps, whose threads have 64 registers. Reading such rows from
+# memory in each of some 23 steps would cost far more than these bytes.
+LONG_ROWS = {
+    ("top_kernel 16384", 90): 32,
+    ("top_kernel 16384 pages", 90): 32,
+    ("top_kernel 32768", 90): 80,
+}
+
+
 def allowed_spill(case):
-    old = version("triton").split(".")[:2] == ["3", "7"]
-    return KNOWN_SPILLS.get((case["name"], case["arch"]), 0) if old else 0
+    known = {**LONG_ROWS, **(KNOWN_SPILLS if version("triton").split(".")[:2] == ["3", "7"] else {})}
+    return known.get((case["name"], case["arch"]), 0)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

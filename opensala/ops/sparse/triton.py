@@ -7,7 +7,6 @@ Attention goes block by block where many queries share a block (`shared_enough`)
 choice is made by counting bytes and has not been measured on a GPU yet.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .triton_attend import attend_by_query
 from .triton_backward import attention_gradients
 from .triton_compress import triton_extend_compressed
 from .triton_pairs import attend_by_block, shared_enough
-from .triton_rows import Rows, inner_contiguous, rows_of
+from .triton_rows import Rows, inner_contiguous, positive_factor, rows_of
 from .triton_select import triton_select_blocks
 
 __all__ = ["triton_extend_compressed", "triton_select_blocks", "triton_sparse_attention"]
@@ -30,12 +29,12 @@ class _SparseAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, rows: Rows, scale: float
     ) -> Tensor:
-        factor = scale * math.log2(math.e)
         ctx.size, ctx.rows, ctx.scale, ctx.dtypes = size, rows, scale, (q.dtype, k.dtype, v.dtype)
         common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         q, k, v = (inner_contiguous(computable(x.to(common))) for x in (q, k, v))
         attend = attend_by_block if shared_enough(q, v, blocks, size, rows) else attend_by_query
-        out, lse = attend(q, k, v, blocks, size, rows, factor)
+        queries, factor = positive_factor(q, scale)
+        out, lse = attend(queries, k, v, blocks, size, rows, factor)
         ctx.save_for_backward(q, k, v, blocks, out, lse)
         return out.to(ctx.dtypes[0])
 

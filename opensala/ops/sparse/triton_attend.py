@@ -69,15 +69,15 @@ def add_rows(
     """Online softmax of the rows of `query` over the keys and values at offsets k_at and v_at, where `there`.
 
     With MASK a row of `query` sees the keys for which `seen` (`[1, keys]` or `[rows, keys]`) is true, perhaps
-    none. Keys and values are brought to the dtype of the query.
+    none. Keys and values are brought to the dtype of the query. factor is positive (`positive_factor`).
     """
     x = load_rows(keys, k_at, there, D, DP).to(query.dtype)
-    s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
+    s = tl.dot(query, tl.trans(x), input_precision="ieee")
     if MASK:
         s = tl.where(seen, s, float("-inf"))
-    higher = tl.maximum(peak, tl.max(s, axis=1))
+    higher = tl.maximum(peak, tl.max(s, axis=1) * factor)
     base = tl.where(higher == float("-inf"), 0.0, higher) if MASK else higher
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s * factor - base[:, None])  # one instruction, as the factor comes last
     shrink = tl.exp2(peak - base)
     mass = mass * shrink + tl.sum(p, axis=1)
     y = load_rows(values, v_at, there, E, EP).to(query.dtype)
@@ -120,7 +120,7 @@ def attend_kernel(
             peak, mass, total, query, keys, values, token * k_t, token * v_t, there, seen[None, :], factor,
             D, DP, E, EP, True,
         )  # fmt: skip
-    total = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    total = total * (1 / tl.where(mass > 0, mass, 1.0))[:, None]
     place = ((part * tl.num_programs(2) + b) * tokens + t) * (HEADS * GROUP) + row
     tl.store(lse + place, peak + tl.log2(mass), mask=g < GROUP)
     e = tl.arange(0, EP)

@@ -16,8 +16,6 @@ Shapes: T queries of N sequences, K blocks of a list, G query heads a kv head, D
 a page.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +36,7 @@ from .pages import KVPages, PageTable
 from .spec import BlockSpec
 from .triton_attend import PROGRAMS, SIZES, add_rows, case_types, list_config, merge, split_list
 from .triton_pairs import attend_chunk, band_config, chunk_of, shared_enough
-from .triton_rows import COUNTS, Rows, cores, inner_contiguous, load_rows
+from .triton_rows import COUNTS, Rows, cores, inner_contiguous, load_rows, positive_factor
 
 LEAST_TILED = 16  # new tokens that a sequence may have in a call, from which on dense ones go tile by tile
 
@@ -81,7 +79,7 @@ def add_blocks(
 def store_rows(out, lse, place, there, peak, mass, total, E: tl.constexpr, EP: tl.constexpr):
     """Normalised results and their log-sum-exp at rows `place`; no log-sum-exp if there is no room for it."""
     e = tl.arange(0, EP)
-    total = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    total = total * (1 / tl.where(mass > 0, mass, 1.0))[:, None]
     mask = there[:, None] & (e < E)[None, :]
     tl.store(out + place[:, None] * E + e[None, :], total.to(out.dtype.element_ty), mask=mask)
     if lse is not None:
@@ -191,10 +189,9 @@ def triton_paged_attention(
     q: Tensor, pool: KVPages, table: PageTable, blocks: Tensor | None, spec: BlockSpec, scale: float
 ) -> Tensor:
     """See `paged_attention`. Nothing waits for the GPU: the number of programs follows from shapes."""
-    queries = inner_contiguous(computable(q.detach()))
+    queries, factor = positive_factor(inner_contiguous(computable(q.detach())), scale)
     pool = KVPages(*map(computable, pool))
     listed = None if blocks is None else blocks.contiguous()
-    factor = scale * math.log2(math.e)
     tokens, sequences = q.shape[0], table.lengths.shape[0]
     by_page = listed is not None and _shared_enough(queries, pool, table, listed, spec)
     tiled = by_page or tokens - sequences >= LEAST_TILED

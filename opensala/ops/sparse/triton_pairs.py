@@ -152,12 +152,18 @@ def band_kernel(
     place = (((b * (end - begin) + t - begin) * HEADS + h) * (LIST + 1) + LIST) * GROUP + g
     tl.store(part_lse + place, peak + tl.log2(mass), mask=there)
     e = tl.arange(0, EP)
-    total = total / tl.where(mass > 0, mass, 1.0)[:, None]
+    total = total * (1 / tl.where(mass > 0, mass, 1.0))[:, None]
     tl.store(
         parts + place[:, None] * E + e[None, :],
         total.to(parts.dtype.element_ty),
         mask=there[:, None] & (e < E)[None, :],
     )
+
+
+@triton.jit
+def of_rows(x, PQ: tl.constexpr, GP: tl.constexpr):
+    """One value for each pair, `[PQ]`, repeated for the GP rows of its heads: `[PQ * GP]`."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (PQ, GP)), (PQ * GP,))
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -174,6 +180,7 @@ def pair_kernel(
     if mine >= bins:
         return
     slot, h, b = place_of(mine, slots, HEADS)
+    b32 = b.to(tl.int32)
     inside = tl.arange(0, SP)
     if pages is None:
         block, start, keys, shift = block_of(slot, b, lengths, length, cu, documents, tokens, SIZE, STEPS)
@@ -181,6 +188,7 @@ def pair_kernel(
         v += b * v_b + (start + block * SIZE) * v_t
         shift -= block * SIZE  # from a query to the number of the last key of this block that it sees
         keys -= block * SIZE
+        shift32 = shift.to(tl.int32)
     else:  # the bin is a page; it is full in all its sequences, or has only one
         one = tl.load(order + first_pair)
         owner = tl.load(number + begin + one // (HEADS * LIST))
@@ -188,37 +196,50 @@ def pair_kernel(
         k += slot * k_b
         v += slot * v_b
     there = inside < tl.minimum(keys, SIZE)
+    q += b * q_b + h * GROUP * q_h
     x = load_rows(k, h * k_h + inside.to(tl.int64) * k_t, there, D, DP).to(q.dtype.element_ty)
     y = load_rows(v, h * v_h + inside.to(tl.int64) * v_t, there, E, EP).to(q.dtype.element_ty)
-    row = tl.arange(0, PQ * GP)
-    g = row % GP
     e = tl.arange(0, EP)
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    q_cells = g[:, None] * q_h + d[None, :]
+    out_cells = g[:, None] * E + e[None, :]
     for i in range(first_pair, last_pair, PQ):
-        pair = tl.load(order + i + row // GP, mask=i + row // GP < last_pair, other=-1)
-        used = (pair >= 0) & (g < GROUP)
-        local = pair // (HEADS * LIST) - b * count
-        t = tl.where(used, begin + local, 0)
-        query = load_rows(q, b * q_b + t * q_t + (h * GROUP + g) * q_h, used, D, DP)
-        s = tl.dot(query, tl.trans(x), input_precision="ieee") * factor
+        # What concerns a pair is worked out once, in 32 bits, and then handed to the rows of its heads.
+        ranks = i + tl.arange(0, PQ)
+        pair = tl.load(order + ranks, mask=ranks < last_pair, other=0).to(tl.int32)
+        t = begin + (pair // (HEADS * LIST) - b32 * count)
         if pages is None:
-            reach = t + shift
+            reach = t + shift32
         else:
             n = tl.load(number + t)
-            first_key = tl.load(blocks + pair, mask=used, other=0).to(tl.int64) * SIZE
-            reach = t + tl.load(lengths + n) - tl.load(cu + n + 1) - first_key
-        seen = there[None, :] & (inside[None, :] <= reach[:, None])
-        s = tl.where(seen, s, float("-inf"))
-        peak = tl.max(s, axis=1)
+            first_key = tl.load(blocks + pair) * SIZE
+            reach = (t + tl.load(lengths + n) - tl.load(cu + n + 1)).to(tl.int32) - first_key
+        used = (ranks < last_pair)[:, None] & (g < GROUP)[None, :]
+        query = tl.load(
+            q + (t.to(tl.int64) * q_t)[:, None, None] + q_cells[None, :, :],
+            mask=used[:, :, None] & (d < D)[None, None, :],
+            other=0.0,
+        )
+        query = tl.reshape(query, (PQ * GP, DP))
+        s = tl.dot(query, tl.trans(x), input_precision="ieee")
+        s = tl.where(there[None, :] & (inside[None, :] <= of_rows(reach, PQ, GP)[:, None]), s, float("-inf"))
+        peak = tl.max(s, axis=1) * factor
         peak = tl.where(peak == float("-inf"), 0.0, peak)  # rows of the padding
-        p = tl.exp2(s - peak[:, None])
+        p = tl.exp2(s * factor - peak[:, None])
         mass = tl.sum(p, axis=1)
-        result = tl.dot(p.to(y.dtype), y, input_precision="ieee") / tl.where(mass > 0, mass, 1.0)[:, None]
-        place = (((b * count + local) * HEADS + h) * (LIST + 1) + pair % LIST) * GROUP + g
-        tl.store(part_lse + place, peak + tl.log2(mass), mask=used)
+        p = p * (1 / tl.where(mass > 0, mass, 1.0))[:, None]
+        result = tl.dot(p.to(y.dtype), y, input_precision="ieee")
+        place = (pair + pair // LIST).to(tl.int64) * GROUP
         tl.store(
-            parts + place[:, None] * E + e[None, :],
-            result.to(parts.dtype.element_ty),
-            mask=used[:, None] & (e < E)[None, :],
+            part_lse + place[:, None] + g[None, :],
+            tl.reshape(peak + tl.log2(mass), (PQ, GP)),
+            mask=used,
+        )
+        tl.store(
+            parts + (place * E)[:, None, None] + out_cells[None, :, :],
+            tl.reshape(result.to(parts.dtype.element_ty), (PQ, GP, EP)),
+            mask=used[:, :, None] & (e < E)[None, None, :],
         )
 
 
@@ -255,7 +276,7 @@ def pair_config(group: int, size: int, dim: int, value_dim: int, itemsize: int, 
     if itemsize == 4:
         rows, warps, stages = 16, 8, 1
     elif arch == 90:
-        rows, warps, stages = (64, 8, 1) if large else (128, 8, 2)
+        rows, warps, stages = (64, 4, 2) if large else (64, 4, 3)
     else:
         rows, warps, stages = (32, 4, 2) if large else (64, 4, 2)
     if triton_interpreted():

@@ -11,6 +11,7 @@ from `cu[n] // size + n` on: enough for it whatever its length, and nobody has t
 `find_document`).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -202,6 +203,19 @@ def window_rows(
 
 
 @triton.jit
+def phase_rows(
+    block, phase, there, k_p, k_n, pages, SIZE: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr
+):
+    """`window_rows` of windows block * RATIO + phase, one phase for all: what depends on it is one number."""
+    if pages is None:
+        return block.to(tl.int64) * (RATIO * k_n) + phase * k_n
+    else:
+        end = phase * STRIDE + (SIZE - 1)
+        page = tl.load(pages + block + end // (RATIO * STRIDE), mask=there, other=0).to(tl.int64)
+        return page * k_p + end % (RATIO * STRIDE) // STRIDE * k_n
+
+
+@triton.jit
 def load_rows(x, offsets, there, DIM: tl.constexpr, WIDE: tl.constexpr):
     """Rows `[n, WIDE]` at the given offsets; zero where `there` is false and beyond DIM."""
     d = tl.arange(0, WIDE)
@@ -209,6 +223,16 @@ def load_rows(x, offsets, there, DIM: tl.constexpr, WIDE: tl.constexpr):
     if DIM < WIDE:
         mask = mask & (d < DIM)[None, :]
     return tl.load(x + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+def positive_factor(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """q and a factor greater than 0, for which factor * q.k are the scores scale * q.k in base 2.
+
+    Kernels take the maximum of a row of q.k before they multiply it, which only such a factor allows.
+    """
+    if scale == 0:
+        return torch.zeros_like(q), 1.0
+    return (q if scale > 0 else -q), abs(scale) * math.log2(math.e)
 
 
 def cores(device: torch.device) -> int:

@@ -26,8 +26,6 @@ Scores are in base 2: p = exp2(factor * q.k - lse), factor = scale * log2(e).
 Shapes: B rows, T queries, Hq/Hkv query/kv heads, G = Hq / Hkv, D head dim, n1/n2 windows, N blocks.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -44,6 +42,8 @@ from .triton_rows import (
     cores,
     inner_contiguous,
     load_rows,
+    phase_rows,
+    positive_factor,
     rows_of,
     tile_of,
     window_rows,
@@ -54,6 +54,7 @@ from .triton_top import top_blocks
 SCRATCH = 1 << 26  # block scores held at once: 256 MB
 PROGRAMS = 16  # programs of the score kernel for each multiprocessor that a call should have at least
 LSE_PROGRAMS = 2  # the same of the log-sum-exp kernel
+JOINED = tl.constexpr(1 << 12)  # denominators that a program of few queries reads at once
 
 
 @triton.jit
@@ -67,12 +68,12 @@ def add_panels(
         window = first + tl.arange(0, BN)
         there = window < hi
         x = load_rows(keys, window_rows(window, there, k_p, k_n, pages, SIZE, STRIDE, BLOCK), there, D, DP)
-        s = tl.dot(query, tl.trans(x.to(query.dtype)), input_precision="ieee") * factor
+        s = tl.dot(query, tl.trans(x.to(query.dtype)), input_precision="ieee")
         if MASK:
             s = tl.where(window[None, :] < visible[:, None], s, float("-inf"))
-        higher = tl.maximum(peak, tl.max(s, axis=1))
+        higher = tl.maximum(peak, tl.max(s, axis=1) * factor)
         base = tl.where(higher == float("-inf"), 0.0, higher) if MASK else higher
-        mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(s - base[:, None]), axis=1)
+        mass = mass * tl.exp2(peak - base) + tl.sum(tl.exp2(s * factor - base[:, None]), axis=1)
         peak = higher
     return peak, mass
 
@@ -222,7 +223,7 @@ def score_kernel(
         phase = i % RATIO
         window = (panel * PB + row) * RATIO + phase
         seen = window < visible
-        at = window_rows(window, seen, k1_b, k1_n, pages, SIZE, STRIDE, RATIO * STRIDE)
+        at = phase_rows(panel * PB + row, phase, seen, k1_b, k1_n, pages, SIZE, STRIDE, RATIO)
         x = load_rows(keys, at, seen, D, DP).to(query.dtype)
         s = tl.dot(x, query, input_precision="ieee")
         p = tl.exp2(s * factor - total[None, :])
@@ -244,11 +245,16 @@ def score_kernel(
 
 @triton.jit
 def joined_lse(lse, place, there, step, shares, COLUMNS: tl.constexpr):
-    """log2 of the sum of the denominators of all shares; 0 where nothing was visible."""
+    """log2 of the sum of the denominators of all shares; 0 where nothing was visible.
+
+    All that a decoding step has on a GPU are read at once: one after the other each would wait for memory.
+    Prefill has few shares.
+    """
+    TOGETHER: tl.constexpr = JOINED // COLUMNS if COLUMNS <= 32 else 8
     peak = tl.full((COLUMNS,), float("-inf"), tl.float32)
     mass = tl.zeros((COLUMNS,), tl.float32)
-    for first in range(0, shares, 8):
-        n = first + tl.arange(0, 8)
+    for first in range(0, shares, TOGETHER):
+        n = first + tl.arange(0, TOGETHER)
         each = tl.load(
             lse + place[None, :] + n[:, None] * step,
             mask=there[None, :] & (n < shares)[:, None],
@@ -394,7 +400,7 @@ def _best_blocks(
     batch, tokens, kv_heads = *q.shape[:2], k1.shape[2]
     width = cdiv(blocks, 16) * 16
     out = torch.empty(batch, tokens, kv_heads, spec.num_blocks, dtype=torch.int32, device=q.device)
-    factor = scale * math.log2(math.e)
+    q, factor = positive_factor(q, scale)
     shares = _denominators(q, k1, k2, spec, rows, factor, lse == "coarse")
     chunk = max(64, SCRATCH // (batch * kv_heads * width) // 64 * 64)
     for begin in range(0, tokens, chunk):

@@ -19,7 +19,7 @@ from ..triton_common import CompileCase, CompileCases, cdiv, find_sequence, on_d
 from .spec import BlockSpec
 from .triton_rows import COUNTS, Rows, locate
 
-WIDEST = 1 << 13  # scores of a row that a program holds in registers: 512K tokens at the released sizes
+WIDEST = 1 << 14  # scores of a row that a program holds in registers: 1M tokens at the released sizes
 ELEMENTS = 1 << 10  # scores of several rows that a program holds
 INFINITE = tl.constexpr(0x7F800000)  # the bits of +inf: forced blocks
 
@@ -158,12 +158,13 @@ def top_blocks(scores: Tensor, out: Tensor, spec: BlockSpec, rows: Rows, begin: 
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Rows of 16K, 512K and 1M tokens; the last are more than registers hold."""
+    """Rows of 16K, 512K, 1M and 2M tokens; the last are more than registers hold."""
     spec = BlockSpec()
     for width, paged in (
         (1 << 8, False),
         (1 << 13, False),
         (1 << 14, False),
+        (1 << 15, False),
         (1 << 8, True),
         (1 << 14, True),
     ):
