@@ -47,8 +47,7 @@ class CudaRecorder:
     """CUDA graphs, whose memory they share: one replays at a time, and results are read before the next."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._pool: Any = None
+        self.device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         with torch.cuda.device(self.device):
@@ -61,7 +60,6 @@ class CudaRecorder:
             # Other threads (a server's) may go on using the GPU meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = work()
-            self._pool = self._pool or graph.pool()
         return out, graph.replay
 
 

@@ -122,7 +122,7 @@ def host_numbers(size: int, device: torch.device) -> Tensor:
 
     Each step gets memory of its own: the allocator gives it to another one only when the copy is done.
     """
-    return torch.zeros(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
 
 
 def send(host: Tensor, device: torch.device, into: Tensor | None = None) -> Tensor:

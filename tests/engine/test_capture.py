@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from opensala.engine import SamplingParams
 from opensala.engine.capture import CallAgain
 from opensala.engine.runner import Runner
+from opensala.ops import use_backend
 
 from ..conftest import tiny_model
+from ..ops.grid import INTERPRETED
 from .test_engine import engine, ids
 
 PARAMS = SamplingParams(max_tokens=25, ignore_eos=True)
@@ -44,6 +46,36 @@ def test_captured_steps_give_the_same_tokens(changes):
     assert outcome(running) == wanted
     assert running.runner.captured.num_graphs >= 2 and running.runner.captured.reason is None
     running.check_integrity()
+
+
+def test_an_answer_that_turns_sparse_is_captured_anew():
+    """Dense up to 63 tokens, then sparse, and from 112 on with blocks left out, in tables of one width."""
+    params = SamplingParams(max_tokens=90, ignore_eos=True)
+    (wanted,) = engine(tiny_model()).generate([ids(50)], params)
+    running = captured(tiny_model())
+    (found,) = running.generate([ids(50)], params)
+    assert (found.tokens, found.logprobs) == (wanted.tokens, wanted.logprobs)
+    assert {key[:3] for key in running.runner.captured._graphs} == {(1, 64, False), (1, 64, True)}
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not INTERPRETED, reason="for the interpreter; a GPU has tests of its own")
+def test_captured_steps_of_the_triton_kernels():
+    """Chunks and padded steps of both modes by the kernels of a GPU, in the interpreter.
+
+    Texts are so short that all blocks are chosen: where scores tie, the kernels choose others.
+    """
+    pytest.importorskip("triton")
+    changes = {"attn_use_rope": True, "attn_qk_norm": True}
+    prompts, params = [ids(70), ids(20, 1), ids(61, 2)], SamplingParams(max_tokens=4, ignore_eos=True)
+    wanted = engine(tiny_model(**changes)).generate(prompts, params)
+    running = captured(tiny_model(**changes))
+    with use_backend("triton"):
+        found = running.generate(prompts, params)
+    assert running.runner.captured.num_graphs
+    for a, b in zip(found, wanted, strict=True):
+        assert a.tokens == b.tokens
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
 
 
 def test_sizes_and_widths(monkeypatch):
