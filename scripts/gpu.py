@@ -6,7 +6,7 @@ machine with torch, Triton and a CUDA GPU.
 The order is: ceilings, tests, kernels, model, million. Each has a share of the time; what no longer fits is
 left out, and said. Rows are added to OUTPUT/results.csv as they come; OUTPUT/reports/ gets, under one name,
 the page (.md), all events (.jsonl), tracebacks (.log), the tests' log (.tests.log) and the profiler's tables
-(.profile.txt). `--only` also takes dense, large, sanitizer and counters, which do not run by themselves.
+(.profile.txt). `--only` also takes large, sanitizer and counters, which do not run by themselves.
 A step that fails is recorded and the next one goes on; the exit code is then 1. 2: nothing was run.
 """
 
@@ -18,23 +18,22 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the package need not be installed
-
-from opensala.bench.gpu.outcome import page, result_of, slug  # noqa: E402
-from opensala.bench.gpu.plan import groups_of  # noqa: E402
-from opensala.bench.gpu.sizes import TINY, Sizes  # noqa: E402
-from opensala.bench.gpu.steps import SICK, read_events  # noqa: E402
+sys.path.insert(
+    0, str(ROOT)
+)  # the package need not be installed; it is imported while the first process starts
 
 GRACE = 10.0  # seconds that a step may be late before its process is ended
-NEEDED = ("transformers", "safetensors", "numpy", "rich", "psutil", "pypdf", "triton", "pytest")
+NOTHING = 2  # exit code of a process that could not begin
+NEEDED = ("torch", "triton", "transformers", "safetensors", "numpy", "rich", "psutil", "pytest")
 
 
 def watch(process: subprocess.Popen, events: Path, end: float) -> int | None:
     """Wait for a process of the run; ends it when a step is far beyond its time. None: it had to be ended."""
+    from opensala.bench.gpu.steps import read_events
+
     while True:
         try:
             return process.wait(0.5)
@@ -49,27 +48,49 @@ def watch(process: subprocess.Popen, events: Path, end: float) -> int | None:
 
 def run_processes(command: list[str], events: Path, end: float, variables: dict[str, str]) -> None:
     """One process after the other, each going on behind the step that ended the one before it."""
-    while True:
-        before = len(read_events(events))
+    begun = -1
+    while time.time() < end:
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": _path()} | variables)
         try:
             code = watch(process, events, end)
         except BaseException:
             process.kill()
             raise
-        if code == 0 or time.time() > end:
+        if code == NOTHING:
+            raise typer.Exit(NOTHING)
+        if code == 0:
             return
-        what = "was ended: a step took too long" if code is None else f"ended with exit code {code}"
-        if code != SICK:
-            print(f"gpu.py: the process {what}", file=sys.stderr, flush=True)
-        begun = [e for e in read_events(events)[before:] if e["event"] == "begin"]
-        if not begun:  # it would fail again in the same way
+        what = "was ended, a step took too long" if code is None else f"ended with exit code {code}"
+        print(f"gpu.py: the process {what}", file=sys.stderr, flush=True)
+        before, begun = begun, events.read_text().count('"begin"') if events.exists() else 0
+        if begun in (0, before):  # another one would end in the same way
             return
 
 
 def _path() -> str:
     """PYTHONPATH of the run's processes: this checkout before whatever it was."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def report(events: Path, tiny: bool) -> bool:
+    """Write the page beside the events and print what matters; whether there were rows and no failures."""
+    from opensala.bench.gpu.outcome import page, result_of
+    from opensala.bench.gpu.sizes import TINY, Sizes
+    from opensala.bench.gpu.steps import read_events
+
+    result = result_of(read_events(events), TINY if tiny else Sizes())
+    events.with_suffix(".md").write_text(page(result, f"Kernels on {result['machine'].get('machine', '?')}"))
+    for step, why in result["skipped"]:
+        print(f"left out: {step}: {why}")
+    for line in result["tests"]:
+        print(f"tests: {line}")
+    for target in result["targets"]:
+        met = "met" if target["ok"] else "MISSED"
+        print(f"{met}: {target['name']}: {target['value']:g} ({target['target']:g})")
+    for step, error in result["failed"]:
+        print(f"FAILED: {step}: {error}")
+    print(f"{len(result['rows'])} rows, {events.with_suffix('.md')}", flush=True)
+    return bool(result["rows"]) and not result["failed"]
 
 
 def main(
@@ -81,43 +102,20 @@ def main(
     ] = False,
 ) -> None:
     start = time.time()
-    try:
-        groups = groups_of(only)
-    except ValueError as error:
-        print(f"gpu.py: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    if not rehearse and not torch.cuda.is_available():
-        print(
-            "gpu.py: torch sees no CUDA GPU here; --rehearse runs the same on the CPU (as make test does)",
-            file=sys.stderr,
-        )
-        raise typer.Exit(2)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"gpu.py: not installed: {', '.join(missing)}; steps that need them will fail", file=sys.stderr)
-    device = "rehearsal" if rehearse else torch.cuda.get_device_name()
-    stem = f"kernels_{slug(device)}_{time.strftime('%Y-%m-%d_%H%M%S')}"
+        print(f"gpu.py: not installed: {', '.join(missing)}; what needs them will fail", file=sys.stderr)
+    stem = f"gpu_{'rehearsal_' if rehearse else ''}{time.strftime('%Y-%m-%d_%H%M%S')}"
     folder = output.resolve() / "reports"
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "opensala.bench.gpu", "--folder", str(folder), "--stem", stem]
-    command += ["--rows", str(output.resolve() / "results.csv"), "--only", ",".join(groups)]
+    command += ["--rows", str(output.resolve() / "results.csv"), "--only", only]
     command += ["--start", str(start), "--seconds", str(seconds), *(["--rehearse"] if rehearse else [])]
     events = folder / f"{stem}.jsonl"
     run_processes(command, events, start + seconds, {"TRITON_INTERPRET": "1"} if rehearse else {})
-    result = result_of(read_events(events), TINY if rehearse else Sizes())
-    (folder / f"{stem}.md").write_text(page(result, f"Kernels on {device}"))
-    for step, why in result["skipped"]:
-        print(f"left out: {step}: {why}")
-    for line in result["tests"]:
-        print(f"tests: {line}")
-    for target in result["targets"]:
-        met = "met" if target["ok"] else "MISSED"
-        print(f"{met}: {target['name']}: {target['value']:g} ({target['target']:g})")
-    for step, error in result["failed"]:
-        print(f"FAILED: {step}: {error}")
-    print(f"{len(result['rows'])} rows, {folder / stem}.md, {time.time() - start:.0f} s in all", flush=True)
-    if result["failed"] or not result["rows"]:
-        raise typer.Exit(1)
+    well = report(events, rehearse)
+    print(f"{time.time() - start:.0f} s in all", flush=True)
+    raise typer.Exit(0 if well else 1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import os
 import sys
 from pathlib import Path
 
-from .plan import run
+import torch
+
+from .plan import SIZES, groups_of, run
 from .steps import SICK
 
 
@@ -17,11 +19,17 @@ def main() -> None:
     parser.add_argument("--only", default="", help="groups of steps, by commas")
     parser.add_argument("--start", type=float, required=True, help="when the run began (Unix time)")
     parser.add_argument("--seconds", type=float, required=True, help="how long it may take")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes")
+    parser.add_argument("--sizes", choices=SIZES, default="released", help="how large")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, in Triton's interpreter")
     options = parser.parse_args()
     if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":  # read when kernels are imported
         parser.error("--rehearse needs TRITON_INTERPRET=1")
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA GPU here; --rehearse runs the same on the CPU, as the tests do")
+    try:
+        groups_of(options.only)
+    except ValueError as error:
+        parser.error(str(error))
     well = run(options)
     sys.exit(0 if well else SICK)
 

@@ -11,10 +11,15 @@ from .steps import Context, Step
 
 
 def steps() -> list[Step]:
-    checks = (("float32", 4), ("bfloat16", 2), ("float16", 2))
+    return [Step("ceilings", "ceilings", 1, measure)]
+
+
+def checks() -> list[Step]:
+    """All ops on odd shapes with their gradients. They compile kernels that nothing else here uses, and what
+    is timed is checked at its own sizes: they come when there is time left."""
     return [
-        Step("ceilings", "ceilings", 2, measure),
-        *(Step(f"right results, {name}", "kernels", least, check(name)) for name, least in checks),
+        Step(f"right results, {name}", "kernels", 20, check(name))
+        for name in ("bfloat16", "float32", "float16")
     ]
 
 

@@ -26,6 +26,7 @@ from .. import baselines, counts
 from ..cases import Shape, check_rows, difference
 from ..timing import Timing, Work
 from ..verify import check_lists
+from .sizes import Sizes
 from .steps import Context, Step
 
 BACKEND: Backend = "triton"
@@ -34,9 +35,9 @@ ALIKE = 0.9  # their correlation
 TILE = 8  # queries of which the shared blocks are counted
 
 
-def steps(lengths: tuple[int, ...], far: tuple[int, ...]) -> list[Step]:
+def steps(sizes: Sizes) -> list[Step]:
     """The steps, the most telling first: the last ones are those that may be left out."""
-    found = []
+    found, lengths = [], sizes.lengths
     for tokens in lengths:
         least = 3 if tokens <= lengths[0] else 8
         for queries in ("correlated", "random"):
@@ -44,8 +45,10 @@ def steps(lengths: tuple[int, ...], far: tuple[int, ...]) -> list[Step]:
         for dtype in (torch.bfloat16, torch.float32):
             found.append(_step(f"lightning, {tokens} tokens, {dtype}", least, _lightning(tokens, dtype)))
         found.append(_step(f"dense attention, {tokens} tokens", least, _dense(tokens)))
-    found.append(_step("decoding steps", 4, decoding))
-    for tokens in far:
+    for tokens in sizes.decoding:
+        found.append(_step(f"decoding step, {tokens} tokens", 2, _decoding(tokens)))
+    found.append(_step("decoding step of lightning", 1, lightning_step))
+    for tokens in sizes.far:
         found.append(_step(f"last chunk of {tokens} tokens", 3, _last_chunk(tokens)))
     found.append(_step("norms", 2, norms))
     found.append(_step(f"backward, {lengths[0]} tokens", 5, _backward(lengths[0])))
@@ -134,6 +137,7 @@ def _lightning(tokens: int, dtype: torch.dtype) -> Callable[[Context], None]:
         else:
             report.say("  fla is not installed: Lightning stands alone")
         with torch.no_grad():
+            _check_lightning(q, k, v, decay)
             works = usable(context, works)
             if len(works) > 1:
                 ours, theirs = lightning_attention(q, k, v, decay)[0], baselines.simple_gla(q, k, v, decay)()
@@ -150,6 +154,19 @@ def _lightning(tokens: int, dtype: torch.dtype) -> Callable[[Context], None]:
                 )
 
     return run
+
+
+def _check_lightning(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> None:
+    """The last of some thousand tokens against float64."""
+    tokens, last = min(4096, q.shape[1]), slice(-64, None)
+    q, k, v = (x[:, :tokens] for x in (q, k, v))
+    got = lightning_attention(q, k, v, decay)[0][:, last].double()
+    wide = (x.double() for x in (q, k, v, decay))
+    error = difference(got, lightning_attention(*wide, backend="torch")[0][:, last])
+    if not error < (1e-2 if q.dtype == torch.bfloat16 else 1e-4):
+        raise ValueError(
+            f"lightning_attention is not timed: in {q.dtype} it differs from float64 by {error:.1e}"
+        )
 
 
 def _lightning_sizes(context: Context) -> tuple[int, int]:
@@ -243,36 +260,34 @@ def _last_chunk(tokens: int) -> Callable[[Context], None]:
     return run
 
 
-def decoding(context: Context) -> None:
-    """One token against contexts of several lengths, launched from Python and replayed as a graph."""
-    device, spec = context.device, context.sizes.spec
-    for length in context.sizes.decoding:
-        shape = shape_of(context, 1)
-        q, k, v = draw(shape, device.torch, "random", length)
-        with torch.no_grad():
-            levels = compressed(k, spec)
-            lengths = torch.tensor([length], device=device.torch)
+def _decoding(length: int) -> Callable[[Context], None]:
+    """One token against a context, launched from Python and replayed as a graph."""
 
-            def step(
-                q: Tensor = q,
-                k: Tensor = k,
-                v: Tensor = v,
-                levels: tuple[Tensor, Tensor] = levels,
-                lengths: Tensor = lengths,
-            ) -> Tensor:
-                for level, size, stride in (
-                    (levels[0], spec.kernel_size, spec.kernel_stride),
-                    (levels[1], spec.coarse_size, spec.coarse_stride),
-                ):
+    def run(context: Context) -> None:
+        device, spec, shape = context.device, context.sizes.spec, shape_of(context, 1)
+        q, k, v = draw(shape, device.torch, "random", length)
+        lengths = torch.tensor([length], device=device.torch)
+        levels = ((spec.kernel_size, spec.kernel_stride), (spec.coarse_size, spec.coarse_stride))
+        with torch.no_grad():
+            windows = compressed(k, spec)
+
+            def step() -> Tensor:
+                for level, (size, stride) in zip(windows, levels, strict=True):
                     extend_compressed(k, level, lengths - 1, 1, size, stride)
-                blocks = select_blocks(q, None, spec, compressed=levels, lengths=lengths)
+                blocks = select_blocks(q, None, spec, compressed=windows, lengths=lengths)
                 return sparse_attention(q, k, v, blocks, spec.block_size, lengths=lengths)
 
             _time_step(context, "sparse step", step, f"{shape} L={length}", shape.dtype)
-    heads, dim = _lightning_sizes(context)
-    q, k, v = draw(Shape(1, heads, heads, dim, torch.bfloat16), device.torch, "random")
-    state = torch.randn(1, heads, dim, dim, device=device.torch)
-    decay = torch.tensor(alibi_slopes(heads), device=device.torch)
+
+    return run
+
+
+def lightning_step(context: Context) -> None:
+    """One token of Lightning attention."""
+    device, (heads, dim) = context.device.torch, _lightning_sizes(context)
+    q, k, v = draw(Shape(1, heads, heads, dim, torch.bfloat16), device, "random")
+    state = torch.randn(1, heads, dim, dim, device=device)
+    decay = torch.tensor(alibi_slopes(heads), device=device)
     with torch.no_grad():
         work = partial(lightning_attention, q, k, v, decay, initial_state=state)
         _time_step(context, "lightning_attention", work, f"T=1 H={heads} D={dim}", torch.bfloat16)

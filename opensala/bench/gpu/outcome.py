@@ -1,6 +1,5 @@
 """What came out of a run: its events as one result, the targets it met, the page."""
 
-import re
 from dataclasses import asdict
 from typing import Any
 
@@ -126,8 +125,3 @@ def page(result: dict[str, Any], title: str) -> str:
         lines = [f"- {step}: {why}" for step, why in result["skipped"]]
         parts += ["## Left out", "\n".join(lines)]
     return "\n\n".join([*parts, rest])
-
-
-def slug(name: str) -> str:
-    """A device's name as part of a file name."""
-    return re.sub(r"\W+", "-", name).strip("-").lower()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from . import ceilings, kernels, model, tests, tools
+from . import ahead, ceilings, kernels, model, tests, tools
 from .device import Device, Rehearsal
-from .outcome import slug
-from .sizes import TINY, Sizes
+from .sizes import AHEAD, TINY, Sizes
 from .steps import GROUPS, OPTIONAL, Context, Live, Step, group_ends, run_steps
+
+SIZES = {"released": Sizes(), "tiny": TINY, "ahead": AHEAD}
 
 
 def groups_of(only: str) -> list[str]:
@@ -31,8 +32,11 @@ def all_steps(sizes: Sizes) -> list[Step]:
     """Every step there is, in order."""
     found = ceilings.steps()
     rest = [
+        ahead.begin(),
         *tests.steps(),
-        *kernels.steps(sizes.lengths, sizes.far),
+        ahead.end(),
+        *kernels.steps(sizes),
+        *ceilings.checks(),
         *model.steps(sizes.prompts, sizes.long_prompt),
         *tests.large_steps(),
         *tools.steps(),
@@ -48,7 +52,7 @@ def run(options: argparse.Namespace) -> bool:
         False if another process has to go on.
     """
     device = Rehearsal() if options.rehearse else Device()
-    sizes = TINY if options.tiny or options.rehearse else Sizes()
+    sizes = TINY if options.rehearse else SIZES[options.sizes]
     groups = groups_of(options.only)
     folder = Path(options.folder)
     report = Live(device, folder / f"{options.stem}.jsonl", options.rows)
@@ -63,7 +67,7 @@ def run_here(groups: list[str], rows: Path) -> Live:
     """Run groups in this process, without a limit of time; files go beside the rows."""
     device, folder = Device(), rows.parent / "reports"
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"kernels_{slug(device.properties()['device'])}_{time.strftime('%Y-%m-%d_%H%M%S')}"
+    stem = f"gpu_{time.strftime('%Y-%m-%d_%H%M%S')}"
     report = Live(device, folder / f"{stem}.jsonl", rows)
     report.write({"event": "process", "machine": report.machine, "device": device.properties()})
     context = Context(device, report, Sizes(), folder, stem)

@@ -30,6 +30,7 @@ class Sizes:
         warm_up: a prompt read before, so that everything is compiled.
         decoded: tokens generated behind each prompt.
         model: changes to the released configuration.
+        ahead: groups that a second process runs beside the tests, so that kernels are compiled early.
         shorten: how many times shorter than usual the texts are on which results are checked.
     """
 
@@ -52,6 +53,7 @@ class Sizes:
     spec: BlockSpec = BlockSpec()
     model: dict[str, Any] = field(default_factory=dict)
     dense_layers: int = 36
+    ahead: tuple[str, ...] = ("kernels", "model")
     shorten: int = 1
 
     def config(self) -> MiniCPMSALAConfig:
@@ -60,6 +62,17 @@ class Sizes:
         return released_config(**{"initializer_range": 0.02, **self.model})
 
 
+# One layer of each kind on short texts: the kernels are those of the whole model.
+AHEAD = Sizes(
+    lengths=(16 * K,),
+    far=(64 * K,),
+    decoding=(16 * K,),
+    prompts=(9000,),
+    long_prompt=9000,
+    decoded=4,
+    ahead=(),
+    model={"num_hidden_layers": 2, "mixer_types": ["minicpm4", "lightning-attn"]},
+)
 _BLOCKS = {
     "kernel_size": 8,
     "kernel_stride": 4,
@@ -88,6 +101,7 @@ TINY = Sizes(
     spec=BlockSpec(**_BLOCKS),
     dense_layers=2,
     shorten=16,
+    ahead=("ceilings",),
     model={
         "vocab_size": 97,
         "hidden_size": 32,

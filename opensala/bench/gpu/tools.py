@@ -19,7 +19,8 @@ def steps() -> list[Step]:
 def _small_run(context: Context, stem: str, groups: str) -> list[str]:
     """This program at tiny sizes, on the device."""
     command = [sys.executable, "-m", "opensala.bench.gpu", "--folder", str(context.folder), "--stem", stem]
-    command += ["--rows", str(context.folder / f"{stem}.csv"), "--only", groups, "--tiny"]
+    command += ["--rows", str(context.folder / f"{stem}.csv"), "--only", groups]
+    command += ["--sizes", "tiny"]
     return [*command, "--start", "0", "--seconds", "1e11"]
 
 
