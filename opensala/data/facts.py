@@ -541,13 +541,15 @@ Words = Sequence[str]
 class Fact:
     """A statement to hide, the question that asks for it, and the answer the question expects.
 
-    `line` says that the statement is a line of its own (code, key-value) rather than a sentence.
+    `line` says that the statement is a line of its own (code, key-value) rather than a sentence; `kind` names
+    the kind of value (see `written`), where there are kinds.
     """
 
     statement: str
     question: str
     answer: str
     line: bool = False
+    kind: str = ""
 
 
 def invented_word(rng: random.Random) -> str:

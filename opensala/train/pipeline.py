@@ -23,14 +23,14 @@ from transformers import AutoTokenizer
 
 from ..convert import convert
 from ..convert.teacher import check_place, check_vocabulary, read_config, teacher_config
+from ..data.documents import installed_texts
+from ..data.encode import Encoder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import check_choice
 from ..runs import RunFolder, read_json, require_matplotlib, write_errors, write_json
 from .checkpoints import Checkpoint, Checkpoints
 from .data import StageData
 from .data.batches import check_source
-from .data.documents import installed_texts
-from .data.encode import Encoder
 from .memory import check_fits
 from .parallel import ParallelConfig, ParallelMesh, close_parallel, init_parallel, whole_weights
 from .plan import check_world

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import opensala.train.data.documents as reading
+import opensala.data.documents as reading
+from opensala.data.documents import Files, TrainingDocument
+from opensala.data.encode import Encoder, plain
 from opensala.engine import shipped_model
 from opensala.train.data import PackedSequence, StageData
-from opensala.train.data.documents import Files, TrainingDocument
-from opensala.train.data.encode import Encoder, plain
 from opensala.train.data.synthetic import Synthetic
 from opensala.train.loss import IGNORED
 from opensala.train.recipes import TINY_TEMPLATE, Source, Stage
@@ -274,3 +274,27 @@ def test_a_long_conversation_reaches_the_length_asked_for(tokenizer):
     messages = source._facts(random.Random(3), 30_000)
     length = len(np.concatenate([tokenizer(m["content"])["input_ids"] for m in messages]))
     assert 27_000 < length < 30_000
+
+
+def test_questions_are_asked_about_the_users_documents(tokenizer, tmp_path):
+    text = " ".join(f"The heron of pond {n} stood still until the evening came." for n in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = with_template(tokenizer, TINY_TEMPLATE)
+    source = Synthetic(f"questions:{tmp_path}", tokenizer, 2048, "s", True)
+    documents = [source.next() for _ in range(30)]
+    assert sum("heron of pond" in d.messages[0]["content"] for d in documents) > 20
+    lengths = [len(Encoder(tokenizer, True)(document).ids) for document in documents]
+    assert max(lengths) <= 2048 and max(lengths) > 1000
+    again = Synthetic(f"questions:{tmp_path}", tokenizer, 2048, "s", True)
+    again.load_state_dict({"position": 7})
+    assert again.next() == documents[7]
+    with pytest.raises(ValueError, match="takes no path"):
+        Synthetic("facts:a", tokenizer, 2048, "s", True)
+
+
+def test_documents_in_order_come_once(tmp_path):
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": f"t{n}"}) + "\n" for n in range(2500)))
+    (tmp_path / "a.txt").write_text("first")
+    expected = ["first", *(f"t{n}" for n in range(2500))]
+    assert [d.text for d in reading.read_documents(str(tmp_path))] == expected
+    assert reading.pool(str(tmp_path), 6) == ["first", "t0"]

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...data.documents import DocumentSource, Files, InstalledTexts, find_files
+from ...data.encode import Encoder, Example
 from ..loss import IGNORED
 from ..recipes import Source, Stage
-from .documents import DocumentSource, Files, InstalledTexts, find_files
-from .encode import Encoder, Example
 from .synthetic import Synthetic
 
 _WAITING = 32  # conversations held back to fill sequences with

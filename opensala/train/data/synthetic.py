@@ -1,5 +1,5 @@
 """Long-context tasks made as they are needed, at any length: retrieval, multi-hop tracing, questions across
-documents.
+documents, and questions about the user's own texts.
 
 Number n of a source is the same whenever it is asked for. Each is a conversation: a document with a question,
 the answer, further questions about the same document.
@@ -9,20 +9,22 @@ import math
 import random
 from typing import Any
 
+from ...data.conversations import Conversations, Texts
+from ...data.documents import TrainingDocument, installed_texts, pool
 from ...data.facts import random_facts
 from ...data.haystack import Haystack
 from ...data.prompts import PromptFormat
 from ...data.retrieval import hide, place
 from ...data.ruler import ruler_task
 from ...model.config import check_choice
-from .documents import TrainingDocument, installed_texts
 
-TASKS = ("facts", "tracing", "cross")
-_SHORTEST = {"facts": 192, "tracing": 512, "cross": 512}
+TASKS = ("facts", "tracing", "cross", "questions")
+_SHORTEST = {"facts": 192, "tracing": 512, "cross": 512, "questions": 256}
 _RULER = {"tracing": "vt", "cross": "qa_2"}
 _TOKENS_A_FACT = 96
 _CHARACTERS = 300_000  # of each kind of text in the haystack
 _MOST_FACTS = 16
+_POOL = 30_000_000  # characters of the user's texts that questions are asked about
 
 
 class Synthetic:
@@ -30,14 +32,19 @@ class Synthetic:
 
     Args:
         task: `facts` (retrieval), `tracing` (variables handed on), `cross` (a question that joins two
-            entries).
+            entries), `questions` or `questions:PATH` (values, absent facts, sentences and instructions as
+            `opensala.data.conversations` makes them, about the documents of a file, folder or pattern, or
+            about the texts of the installation).
         tokenizer: a transformers tokenizer.
         longest: tokens of the longest conversation; lengths are spread evenly in their logarithm below it.
         chat: lengths are measured in the tokenizer's chat template.
     """
 
     def __init__(self, task: str, tokenizer: Any, longest: int, seed: str, chat: bool) -> None:
+        task, _, path = task.partition(":")
         check_choice("synthetic:", task, TASKS)
+        if path and task != "questions":
+            raise ValueError(f"synthetic:{task} takes no path, got {path!r}; synthetic:questions:PATH does")
         if longest < _SHORTEST[task]:
             raise ValueError(
                 f"synthetic:{task} needs sequences of at least {_SHORTEST[task]} tokens, got {longest}"
@@ -50,6 +57,16 @@ class Synthetic:
             else []
         )
         self.haystack = Haystack(tokenizer, 2 * _CHARACTERS, texts=texts) if texts else None
+        self.conversations = self._open(path) if task == "questions" else None
+
+    def _open(self, path: str) -> Conversations:
+        """The questions about a path's documents, or about the installation's texts."""
+        texts = pool(path, _POOL) if path else installed_texts("prose", _CHARACTERS)
+        found = Texts(texts)
+        sample = "\n".join(text[:2000] for text in found.documents[:50])
+        tokens = len(self.tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+        self._characters_per_token = len(sample) / max(1, tokens)
+        return Conversations(found, self.seed)
 
     def next(self) -> TrainingDocument:
         number = self.position
@@ -57,8 +74,24 @@ class Synthetic:
         rng = random.Random(f"{self.seed} {number}")
         low = math.log(_SHORTEST[self.task])
         length = int(math.exp(low + (math.log(self.longest) - low) * rng.random() ** 0.5))
-        messages = self._facts(rng, length) if self.task == "facts" else self._ruler(number, length)
+        if self.task == "questions":
+            messages: list[dict[str, Any]] = self._questions(number, length)
+        else:
+            messages = self._facts(rng, length) if self.task == "facts" else self._ruler(number, length)
         return TrainingDocument(f"synthetic:{self.task} {number}", messages=messages)
+
+    def _questions(self, number: int, length: int) -> list[dict[str, Any]]:
+        """A conversation of at most `length` tokens: digits and names take more of them than prose, so the
+        text is shortened until it fits."""
+        assert self.conversations is not None
+        form = PromptFormat(self.tokenizer, self.chat and bool(self.tokenizer.chat_template))
+        characters = int(0.95 * length * self._characters_per_token)
+        while True:
+            messages = self.conversations.conversation(number, characters).messages
+            used = len(form.encode(form.messages(messages)))
+            if used <= length or characters <= 400:
+                return [*messages]
+            characters = max(400, int(characters * min(0.95, 0.98 * length / used)))
 
     def _facts(self, rng: random.Random, length: int) -> list[dict[str, Any]]:
         """A document of about 95% of `length` with hidden facts, all asked for."""

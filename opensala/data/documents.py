@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...data.text import KINDS, documents, read_text
-from ...model.config import check_choice
+from .text import KINDS, documents, read_text
 
 logger = logging.getLogger("opensala")
 _BLOCK, _BLOCK_CHARACTERS = 1000, 1 << 26  # documents shuffled together at most, and their characters
@@ -59,12 +58,39 @@ def installed_texts(kind: str, characters: int = _CHARACTERS, part: str = "train
     return chosen
 
 
+def pool(path: str, characters: int) -> list[str]:
+    """Texts of a path's documents, in the order of the files, up to so many characters.
+
+    Raises ValueError for a path without documents, a malformed line, or documents without text.
+    """
+    chosen, total = [], 0
+    for document in read_documents(path):
+        if document.text:
+            chosen.append(document.text)
+            total += len(document.text)
+        if total >= characters:
+            break
+    if not chosen:
+        raise ValueError(f"data: {path} holds no texts: questions are asked about documents with text")
+    return chosen
+
+
+def read_documents(path: str, skip_bad: bool = False) -> Iterator[TrainingDocument]:
+    """All documents of a path once, in the order of the files; see `Files`."""
+    source = Files(path, "in order", skip_bad, shuffled=False)
+    while source.epoch == 0:
+        document = source.next()
+        if source.epoch == 0:
+            yield document
+
+
 class InstalledTexts:
     """One kind of text of the Python installation, each epoch in another order; `part` as in
     `opensala.data.text`."""
 
     def __init__(self, kind: str, seed: str, part: str = "train") -> None:
-        check_choice("python:", kind, KINDS)
+        if kind not in KINDS:
+            raise ValueError(f"python: must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
         self.texts = installed_texts(kind, _CHARACTERS if part == "train" else _CHARACTERS // 10, part)
         if not self.texts:
             raise ValueError(
@@ -138,12 +164,14 @@ class Files:
 
     Args:
         skip_bad: count and leave out what is not a document, instead of stopping.
+        shuffled: in an order drawn for each epoch; else files by name and documents as they stand.
 
     Raises:
         ValueError: no files; while reading: a malformed line (file and line are named) or no document at all.
     """
 
-    def __init__(self, path: str, seed: str, skip_bad: bool = False) -> None:
+    def __init__(self, path: str, seed: str, skip_bad: bool = False, shuffled: bool = True) -> None:
+        self.shuffled = shuffled
         self.files, self.path, self.seed, self.skip_bad = find_files(path), path, seed, skip_bad
         self.epoch, self.offset, self.skipped, self.rows = 0, 0, 0, 0
         self._good = 0  # documents of this epoch so far
@@ -156,7 +184,9 @@ class Files:
         from datasets.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        order = random.Random(f"{self.seed} {self.epoch}").sample(self.files, len(self.files))
+        order = self.files
+        if self.shuffled:
+            order = random.Random(f"{self.seed} {self.epoch}").sample(self.files, len(self.files))
         if order[0].endswith(".parquet"):
             self._data = load_dataset("parquet", data_files=order, split="train", streaming=True)
         else:
@@ -201,7 +231,8 @@ class Files:
                 self._counts = self._now()
                 return
         self._good += len(block)
-        random.Random(f"{self.seed} {self.epoch} {first}").shuffle(block)
+        if self.shuffled:
+            random.Random(f"{self.seed} {self.epoch} {first}").shuffle(block)
         self._block = block
 
     def _document(self, row: dict[str, Any]) -> TrainingDocument | None:

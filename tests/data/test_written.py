@@ -1,0 +1,117 @@
+"""Values as people write them, facts made of them, and conversations about documents."""
+
+import random
+import re
+
+import pytest
+
+from opensala.data.conversations import NOT_FOUND, TASKS, Conversations, Texts, insert, sentences
+from opensala.data.values import KINDS, MEASURES, in_words, measure
+from opensala.data.written import ABSENT, WRITTEN_KINDS, written_fact, written_facts
+
+PROSE = [
+    " ".join(
+        f"On day {n} the {a} keeper of house {m} walked along the northern shore and counted {b} lamps."
+        for n, (a, b) in enumerate([("old", "seven"), ("young", "nine"), ("tired", "eleven")] * 20)
+    )
+    for m in range(5)
+]
+
+
+def test_values_have_many_forms():
+    rng = random.Random(0)
+    for kind, make in KINDS.items():
+        drawn = [make(rng) for _ in range(300)]
+        shapes = {re.sub(r"[a-zà-ÿ]+", "a", re.sub(r"\d", "9", value.lower())) for value in drawn}
+        assert len(shapes) >= 5 and len(set(drawn)) > 100, kind
+        assert all(value == value.strip() and value for value in drawn), kind
+
+
+def test_measures_bear_the_unit_of_their_kind():
+    rng = random.Random(1)
+    assert all("kg" not in measure(rng, "voltage") for _ in range(50))
+    assert {measure(rng, "voltage").split()[-1] for _ in range(80)} >= {"V", "kV", "volts"}
+    assert len(MEASURES) == 11 and in_words(42) == "forty-two" and in_words(13) == "thirteen"
+
+
+@pytest.mark.parametrize("kind", WRITTEN_KINDS)
+def test_a_statement_holds_its_value_and_its_question_does_not(kind):
+    rng = random.Random(kind)
+    for _ in range(200):
+        fact = written_fact(rng, ("granite", "lantern"), kind)
+        assert fact.answer.rstrip(".") in fact.statement and fact.kind == kind
+        assert fact.answer not in fact.question and "{" not in fact.statement + fact.question
+        assert ".." not in fact.statement
+
+
+def test_questions_do_not_answer_each_other_and_absent_ones_have_no_fact():
+    for seed in range(200):
+        made = written_facts(random.Random(seed), 8, 6)
+        questions = [fact.question for fact in made.facts]
+        assert len(made.facts) == 8 and len(made.absent) == 6
+        assert all(fact.answer == ABSENT and not fact.statement for fact in made.absent)
+        assert not set(questions) & {fact.question for fact in made.absent}
+        keys = {(f.kind, re.sub(r"\W", "", f.statement.replace(f.answer, ""))) for f in made.facts}
+        assert len(keys) == 8
+
+
+def test_absent_questions_are_often_near_what_is_there():
+    near = 0
+    for seed in range(100):
+        made = written_facts(random.Random(seed), 6, 1)
+        words = set(re.findall(r"\w{5,}", " ".join(fact.question for fact in made.facts)))
+        near += len(words & set(re.findall(r"\w{5,}", made.absent[0].question))) >= 1
+    assert near > 50
+
+
+def test_inserted_statements_leave_the_text_as_it_is():
+    rng = random.Random(2)
+    text = "The first sentence stands here. The second one follows it.\n\nA new paragraph begins. It ends."
+    made = insert(rng, text, ["The mill costs 12.50 EUR.", "It was sold on 3 May 1907."])
+    rest = made.replace("The mill costs 12.50 EUR.", "").replace("It was sold on 3 May 1907.", "")
+    assert rest.split() == text.split()
+    assert sentences(text + " " + text) == []  # each stands there twice
+
+
+def test_texts_are_drawn_in_the_length_asked_for():
+    texts, rng = Texts(PROSE), random.Random(3)
+    for characters in (300, 2000, 20_000):
+        drawn = texts.draw(rng, characters)
+        assert 0.6 * characters <= len(drawn) <= characters + 100
+    with pytest.raises(ValueError, match="no document"):
+        Texts(["", "  "])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_conversations_are_about_their_text(task):
+    made = Conversations(Texts(PROSE), "s")
+    for number in range(60):
+        talk = made.conversation(number, 3000, task)
+        assert [m["role"] for m in talk.messages] == ["user", "assistant"] * (len(talk.messages) // 2)
+        text = talk.messages[0]["content"]
+        for question, answer in zip(talk.messages[::2], talk.messages[1::2], strict=True):
+            if task in ("values", "passages", "keys") and answer["content"] != NOT_FOUND:
+                assert answer["content"].rstrip(".") in text or answer["content"][1:] in text
+                assert question["content"]
+        assert len(text) < 4500
+
+
+def test_conversations_repeat_by_number_and_differ_by_seed():
+    texts = Texts(PROSE)
+    one, other = Conversations(texts, "a"), Conversations(texts, "b")
+    assert one.conversation(7, 2000) == Conversations(texts, "a").conversation(7, 2000)
+    assert one.conversation(7, 2000) != other.conversation(7, 2000)
+    assert {one.conversation(n, 2000).task for n in range(200)} == set(TASKS)
+    with pytest.raises(ValueError, match="tasks must be of values"):
+        Conversations(texts, "a", ["riddles"])
+
+
+def test_about_a_fifth_of_the_questions_has_no_answer():
+    made = Conversations(Texts(PROSE), "s", ["values"])
+    answers = [
+        m["content"]
+        for n in range(200)
+        for m in made.conversation(n, 4000).messages
+        if m["role"] == "assistant"
+    ]
+    assert 0.12 < sum(answer == NOT_FOUND for answer in answers) / len(answers) < 0.3
