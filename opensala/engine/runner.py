@@ -35,6 +35,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """Compute a step: normalised hidden states `[T, W]` of its tokens, work behind work."""
+        backed = self._bring_up(step)
         self.storage.copy_pages(step.copies)
         ids, rows = array("i"), []
         for work in step.works:
@@ -49,12 +50,28 @@ class Runner:
         tokens = torch.tensor(ids, dtype=torch.int32).to(self.device)
         x = self.model.model.embed_tokens(tokens)[None] * self.model.config.scale_emb
         self.model.model.say_attention((work.sparse for work in step.works), x)
-        replayed = self.graphs.run(x, rows, record)
+        replayed = None if backed else self.graphs.run(x, rows, record)
         if replayed is not None:
             hidden, self._batch = replayed
             return hidden
         self._batch = ForwardBatch.of(self.storage, rows, self.device, record=record)
         return self.model.model.run_batch(x, self._batch)[0]
+
+    def _bring_up(self, step: Step) -> bool:
+        """See that pages which are copied, or into whose windows new tokens reach back, are here; whether the
+        step needs others that are not: the layers bring them up as they choose them."""
+        backing = self.storage.backing
+        if backing is None:
+            return False
+        backing.bring([source for source, _ in step.copies])
+        spec = self.model.config.block_spec
+        back = -(-4 * spec.kernel_size // spec.block_size)
+        lacking = False
+        for work in step.works:
+            pages, start = work.sequence.pages, work.sequence.num_cached // spec.block_size
+            backing.bring(pages[max(0, start - back) : start + 1])
+            lacking = lacking or backing.is_needed(pages[:start])
+        return lacking
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
