@@ -6,7 +6,7 @@ nothing of what lies in a place.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class PoolExhausted(RuntimeError):
@@ -23,6 +23,7 @@ class Pool:
 
     def __init__(self, size: int, what: str) -> None:
         self.what = what
+        self.freed: Callable[[int], None] | None = None  # told of each place that nobody holds any longer
         self._references = [0] * size
         self._free = list(range(size - 1, -1, -1))  # the last one given back is the next one taken
 
@@ -64,6 +65,8 @@ class Pool:
             self._references[place] -= 1
             if not self._references[place]:
                 self._free.append(place)
+                if self.freed is not None:
+                    self.freed(place)
 
     def grow(self, size: int) -> None:
         """Add free places until there are `size`."""

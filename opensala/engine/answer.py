@@ -4,6 +4,7 @@ other."""
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,8 +52,8 @@ class Generation:
 class _Clock:
     """Notes when tokens came, and prints the text as it comes if it is to be shown."""
 
-    def __init__(self, show: bool) -> None:
-        self.show, self.first, self.last = show, 0.0, 0.0
+    def __init__(self, show: bool, then: Callable[[TokenEvent], None] | None) -> None:
+        self.show, self.then, self.first, self.last = show, then, 0.0, 0.0
 
     def __call__(self, event: TokenEvent) -> None:
         self.last = time.perf_counter()
@@ -60,6 +61,8 @@ class _Clock:
         if self.show:
             sys.stdout.write(event.text + ("\n" if event.completion is not None else ""))
             sys.stdout.flush()
+        if self.then is not None:
+            self.then(event)
 
 
 def generate(
@@ -71,6 +74,7 @@ def generate(
     label: str = "reading",
     stream: bool = False,
     quiet: bool = False,
+    on_event: Callable[[TokenEvent], None] | None = None,
 ) -> Generation:
     """Read token ids and continue them.
 
@@ -79,13 +83,14 @@ def generate(
         label: what the progress bar on stderr says.
         stream: print the text to stdout as it comes.
         quiet: no progress bar.
+        on_event: called with each event.
 
     Raises:
         ValueError: see `Engine.add`; the model's output is not finite.
     """
     params = params or SamplingParams()
     notes = engine.check_prompt(len(ids), params.max_tokens)
-    clock, start = _Clock(stream), time.perf_counter()
+    clock, start = _Clock(stream, on_event), time.perf_counter()
     with token_progress(label, len(ids), quiet) as advance:
         (done,) = engine.generate([ids], params, marks=[marks], on_event=clock, on_read=advance)
     assert done.finish_reason is not None and done.reuse is not None, "it ran"

@@ -1,5 +1,6 @@
 """Asking a question about documents: build the prompt, check it, generate the answer."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..data.prompts import PromptFormat
@@ -7,7 +8,7 @@ from .answer import Generation, generate
 from .decode import check_text
 from .documents import Document, join_documents
 from .engine import Engine
-from .request import SamplingParams
+from .request import SamplingParams, TokenEvent
 
 # Of the shipped model's right answers 1% have a token less likely than this, of its wrong ones 74%
 # (scripts/measure_confidence.py, docs/small-model.md).
@@ -53,10 +54,30 @@ def ask(
         ValueError: see `build_prompt` and `Engine.add`.
     """
     ids, before = build_prompt(engine, documents, question)
+    return answer_prompt(engine, ids, before, params, quiet=quiet)
+
+
+def answer_prompt(
+    engine: Engine,
+    ids: list[int],
+    before: int,
+    params: SamplingParams | None = None,
+    *,
+    quiet: bool = False,
+    on_event: Callable[[TokenEvent], None] | None = None,
+) -> Generation:
+    """Answer a prompt that ends with a question; later prompts may continue from its first `before` tokens.
+
+    `on_event` is called with each event. Notes and end of the answer are those of `ask`.
+
+    Raises:
+        ValueError: see `Engine.add`.
+    """
     form, params = PromptFormat(engine.tokenizer), params or SamplingParams()
     params = replace(params, stop=(*params.stop, *form.stop_strings))
     marks = (before,) if before else ()
-    result = generate(engine, ids, params, marks=marks, label=f"reading {len(ids):,} tokens", quiet=quiet)
+    label = f"reading {len(ids):,} tokens"
+    result = generate(engine, ids, params, marks=marks, label=label, quiet=quiet, on_event=on_event)
     result.text = form.answer(result.text)
     if result.least_confidence is not None and result.least_confidence < DOUBTFUL:
         result.notes.append(

@@ -208,6 +208,17 @@ class Engine:
             return [f"the prompt and its answer take {total:,} tokens; the model was made for {limit:,}"]
         return []
 
+    def _check_room(self, ids: array, new_tokens: int) -> None:
+        if not self.scheduler.holds:
+            return
+        room = self.scheduler.room(ids, self.config.attends_sparsely(len(ids)))
+        if len(ids) + new_tokens > room:
+            raise ValueError(
+                f"a prompt of {len(ids):,} tokens and an answer of up to {new_tokens:,} do not fit beside "
+                f"the open contexts, which leave room for {room:,}: close a context, or give the engine "
+                "more memory"
+            )
+
     def add(
         self,
         prompt: SequenceOf[int],
@@ -258,6 +269,7 @@ class Engine:
                 )
             targets, ids = ids[1:], ids[:-1]  # the last token is only predicted
         self.check_prompt(len(ids), params.max_tokens)
+        self._check_room(ids, params.max_tokens)
         sequence = Sequence(
             request_id, ids, len(ids), params, self.config.attention_rule, next(self._numbers)
         )
@@ -292,6 +304,11 @@ class Engine:
     @property
     def num_requests(self) -> int:
         return len(self._requests)
+
+    def sequence(self, request_id: str) -> Sequence | None:
+        """A request that is running or waiting, to look at between steps; None once it has ended."""
+        request = self._requests.get(request_id)
+        return None if request is None else request.sequence
 
     def tokens_read(self, request_id: str) -> int:
         """How many tokens of a request's prompt are at hand or read so far."""

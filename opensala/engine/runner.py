@@ -43,6 +43,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """Compute a step: normalised hidden states `[T, W]` of its tokens, work behind work."""
+        backed = self._bring_up(step)
         self.storage.copy_pages(step.copies)
         ids, rows = array("i"), []
         for work in step.works:
@@ -57,11 +58,11 @@ class Runner:
         numbers = np.frombuffer(ids, np.int32)
         model = self.model.model
         model.say_attention((work.sparse for work in step.works), model.embed_tokens.weight)
-        captured = self.captured.run(numbers, rows, record)
+        captured = None if backed else self.captured.run(numbers, rows, record)
         if captured is not None:
             hidden, self._batch = captured
             return hidden
-        if self.graphs.reason is None:
+        if self.graphs.reason is None and not backed:
             x = self._embed(on_device(numbers, self.device))
             replayed = self.graphs.run(x, rows, record)
             if replayed is not None:
@@ -74,6 +75,22 @@ class Runner:
     def _embed(self, ids: Tensor) -> Tensor:
         """Scaled embeddings `[1, T, W]` of tokens `[T]`."""
         return self.model.model.embed_tokens(ids)[None] * self.model.config.scale_emb
+
+    def _bring_up(self, step: Step) -> bool:
+        """See that pages which are copied, or into whose windows new tokens reach back, are here; whether the
+        step needs others that are not: the layers bring them up as they choose them."""
+        backing = self.storage.backing
+        if backing is None:
+            return False
+        backing.bring([source for source, _ in step.copies])
+        spec = self.model.config.block_spec
+        back = -(-4 * spec.kernel_size // spec.block_size)
+        lacking = False
+        for work in step.works:
+            pages, start = work.sequence.pages, work.sequence.num_cached // spec.block_size
+            backing.bring(pages[max(0, start - back) : start + 1])
+            lacking = lacking or backing.is_needed(pages[:start])
+        return lacking
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -64,6 +64,17 @@ class Limits:
     min_shared: int
 
 
+@dataclass(eq=False)
+class Hold:
+    """A text that stays at hand until it is let go: its tokens, the mode they were read in, the pages they
+    lie in and the slot of the states behind the last of them."""
+
+    tokens: array
+    sparse: bool
+    pages: list[int]
+    slot: int
+
+
 class Scheduler:
     """Waiting and running sequences over pools of pages and slots.
 
@@ -78,6 +89,7 @@ class Scheduler:
         self.tree = PrefixTree(pages, slots, page_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of arrival
+        self.holds: list[Hold] = []
         self._step: Step | None = None
 
     @property
@@ -130,6 +142,67 @@ class Scheduler:
                 self.pages.share([swapped[page]])
                 self.pages.release([page])
                 sequence.pages[i] = swapped[page]
+
+    # --- texts that are kept at hand ---
+
+    def hold(self, tokens: array, sparse: bool) -> Hold | None:
+        """Keep a text that was read in this mode; None if it is not at hand to its end, with its states."""
+        match = self.tree.match(tokens, sparse, len(tokens))
+        if match.length < len(tokens) or match.slot is None:
+            return None
+        self._check_hold()
+        self.pages.share(match.pages)
+        self.slots.share([match.slot])
+        self.holds.append(Hold(tokens, sparse, match.pages, match.slot))
+        return self.holds[-1]
+
+    def place(self, tokens: array, sparse: bool) -> Hold:
+        """Pages and a slot for a text that comes from elsewhere; `settle` makes it known once they are
+        filled.
+
+        Raises:
+            ValueError: there is not so much memory beside what is in use.
+        """
+        pages = -(-len(tokens) // self.page_size)
+        self._check_hold()
+        if not self._room_without_preemption(pages, 1):
+            raise ValueError(
+                f"{len(tokens):,} tokens need {pages:,} pages and a state slot; {self.pages.num_free:,} of "
+                f"{self.pages.size:,} pages and {self.slots.num_free} of {self.slots.size} slots are free: "
+                "wait for running requests, close other contexts, or give the engine more memory"
+            )
+        self.holds.append(Hold(tokens, sparse, self.pages.take(pages), self.slots.take()[0]))
+        return self.holds[-1]
+
+    def settle(self, hold: Hold) -> None:
+        """Let prompts find a text whose pages and states have been filled."""
+        swapped = self.tree.insert(hold.tokens, hold.sparse, hold.pages, hold.slot)
+        self.pages.share(swapped.values())
+        self.pages.release(swapped)
+        hold.pages = [swapped.get(page, page) for page in hold.pages]
+
+    def let_go(self, hold: Hold) -> None:
+        """Hold a text no longer: it is remembered as long as there is room."""
+        self.holds.remove(hold)
+        self.pages.release(hold.pages)
+        self.slots.release([hold.slot])
+
+    def room(self, tokens: array, sparse: bool) -> int:
+        """Tokens that a prompt which begins with these can come to, beside the texts that are held."""
+        held = {page for hold in self.holds for page in hold.pages}
+        shared = (
+            len(h.tokens) // self.page_size
+            for h in self.holds
+            if h.sparse == sparse and _common(h.tokens, tokens) == len(h.tokens) < len(tokens)
+        )
+        return (self.pages.size - 1 - len(held) + max(shared, default=0)) * self.page_size
+
+    def _check_hold(self) -> None:
+        if len({h.slot for h in self.holds}) + 3 > self.slots.size:
+            raise ValueError(
+                f"{len(self.holds)} contexts are open, and the {self.slots.size} state slots hold no more: "
+                "close one, or give the engine more max_snapshots"
+            )
 
     # --- a step ---
 
@@ -306,6 +379,8 @@ class Scheduler:
         works = self._step.works if self._step else []
         held_pages = [s.pages for s in self.running]
         held_slots = [[s.slot] for s in self.running if s.slot >= 0] + [[w.slot] for w in works]
+        held_pages += [h.pages for h in self.holds]  # type: ignore[misc]  # lists and arrays of integers
+        held_slots += [[h.slot] for h in self.holds]
         self.pages.check_integrity([*held_pages, list(self.tree.held_pages())])
         self.slots.check_integrity([*held_slots, list(self.tree.held_slots())])
         self.tree.check_integrity()

@@ -6,13 +6,13 @@ to whom is the business of `opensala.cache`; what is written into them that of t
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import KVPages
+from ..ops import KVPages, PageTable
 from .config import MiniCPMSALAConfig
 
 _AS_INTEGERS = {torch.bfloat16: np.dtype(np.uint16)}  # numpy has no such type
@@ -40,6 +40,20 @@ def cache_sizes(config: MiniCPMSALAConfig, dtype: torch.dtype) -> CacheSizes:
 def _compressed_per_page(config: MiniCPMSALAConfig) -> tuple[int, int]:
     spec = config.block_spec
     return -(-spec.block_size // spec.kernel_stride), -(-spec.block_size // spec.coarse_stride)
+
+
+class Backing(Protocol):
+    """Pages of the pool whose keys and values still lie elsewhere; their compressed keys are always here."""
+
+    def is_needed(self, pages: Sequence[int] | np.ndarray) -> bool:
+        """Whether any of these pages lacks something."""
+
+    def bring(self, pages: Sequence[int] | np.ndarray, layer: int | None = None) -> None:
+        """Fill these pages, of one layer or of all."""
+
+    def bring_selected(self, layer: int, table: PageTable, blocks: Tensor | None) -> None:
+        """Fill what a layer is about to attend to: the blocks `[T, Hkv, K]` chosen, or all of a dense
+        sequence."""
 
 
 class CacheStorage:
@@ -73,6 +87,7 @@ class CacheStorage:
         layers = range(config.num_hidden_layers)
         self.devices = [devices] * len(layers) if isinstance(devices, torch.device) else list(devices)
         self.num_pages, self.num_slots = pages, slots
+        self.backing: Backing | None = None
         self.kv = {i: self._new_pages(self.devices[i], pages) for i in layers if config.is_sparse(i)}
         self.states = {i: self._new_slots(self.devices[i], slots) for i in layers if not config.is_sparse(i)}
 

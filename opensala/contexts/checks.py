@@ -1,0 +1,60 @@
+"""Checksums, whole files and the errors of damaged ones: what everything on a context's disk goes through.
+
+It knows files and bytes only.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+SUM_BYTES = 16
+
+
+class DamagedContext(ValueError):
+    """A file of a context is not what was written: truncated, changed, or gone."""
+
+
+def checksum(*parts: bytes | bytearray | memoryview) -> bytes:
+    """BLAKE2b of the parts, one behind the other, in 16 bytes."""
+    state = hashlib.blake2b(digest_size=SUM_BYTES)
+    for part in parts:
+        state.update(part)
+    return state.digest()
+
+
+def damaged(path: Path, field: str, expected: str, found: str) -> DamagedContext:
+    """The error that names file, field, what was expected and what is there."""
+    return DamagedContext(
+        f"{path}: {field} is damaged: expected {expected}, found {found}; restore the context from a copy, "
+        "or ingest its documents again"
+    )
+
+
+def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file beside its place, flush it to disk, put it there, and flush the folder's entry too.
+
+    Raises:
+        OSError: it cannot be written; what was there before is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)  # a full disk is not kept full
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

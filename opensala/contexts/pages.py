@@ -1,0 +1,152 @@
+"""Between the engine's memory and a context's segments: pages and states out of it, and into it."""
+
+from array import array
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine import Engine, SamplingParams
+from ..engine.request import Sequence as Running
+from ..engine.scheduler import Hold
+from .backing import DiskBacking
+from .checks import damaged
+from .folder import ContextFolder
+from .segment import Part, SegmentFile, expected
+
+Note = Callable[[Running], None]
+
+
+def read_tokens(
+    engine: Engine, tokens: array, on_step: Note | None = None, on_stop: Note | None = None
+) -> Hold:
+    """Read a text, from where it is at hand already, and keep it at hand.
+
+    Args:
+        on_step: called after each step but the last with the running sequence.
+        on_stop: called with it if reading is interrupted, before it is given up.
+
+    Raises:
+        ValueError: it does not fit into memory; other requests are under way.
+    """
+    if engine.num_requests:
+        raise ValueError(f"{engine.num_requests} other requests are under way: call step() for them first")
+    sparse = engine.config.attends_sparsely(len(tokens))
+    found = engine.scheduler.hold(tokens, sparse)
+    if found is not None:
+        return found
+    params = SamplingParams(max_tokens=1, ignore_eos=True, speculate=0)
+    request = engine.add(tokens, params, marks=[len(tokens)])
+    error = None
+    try:
+        while (running := engine.sequence(request)) is not None:
+            for event in engine.step():
+                error = error or (event.completion.error if event.completion else None)
+            if on_step is not None and engine.sequence(request) is not None:
+                on_step(running)
+    except BaseException:
+        stopped = engine.sequence(request)
+        if stopped is not None:
+            try:
+                if on_stop is not None:
+                    on_stop(stopped)
+            finally:
+                engine.abort(request)
+        raise
+    if error is not None:
+        raise ValueError(error)
+    hold = engine.scheduler.hold(tokens, sparse)
+    assert hold is not None, "a mark keeps what was read"
+    return hold
+
+
+def pages_of(engine: Engine, pages: Sequence[int], last: int) -> dict[int, Part]:
+    """Pages of all sparse layers, on the CPU; the last of them holds `last` tokens, what lies behind them is
+    zeroed."""
+    if engine.storage.backing is not None:
+        engine.storage.backing.bring(pages)
+    spec = engine.config.block_spec
+    strides = (1, 1, spec.kernel_stride, spec.coarse_stride)
+    parts = {}
+    for layer, pool in engine.storage.kv.items():
+        index = torch.tensor(list(pages), device=pool.keys.device)
+        taken = [x.index_select(0, index).cpu() for x in pool]
+        for x, stride in zip(taken, strides, strict=True):
+            x[-1, -(-last // stride) :] = 0
+        parts[layer] = Part(*taken)
+    return parts
+
+
+def states_of(engine: Engine, slot: int) -> dict[int, Tensor]:
+    """The states in a slot, on the CPU."""
+    return {layer: states[slot].cpu().clone() for layer, states in engine.storage.states.items()}
+
+
+def load(engine: Engine, folder: ContextFolder) -> Hold:
+    """Put a context at hand: its tokens, compressed keys and last states now, keys and values when wanted.
+
+    Raises:
+        ValueError: it does not fit into memory, or is damaged.
+    """
+    backing, manifest = DiskBacking.of(engine), folder.manifest
+    files = [folder.segment(known, backing.counter) for known in manifest.segments]
+    for file in files:
+        _check_shapes(engine, file)
+    tokens = array("i")
+    for file in files:
+        tokens.frombytes(file.tensor("tokens").numpy().tobytes())
+    if len(tokens) != manifest.tokens or max(tokens) >= engine.config.vocab_size or min(tokens) < 0:
+        raise damaged(folder.path, "tokens", f"{manifest.tokens:,} of the model's", f"{len(tokens):,} others")
+    found = engine.scheduler.hold(tokens, manifest.sparse)
+    if found is not None:
+        return found
+    hold = engine.scheduler.place(tokens, manifest.sparse)
+    try:
+        _fill(engine, backing, files, hold, manifest.page_sources())
+        engine.scheduler.settle(hold)
+        if engine.device.type != "cpu":  # a device would wait for each choice of blocks
+            backing.bring(hold.pages)
+    except BaseException:
+        engine.scheduler.let_go(hold)
+        raise
+    return hold
+
+
+def _fill(
+    engine: Engine,
+    backing: DiskBacking,
+    files: list[SegmentFile],
+    hold: Hold,
+    sources: list[tuple[int, int]],
+) -> None:
+    where, index = (np.array(x) for x in zip(*sources, strict=True))
+    pages = np.array(hold.pages)
+    for number, file in enumerate(files):
+        mine = where == number
+        for layer, pool in engine.storage.kv.items():
+            to, rows = (torch.from_numpy(x[mine]).to(pool.k1.device) for x in (pages, index))
+            for name, target in (("k1", pool.k1), ("k2", pool.k2)):
+                target[to] = file.tensor(f"{name}.{layer}").to(target.device)[rows]
+    for layer, states in engine.storage.states.items():
+        states[hold.slot] = files[-1].tensor(f"state.{layer}").to(states.device)
+    backing.expect(hold.pages, [(files[n], i) for n, i in sources])
+
+
+def _check_shapes(engine: Engine, file: SegmentFile) -> None:
+    """Refuse tensors of other shapes than the model's."""
+    storage, spec = engine.storage, engine.config.block_spec
+    wanted: dict[str, tuple[torch.dtype, list[int]]] = {
+        "tokens": (torch.int32, [file.known.end_token - file.known.first_token])
+    }
+    for layer, pool in storage.kv.items():
+        compressed = (pool.k1.shape[1], pool.k2.shape[1])
+        shapes = expected(
+            file.known.pages, spec.block_size, list(pool.keys.shape[2:]), compressed, storage.dtype
+        )
+        wanted |= {f"{name}.{layer}": shape for name, shape in shapes.items()}
+    if file.known.state:
+        wanted |= {f"state.{n}": (x.dtype, list(x.shape[1:])) for n, x in storage.states.items()}
+    for name, shape in wanted.items():
+        if file.shape(name) != shape:
+            raise damaged(file.path, f"tensor {name}", f"{shape[0]} {shape[1]}", str(file.shape(name)))

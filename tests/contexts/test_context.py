@@ -1,0 +1,114 @@
+"""A context that was kept answers as if the engine had never stopped: bit for bit, on a CPU in float32."""
+
+import pytest
+
+from opensala.contexts import Context
+from opensala.engine import Document, ask
+
+from .tools import DENSE_LEN, PAGE, PARAMS, documents, engine, model, outcome
+
+QUESTIONS = ("what is the code?", "who?", "where are the red falcons near the old mill tower?")
+LENGTHS = sorted({n + d for n in (DENSE_LEN, 10 * PAGE, 300) for d in (-40, -1, 0, 1, 7)} | {3, 20, 900})
+
+
+def fresh(of, docs, question):
+    """The answer of an engine that reads everything for it."""
+    return ask(engine(of), docs, question, PARAMS, quiet=True)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_reopened_context_answers_as_a_fresh_reading(length, tmp_path):
+    of, docs = model(), documents(length)
+    Context.ingest(engine(of), docs, tmp_path / "a.ctx").close()
+    running = engine(of)
+    with Context.open(running, tmp_path / "a.ctx") as context:
+        for question in QUESTIONS:
+            found = context.ask(question, PARAMS)
+            assert outcome(found) == outcome(fresh(of, docs, question))
+            sparse = found.prompt_tokens >= DENSE_LEN
+            if sparse == context.manifest.sparse:
+                assert found.reused_tokens == len(context.tokens)
+            if found.reused_tokens < len(context.tokens):
+                assert "were read again: it was read in dense attention" in " ".join(found.notes)
+            running.check_integrity()
+    running.check_integrity()
+
+
+@pytest.mark.parametrize("length", [30, 50, 60, 170, 500])
+def test_extended_forked_rolled_back(length, tmp_path):
+    of, first, second = model(), documents(length), documents(133, 5, "more.txt")
+    running = engine(of)
+    context = Context.ingest(running, first, tmp_path / "a.ctx")
+    twin = context.fork(tmp_path / "b.ctx")
+    twin.extend(second)
+    joined = [Document("book.txt", f"{first[0].text}\n\n=== more.txt ===\n{second[0].text}")]
+    for kept in (context, twin):
+        kept.close()
+    running.check_integrity()
+    running = engine(of)
+    for path, docs in (("a.ctx", first), ("b.ctx", joined)):
+        with Context.open(running, tmp_path / path) as context:
+            for question in QUESTIONS:
+                assert outcome(context.ask(question, PARAMS)) == outcome(fresh(of, docs, question))
+            running.check_integrity()
+
+
+def test_only_what_is_touched_is_read(tmp_path):
+    of, docs = model(), documents(3000)
+    Context.ingest(engine(of), docs, tmp_path / "a.ctx").close()
+    running = engine(of)
+    with Context.open(running, tmp_path / "a.ctx") as context:
+        opened = running.storage.backing.counter.bytes
+        pages = 2 * running.storage.backing.num_absent
+        assert opened < 0.45 * context.manifest.num_bytes and running.storage.backing.counter.pages == 0
+        found = context.ask("who?", PARAMS)
+        assert 0 < running.storage.backing.counter.pages < 0.7 * pages
+    assert outcome(found) == outcome(fresh(of, docs, "who?"))
+
+
+def turns(context, running):
+    said = []
+    for question in QUESTIONS:
+        said.append(outcome(context.ask(question, PARAMS, keep=True)))
+        running.check_integrity()
+    return said
+
+
+@pytest.mark.parametrize("length", [0, 20, 50, 300])
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_conversation_that_was_saved_goes_on(length, chat, tmp_path):
+    """Saved and opened between any two turns; undone, and asked again."""
+    of = model()
+
+    def start(where):
+        if chat:
+            where.tokenizer.chat_template = (
+                "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n\n{% endfor %}"
+                "{% if add_generation_prompt %}<a>{% endif %}"
+            )
+        return where
+
+    running = start(engine(of))
+    context = Context.ingest(running, documents(length)) if length else Context.empty(running)
+    said, whole = turns(context, running), context.tokens
+    running = start(engine(of))
+    context = Context.ingest(running, documents(length)) if length else Context.empty(running)
+    for n, question in enumerate(QUESTIONS):
+        assert outcome(context.ask(question, PARAMS, keep=True)) == said[n]
+        context.save(tmp_path / "a.ctx" if n == 0 else None)
+        context.close()
+        running.check_integrity()
+        running = start(engine(of))
+        context = Context.open(running, tmp_path / "a.ctx", write=True)
+        assert [t.question for t in context.turns] == list(QUESTIONS[: n + 1])
+    assert context.tokens == whole
+    context.undo(2)
+    context.save()
+    context.close()
+    running = start(engine(of))
+    context = Context.open(running, tmp_path / "a.ctx", write=True)
+    assert [outcome(context.ask(q, PARAMS, keep=True)) for q in QUESTIONS[1:]] == said[1:]
+    assert context.tokens == whole
+    context.save()
+    context.close()
+    running.check_integrity()
