@@ -5,7 +5,9 @@ What would wait for a GPU (a value that comes to Python) or mixes devices raises
 for `tolist`, which gives ones and is counted.
 """
 
+import importlib
 import os
+import pkgutil
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import opensala.ops
 from opensala import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from opensala.engine import capture as capture_module
 from opensala.model import batch as batch_module
@@ -162,6 +165,9 @@ def fake_gpu() -> Iterator[FakeGPU]:
         gpu.launches.append(name)
         gpu.arguments.append((name, {n: x.dtype for n, x in tensors.items()}))
 
+    for name in [m.name for m in pkgutil.walk_packages(opensala.ops.__path__, "opensala.ops.")]:
+        if name.rpartition(".")[2].startswith("triton"):  # interpreted or not: decided by the variable below
+            importlib.import_module(name)
     with ExitStack() as stack:
         import triton.runtime.interpreter
         import triton.runtime.jit
