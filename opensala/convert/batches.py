@@ -16,6 +16,7 @@ from ..data.packing import PackedText
 from ..data.retrieval import training_sequence
 from ..data.text import KINDS, documents, read_text
 from .config import ConvertConfig
+from .tokens import PackedTokens, Sample
 
 TOKENS_A_FACT = 64  # room for its statement, question, answer and some text around it
 _HELD_OUT = 12  # of the user's texts, every so-many-th piece is held out
@@ -50,7 +51,10 @@ class Batches:
 
     def __init__(self, tokenizer: Any, config: ConvertConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
-        if config.data:
+        self.packed = PackedTokens(config.tokens, len(tokenizer)) if config.tokens else None
+        if self.packed is not None:
+            train, held = self._decoded(self.packed)
+        elif config.data:
             pieces = user_texts(config.data)
             stride = min(_HELD_OUT, max(2, len(pieces)))
             held = pieces[stride - 1 :: stride]
@@ -60,21 +64,60 @@ class Batches:
         self.fingerprint = hashlib.sha256("\0".join([*train, "", *held]).encode()).hexdigest()[
             :16
         ]  # of the texts
+        if self.packed is not None:
+            self.fingerprint = self.packed.fingerprint
         name = f"data ({', '.join(config.data) or 'the texts of this Python installation'})"
-        self.text = PackedText(tokenizer, train, config.length, name, 3 * _CHARACTERS)
+        self._texts = {config.length: PackedText(tokenizer, train, config.length, name, 3 * _CHARACTERS)}
+        self._name = name
         self.held_out = PackedText(
             tokenizer, held, config.probes.length, f"the held-out part of {name}", _CHARACTERS
         )
         self.haystack = Haystack(tokenizer, _CHARACTERS, config.seed, texts=train)
         self._held_haystack = Haystack(tokenizer, _CHARACTERS, config.seed, texts=held)
 
-    def train(self, phase: str, step: int, count: int) -> Tensor:
-        """`[count, length]` token ids: packed text, and a share of sequences with hidden facts."""
-        rng = random.Random(f"{self.config.seed} {phase} {step}")
-        tasks = sum(rng.random() < self.config.task_share for _ in range(count))
-        rows = [self.task(self.haystack, rng, self.config.length)[0] for _ in range(tasks)]
-        text = self.text.draw(self.config.seed + len(phase), step * count, count - tasks)
-        return torch.from_numpy(np.stack([*rows, *text]).astype(np.int64))
+    def _decoded(self, packed: PackedTokens) -> tuple[list[str], list[str]]:
+        """Some of the packed text to train on and of that held out, as text, for hidden facts to lie in."""
+        length = max(self.config.length, self.config.probes.length)
+        rows = _CHARACTERS // (4 * length) + 1  # a token has some four characters
+        return tuple(
+            self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for ids in (
+                packed.text(length, self.config.seed, 0, rows),
+                packed.held_out(length, self.config.seed, rows),
+            )
+        )
+
+    def train(self, phase: str, step: int, count: int) -> Sample:
+        """`count` sequences of the phase's length: packed text, and a share with hidden facts."""
+        config, settings = self.config, self.config.phases()[phase]
+        length = config.length_of(phase)
+        share = config.task_share if settings.task_share is None else settings.task_share
+        rng = random.Random(f"{config.seed} {phase} {step}")
+        number = sum(rng.random() < share for _ in range(count))
+        seed, position = config.seed + len(phase), step * count
+        tasks = self._tasks(rng, length, seed, position, number)
+        text = self._text(length).draw(seed, position, count - number)
+        ids = torch.from_numpy(np.stack([*(row for row, _ in tasks), *text]).astype(np.int64))
+        answers = torch.zeros(ids.shape, dtype=torch.bool)
+        for marks, (_, found) in zip(answers, tasks, strict=False):
+            marks.copy_(torch.from_numpy(np.array(found)))
+        return Sample(ids, answers)
+
+    def _text(self, length: int) -> "PackedText | _PackedRows":
+        """What gives sequences of text of a length."""
+        if self.packed is not None:
+            return _PackedRows(self.packed, length)
+        if length not in self._texts:
+            self._texts[length] = self._texts[self.config.length].cut(length, self._name)
+        return self._texts[length]
+
+    def _tasks(
+        self, rng: random.Random, length: int, seed: int, position: int, number: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`number` sequences with hidden facts: ready ones where there are any of this length."""
+        if self.packed is not None and self.packed.has_tasks(length):
+            return self.packed.tasks(length, seed, position, number)
+        return [self.task(self.haystack, rng, length) for _ in range(number)]
 
     def task(self, haystack: Haystack, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
         """One sequence with hidden facts, and the mark on its answers."""
@@ -95,9 +138,22 @@ class Batches:
 
     def text_probes(self, count: int) -> Tensor:
         """Up to `count` sequences of held-out text, `[n, probes.length]`."""
+        if self.packed is not None:
+            rows = self.packed.held_out(self.config.probes.length, self.config.seed, count)
+            return torch.from_numpy(rows.astype(np.int64))
         return torch.from_numpy(
             self.held_out.draw(self.config.seed, 0, min(count, len(self.held_out))).astype(np.int64)
         )
+
+
+class _PackedRows:
+    """`PackedText.draw` of packed tokens."""
+
+    def __init__(self, packed: PackedTokens, length: int) -> None:
+        self.packed, self.length = packed, length
+
+    def draw(self, seed: int, position: int, count: int) -> np.ndarray:
+        return self.packed.text(self.length, seed, position, count)
 
 
 def _builtin(part: str, seed: int) -> Iterator[str]:

@@ -1,102 +1,40 @@
-"""End-to-end distillation: KL(teacher || student) of the next-token distributions, token by token.
+"""End-to-end distillation: the student's next-token distributions are brought to the teacher's.
 
-Logits of a large vocabulary are never whole in memory: they are formed in pieces of the vocabulary from final
-hidden states, in the backward pass again. So a teacher's logits can also be kept on disk exactly, as its
-final hidden states.
+The loss is in `kl`. A teacher's logits can be kept on disk exactly, as its final hidden states, since logits
+are formed from those in pieces anyway. What of the student is trained is chosen here.
 
 Shapes: N tokens, V vocabulary, D hidden size.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..model import MiniCPMSALAForCausalLM
-from ..model.attention import LightningMixer
-from .align import CLIP, new_optimizer
+from ..model.attention import LightningMixer, SparseMixer
+from ..model.layers import RMSNorm
+from .align import clip, new_optimizer
+from .compute import autocast
 from .config import Phase
+from .kl import TokenWeights, distillation_loss
+from .lora import add_lora
+from .tokens import Sample
 
-_ELEMENTS = 1 << 24  # logits of one piece
-Targets = Callable[[int, Tensor], Tensor]
-
-
-class _ChunkedKL(torch.autograd.Function):
-    """Sum over tokens of KL(softmax(t Wt') || softmax(s Ws')), with gradients for s and Ws."""
-
-    @staticmethod
-    def forward(ctx: Any, s: Tensor, ws: Tensor, t: Tensor, wt: Tensor, chunk: int) -> Tensor:
-        rows, low = s.shape[0], torch.finfo(torch.float32).min
-        top_s, top_t = (
-            s.new_full((rows,), low, dtype=torch.float32),
-            s.new_full((rows,), low, dtype=torch.float32),
-        )
-        sum_s, sum_t, cross = torch.zeros_like(top_s), torch.zeros_like(top_s), torch.zeros_like(top_s)
-        for a in range(0, ws.shape[0], chunk):
-            ls, lt = _logits(s, ws, a, chunk), _logits(t, wt, a, chunk)
-            new_s, new_t = torch.maximum(top_s, ls.amax(1)), torch.maximum(top_t, lt.amax(1))
-            sum_s = sum_s * (top_s - new_s).exp() + (ls - new_s[:, None]).exp().sum(1)
-            weight, shrink = (lt - new_t[:, None]).exp(), (top_t - new_t).exp()
-            sum_t = sum_t * shrink + weight.sum(1)
-            cross = cross * shrink + (weight * (lt - ls)).sum(1)
-            top_s, top_t = new_s, new_t
-        lse_s, lse_t = top_s + sum_s.log(), top_t + sum_t.log()
-        ctx.save_for_backward(s, ws, t, wt, lse_s, lse_t)
-        ctx.chunk = chunk
-        return (cross / sum_t - lse_t + lse_s).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        s, ws, t, wt, lse_s, lse_t = ctx.saved_tensors
-        ds = torch.zeros(s.shape, dtype=torch.float32, device=s.device)
-        dw = torch.zeros(ws.shape, dtype=torch.float32, device=s.device) if ctx.needs_input_grad[1] else None
-        for a in range(0, ws.shape[0], ctx.chunk):
-            d = (_logits(s, ws, a, ctx.chunk) - lse_s[:, None]).exp() - (
-                _logits(t, wt, a, ctx.chunk) - lse_t[:, None]
-            ).exp()
-            d *= grads[0]
-            ds += d @ ws[a : a + ctx.chunk].float()
-            if dw is not None:
-                dw[a : a + ctx.chunk] = d.T @ s.float()
-        return ds.to(s.dtype), None if dw is None else dw.to(ws.dtype), None, None, None
-
-
-def _logits(x: Tensor, weight: Tensor, start: int, chunk: int) -> Tensor:
-    return x.float() @ weight[start : start + chunk].float().T
-
-
-def chunked_kl(s: Tensor, ws: Tensor, t: Tensor, wt: Tensor, chunk: int | None = None) -> Tensor:
-    """Mean KL(softmax(t Wt') || softmax(s Ws')) over tokens, computed in float32.
-
-    Args:
-        s, t: final hidden states of student and teacher, `[N, D]` each with its own D.
-        ws, wt: their heads, `[V, D]`.
-        chunk: vocabulary entries at a time; what fits 64 MB if None.
-
-    Gradients flow to s and ws.
-    """
-    if ws.shape[0] != wt.shape[0]:
-        raise ValueError(
-            f"student and teacher must share a vocabulary, got {ws.shape[0]} and {wt.shape[0]} entries"
-        )
-    chunk = chunk or max(64, _ELEMENTS // max(1, s.shape[0]))
-    return _ChunkedKL.apply(s, ws, t.detach(), wt.detach(), chunk) / s.shape[0]
+Targets = Callable[[int, Tensor, slice], Tensor]
 
 
 def final_states(model: MiniCPMSALAForCausalLM, ids: Tensor) -> Tensor:
     """What the head of the model multiplies, `[B * T, D]`."""
-    return (
-        model.model(input_ids=ids, use_cache=False).last_hidden_state / model.config.logit_divisor
-    ).flatten(0, 1)
+    return (model.model.read_whole(ids) / model.config.logit_divisor).flatten(0, 1)
 
 
 def live_targets(teacher: MiniCPMSALAForCausalLM) -> Targets:
-    """The teacher's final states, computed when asked for."""
+    """The teacher's final states of ids `[B, T]`, computed when asked for."""
 
-    def targets(_step: int, ids: Tensor) -> Tensor:
+    def targets(_step: int, ids: Tensor, _rows: slice) -> Tensor:
         with torch.no_grad():
             return final_states(teacher, ids)
 
@@ -104,8 +42,13 @@ def live_targets(teacher: MiniCPMSALAForCausalLM) -> Targets:
 
 
 def cached_targets(folder: Path) -> Targets:
-    """The teacher's final states of each step, from files that `cache_step` wrote."""
-    return lambda step, ids: load_file(folder / f"{step:07}.safetensors", device=str(ids.device))["states"]
+    """The teacher's final states of some rows of each step, from files that `cache_step` wrote."""
+
+    def targets(step: int, ids: Tensor, rows: slice) -> Tensor:
+        states = load_file(folder / f"{step:07}.safetensors", device=str(ids.device))["states"]
+        return states[rows.start * ids.shape[1] : rows.stop * ids.shape[1]]
+
+    return targets
 
 
 def cache_step(teacher: MiniCPMSALAForCausalLM, folder: Path, step: int, ids: Tensor) -> None:
@@ -113,50 +56,132 @@ def cache_step(teacher: MiniCPMSALAForCausalLM, folder: Path, step: int, ids: Te
     file = folder / f"{step:07}.safetensors"
     if not file.exists():
         partial = file.with_suffix(".partial")
-        save_file({"states": live_targets(teacher)(step, ids).contiguous().cpu()}, partial)
+        states = live_targets(teacher)(step, ids, slice(0, len(ids)))
+        save_file({"states": states.contiguous().cpu()}, partial)
         partial.replace(file)
+
+
+def choose_trainable(student: MiniCPMSALAForCausalLM, trainable: str, rank: int, seed: int) -> None:
+    """Mark what is trained, in place: see `ConvertConfig.trainable`. With `lora` the feed-forwards are
+    wrapped."""
+    student.requires_grad_(trainable == "all")
+    if trainable == "lora":
+        add_lora(student, rank, seed)
+    kinds = (LightningMixer, SparseMixer, RMSNorm) if trainable == "lora" else (LightningMixer,)
+    for module in student.modules():
+        if isinstance(module, kinds):
+            module.requires_grad_(True)
 
 
 class Distillation:
     """A student, what is trainable of it, and its optimizer.
 
     Args:
-        trainable: `linear` (the Lightning mixers; everything else is frozen) or `all`.
-        targets: the teacher's final states of a step.
+        trainable: `linear` (the Lightning mixers; everything else is frozen), `lora` or `all`.
+        targets: the teacher's final states of rows of a step.
         head: the teacher's head, `[V, D]`.
+        compute: precision of products, `float32` or `bfloat16`.
+        most: the norm to which the gradient is clipped.
+        rank, seed: of `lora`.
     """
 
     def __init__(
-        self, student: MiniCPMSALAForCausalLM, trainable: str, targets: Targets, head: Tensor, phase: Phase
+        self,
+        student: MiniCPMSALAForCausalLM,
+        trainable: str,
+        targets: Targets,
+        head: Tensor,
+        phase: Phase,
+        *,
+        compute: str = "float32",
+        most: float = 1.0,
+        rank: int = 16,
+        seed: int = 0,
     ) -> None:
-        self.student, self.targets, self.head, self.phase = student, targets, head, phase
-        student.requires_grad_(trainable == "all")
-        for module in student.modules():
-            if isinstance(module, LightningMixer):
-                module.requires_grad_(True)
+        self.student, self.targets, self.head = student, targets, head
+        self.compute, self.most = compute, most
+        choose_trainable(student, trainable, rank, seed)
         self.parameters: list[nn.Parameter] = [p for p in student.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"trainable = {trainable!r} leaves nothing to train: every layer is kept")
+        self.begin(phase)
+
+    def begin(self, phase: Phase) -> None:
+        """Begin a phase, with a new optimizer."""
+        self.phase = phase
         self.optimizer = new_optimizer(self.parameters, phase.lr)
 
-    def gradients(self, step: int, ids: Tensor) -> float:
-        """Run a batch `[B, T]`, leave the gradients in place, return the mean KL per token in nats."""
-        loss = chunked_kl(
-            final_states(self.student, ids), self.student.lm_head.weight, self.targets(step, ids), self.head
+    def step(self, step: int, sample: Sample, rows: int) -> dict[str, Tensor]:
+        """`gradients` of a whole batch, `rows` sequences a pass."""
+        total, count = self.weight(sample), len(sample.ids)
+        losses = [
+            self.gradients(step, sample.rows(a, a + rows), slice(a, min(a + rows, count)), total)
+            for a in range(0, count, rows)
+        ]
+        return {"loss": torch.stack(losses).sum()}
+
+    def gradients(
+        self, step: int, sample: Sample, rows: slice | None = None, total: Tensor | None = None
+    ) -> Tensor:
+        """Run sequences `[B, T]`, add their gradient to what is there, return their part of the loss in nats.
+
+        Args:
+            rows: which of the step's batch they are; the whole batch if None.
+            total: the `weight` of the step's batch; that of these sequences if None.
+        """
+        rows = rows or slice(0, len(sample.ids))
+        weights = token_weights(sample, self.phase)
+        share = 1.0 / (self.weight(sample) if total is None else total)
+        weights = TokenWeights(
+            weights.kl * share, None if weights.ce is None else weights.ce * share, weights.targets
         )
+        with autocast(self.compute, sample.ids.device):
+            targets = self.targets(step, sample.ids, rows) if self.sees(sample) else None
+            states = final_states(self.student, sample.ids)
+            head = None if targets is None else self.head
+            loss = distillation_loss(states, self.student.lm_head.weight, targets, head, weights)
         loss.backward()
-        return loss.item()
+        return loss.detach()
 
-    def clip(self) -> float:
+    def weight(self, sample: Sample) -> Tensor:
+        """What all tokens of sequences count together: the loss of a step is divided by that of its batch."""
+        weights = token_weights(sample, self.phase)
+        counted = weights.kl if self.sees(sample) or weights.ce is None else weights.ce
+        return counted.sum().clamp(min=1.0)
+
+    def sees(self, sample: Sample) -> bool:
+        """Whether the teacher is asked about sequences of this length."""
+        most = self.phase.teacher_length
+        return most is None or sample.ids.shape[1] <= most
+
+    def clip(self) -> Tensor:
         """Clip the gradient. Returns the norm it had."""
-        return nn.utils.clip_grad_norm_(self.parameters, CLIP).item()
+        return clip(self.parameters, self.most)
 
-    def update(self, step: int) -> None:
-        """Take optimizer step `step` and forget the gradients."""
+    def update(self, rate: float) -> None:
+        """Take an optimizer step and forget the gradients."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.phase.rate(step)
+            group["lr"] = rate
         self.optimizer.step()
         self.forget()
 
     def forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def token_weights(sample: Sample, phase: Phase) -> TokenWeights:
+    """What each of the tokens `[B, T]`, flattened, counts before it is divided by the sum of `kl`.
+
+    A token stands for the prediction of the one behind it: it is the answers' own tokens that are predicted.
+    """
+    ids, answers = sample
+    kl = torch.ones(ids.shape, device=ids.device)
+    if answers is None:
+        return TokenWeights(kl.flatten())
+    predicted = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    predicted[:, :-1] = answers[:, 1:]
+    kl = torch.where(predicted, phase.answer_weight, kl)
+    if not phase.cross_entropy:
+        return TokenWeights(kl.flatten())
+    targets = torch.cat([ids[:, 1:], ids[:, :1]], 1)
+    return TokenWeights(kl.flatten(), (predicted * phase.cross_entropy).flatten(), targets.flatten())

@@ -18,7 +18,8 @@ from ..model import MiniCPMSALAForCausalLM
 from ..model.config import LIGHTNING
 from .batches import Batches
 from .config import Probes
-from .distill import chunked_kl, final_states
+from .distill import final_states
+from .kl import chunked_kl
 
 _ROWS = 2048  # tokens whose logits exist at once
 
@@ -113,15 +114,26 @@ class Prober:
         found = answers_right(token_scores(model, ids, self.probes.batch)[1], marks)
         return sum(found) / len(found)
 
-    def score(self, model: MiniCPMSALAForCausalLM) -> Score:
+    def builtin(self, model: MiniCPMSALAForCausalLM) -> Score:
+        """The score on the built-in probes."""
         losses, right = token_scores(model, self.text, self.probes.batch)
         nll, accuracy = losses.mean().item(), right.float().mean().item()
-        recall, general = self.recall(model), -nll
+        return Score(self.recall(model), -nll, nll, accuracy)
+
+    def score_some(self, model: MiniCPMSALAForCausalLM) -> None:
+        """The work of one batch of each kind of probes."""
+        for ids in (self.text, self.facts[0]):
+            token_scores(model, ids[: self.probes.batch], self.probes.batch)
+
+    def score(self, model: MiniCPMSALAForCausalLM) -> Score:
+        """The score that layers are chosen by: the built-in one, or tasks of lm-eval in its place."""
+        own = self.builtin(model)
+        recall, general = own.recall, own.general
         if self.probes.recall_tasks:
             recall = lm_eval_score(model, self.tokenizer, self.probes.recall_tasks, self.probes.batch)
         if self.probes.general_tasks:
             general = lm_eval_score(model, self.tokenizer, self.probes.general_tasks, self.probes.batch)
-        return Score(recall, general, nll, accuracy)
+        return Score(recall, general, own.nll, own.accuracy)
 
     @torch.no_grad()
     def divergence(self, teacher: MiniCPMSALAForCausalLM, mixers: dict[int, nn.Module]) -> float:

@@ -4,45 +4,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..model import MiniCPMSALAForCausalLM
-from .config import ConvertConfig
+from .plan import Planned, available_bytes
 
 
-def memory_bytes(teacher: MiniCPMSALAForCausalLM, mixers: int, config: ConvertConfig) -> int:
-    """Weights, gradients and optimizer states of the more demanding phase; activations come on top."""
-    weights = sum(p.numel() for p in teacher.parameters())
-    own = sum(p.numel() * p.element_size() for p in teacher.parameters())
-    alignment = own + 16 * mixers
-    trained = weights if config.trainable == "all" else mixers
-    distillation = (0 if config.cache_teacher else own) + 4 * mixers + 4 * weights + 12 * trained
-    return max(alignment if config.align.steps else 0, distillation if config.distill.steps else 0)
-
-
-def print_plan(rows: list[tuple[str, int, int, float]], needed: int, device: torch.device) -> None:
-    """Phases with steps, tokens and seconds, and the memory needed, on stderr.
-
-    Args:
-        rows: name, steps left, tokens per step, seconds per step as measured.
-        needed: bytes, as `memory_bytes` counts them.
-    """
+def print_plan(rows: list[Planned], device: torch.device) -> None:
+    """Phases with steps, tokens, seconds and memory, on stderr; and whether they fit."""
     table = Table(box=None, pad_edge=False)
-    for column in ("phase", "steps", "tokens", "seconds a step", "expected time"):
+    for column in ("phase", "steps", "tokens", "seconds a step", "tokens/s", "expected time", "memory, MiB"):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    for name, steps, tokens, seconds in rows:
-        table.add_row(name, f"{steps:,}", f"{steps * tokens:,}", f"{seconds:.2f}", _clock(steps * seconds))
-    total = sum(steps * seconds for _, steps, _, seconds in rows)
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.steps:,}",
+            f"{row.steps * row.tokens:,}",
+            f"{row.seconds:.2f}",
+            f"{row.tokens / max(row.seconds, 1e-9):,.0f}",
+            _clock(row.steps * row.seconds),
+            f"{row.memory / 2**20:,.0f}" if row.memory else "",
+        )
     console = Console(file=sys.stderr, soft_wrap=True)
     console.print(table)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free, most = available_bytes(device), max((row.memory for row in rows), default=0)
     console.print(
-        f"in all {_clock(total)}; weights, gradients and optimizer {needed / 2**20:,.0f} MiB, activations "
-        "beside them; "
-        f"{free / 2**20:,.0f} MiB free on {device}",
+        f"in all {_clock(sum(row.steps * row.seconds for row in rows))}; "
+        f"{free / 2**20:,.0f} MiB free on {device}"
+        + ("" if most <= free else ", which is too little: lower --micro-tokens, or --recompute"),
         highlight=False,
     )
 

@@ -8,11 +8,10 @@ here is only their order.
 
 import copy
 import logging
-import math
 import shutil
 import sys
-import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,25 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from ..model.attention import SparseMixer
+from ..model.flops import forward_flops, matmul_flops_per_second
+from ..ops.backends import backend_everywhere
 from ..runs import RunFolder, progress_bar, read_json, require_matplotlib, write_errors, write_json
 from .align import Alignment
 from .batches import Batches
-from .config import ConvertConfig, RunIdentity
+from .calibrate import Calibration, calibrate
+from .compute import autocast, choose_compute
+from .config import ConvertConfig, Execution, Phase, RunIdentity
 from .distill import Distillation, cache_step, cached_targets, live_targets
+from .loop import Clock, PhaseLoop, Settings, Stopped
+from .lora import merge_lora
+from .outcome import load_outcome, save_outcome
+from .plan import Planned, measure_alignment, measure_distillation, timed
 from .probes import Prober, replaced
-from .report import (
-    memory_bytes,
-    plot_alignment,
-    plot_distillation,
-    plot_importance,
-    print_plan,
-)
+from .report import plot_alignment, plot_distillation, plot_importance, print_plan
 from .selection import Scores, default_keep, importance, select_layers
 from .teacher import check_vocabulary, load_teacher, read_config, teacher_config
+from .tokens import Sample
 from .transfer import assemble, lightning_mixers, student_config
 
 logger = logging.getLogger("opensala")
@@ -44,11 +47,18 @@ _REUSED = (
     "teacher",
     "align",
     "length",
+    "lightning_nkv",
+    "calibrate",
+    "calibrate_tokens",
+    "clip",
+    "compute",
     "data",
+    "tokens",
     "task_share",
     "seed",
     "dtype",
 )  # what aligned mixers depend on
+_TIMED_STEPS = 20  # a phase of fewer is not worth measuring the machine for
 
 
 def convert(
@@ -58,8 +68,10 @@ def convert(
     resume: bool = False,
     plan_only: bool = False,
     quiet: bool = False,
+    execution: Execution | None = None,
 ) -> Path:
-    """Convert a teacher; returns the folder of the finished checkpoint, `output`/model.
+    """Convert a teacher; returns the folder of the finished checkpoint, `output`/model, or `output` itself
+    where the seconds of `execution` were over before.
 
     Args:
         config: what to do.
@@ -67,14 +79,25 @@ def convert(
         resume: resume a run that was stopped.
         plan_only: print the plan and stop.
         quiet: no progress bars, no plan.
+        execution: how this machine carries it out.
 
     Raises:
         ValueError: an unsupported teacher, data without a full sequence, a folder of another run or one that
             another process works in, a number of layers that cannot be kept, a loss that is not finite, or a
             disk that is full or cannot be written (the last saved state stays as it is).
     """
-    with write_errors(Path(output), "go on with --resume"):
-        return Conversion(config, output, resume, quiet).run(plan_only)
+    execution = execution or Execution()
+    execution.check()
+    with write_errors(Path(output), "go on with --resume"), backend_everywhere(execution.backend):
+        try:
+            return Conversion(config, output, resume, quiet, execution).run(plan_only)
+        except Stopped as stopped:
+            print(
+                f"stopped after {execution.seconds:g} s in {stopped}; the state is saved: go on with "
+                "--resume",
+                file=sys.stderr,
+            )
+            return Path(output)
 
 
 def _device(name: str) -> torch.device:
@@ -99,8 +122,17 @@ def _tokenizer(path: str) -> Any:
 class Conversion:
     """A run in progress. See `convert`."""
 
-    def __init__(self, config: ConvertConfig, output: str | Path, resume: bool, quiet: bool) -> None:
+    def __init__(
+        self,
+        config: ConvertConfig,
+        output: str | Path,
+        resume: bool,
+        quiet: bool,
+        execution: Execution | None = None,
+    ) -> None:
         config.check()
+        self.execution = execution or Execution()
+        self.clock = Clock(self.execution.seconds)
         require_matplotlib()
         given = read_config(config.teacher)
         shape = teacher_config(given)
@@ -120,7 +152,21 @@ class Conversion:
         """The teacher and fresh mixers, once the folder is ours."""
         self.teacher = load_teacher(self.config.teacher, getattr(torch, self.config.dtype), self.device)
         self._fill_end_of_text()
-        self.mixers = lightning_mixers(self.teacher)
+        self.mixers = lightning_mixers(self.teacher, self.config.lightning_nkv)
+        self.compute = self._chosen_compute()
+        self._peak: float | None = None
+
+    def _chosen_compute(self) -> str:
+        """The precision of products: what the run began with, so that a resumed one has the same numbers."""
+        file, shape = self.folder.path / "compute.json", self.teacher.config
+        known = read_json(file)
+        if known is None:
+            known = choose_compute(
+                self.config.compute, self.device, shape.hidden_size, shape.intermediate_size
+            )
+            if self.config.compute == "auto":
+                write_json(file, known)
+        return str(known)
 
     def _check_texts(self, run: Path) -> None:
         """Raise ValueError if a run began with other texts: its data order would be another one from here
@@ -187,85 +233,126 @@ class Conversion:
     # --- the plan ---
 
     def print_plan(self) -> None:
-        """Print what is to be done, with times from one measured step of each kind."""
-        config, layers = self.config, len(self.mixers)
-        rows = []
+        """Print what is to be done, with times and memory from a measured pass of each kind."""
+        config, layers, rows = self.config, len(self.mixers), []
         state = self.folder.load_state("align")
-        left = 0 if config.reuse else config.align.steps - (state["step"] if state else 0)
-        if left:
-            alignment = Alignment(self.teacher, self.mixers, config.align)
-            seconds = self._measure(lambda: alignment.gradients(self._batch("align", 0)), alignment.forget)
-            rows.append(("alignment", left, config.align.batch * config.length, seconds))
+        if not config.reuse and not _over(state):
+            alignment = Alignment(self.teacher, self.mixers, config.align, self.compute, config.clip)
+            sample, passes = self._pass("align")
+            rows.append(measure_alignment(alignment, sample, passes, self._left("align", state)))
         if self._needs_scores() and not self._scored():
-            seconds = self._measure(lambda: self.prober.score(self.teacher), lambda: None)
             probe = config.probes
-            rows.append(("sweep", layers + 1, 2 * probe.sequences * probe.length, seconds))
-        state = self.folder.load_state("distill")
-        left = config.distill.steps - (state["step"] if state else 0)
-        if left:
-            kept = (
-                select_layers(None, self.keep, layers=layers, fix_ends=False, rule="uniform")
-                if self.keep
-                else []
+            seconds = timed(lambda: self.prober.score_some(self.teacher), self.device)
+            batches = -(-probe.sequences // probe.batch)
+            rows.append(
+                Planned("sweep", layers + 1, 2 * probe.sequences * probe.length, seconds * batches, 0)
             )
-            distillation = self._distillation(self._student(kept))
-            seconds = self._measure(
-                lambda: distillation.gradients(0, self._batch("distill", 0)), distillation.forget
-            )
-            rows.append(("distillation", left, config.distill.batch * config.length, seconds))
-        count = sum(p.numel() for p in self.mixers.parameters())
-        print_plan(rows, memory_bytes(self.teacher, count, config), self.teacher.device)
+        for name, phase in list(config.phases().items())[1:]:
+            state = self.folder.load_state(name)
+            if not phase.steps or _over(state):
+                continue
+            kept = list(config.layers) if config.layers is not None else self._some_layers()
+            distillation = self._distillation(self._student(kept), phase)
+            self._prepare(distillation.student, phase)
+            sample, passes = self._pass(name)
+            rows.append(measure_distillation(name, distillation, sample, passes, self._left(name, state)))
+            del distillation
+        print_plan(rows, self.device)
 
-    @staticmethod
-    def _measure(step: Any, forget: Any) -> float:
-        """Seconds of a second call: the first one compiles and allocates."""
-        seconds = 0.0
-        for _ in range(2):
-            start = time.perf_counter()
-            step()
-            seconds = time.perf_counter() - start
-            forget()
-        return seconds
+    def _some_layers(self) -> list[int]:
+        layers = len(self.mixers)
+        return (
+            select_layers(None, self.keep, layers=layers, fix_ends=False, rule="uniform") if self.keep else []
+        )
 
-    def _batch(self, phase: str, step: int) -> torch.Tensor:
-        count = self.config.align.batch if phase == "align" else self.config.distill.batch
-        return self.batches.train(phase, step, count).to(self.teacher.device)
+    def _left(self, name: str, state: dict[str, Any] | None) -> int:
+        return self.config.phases()[name].steps - (state["step"] if state else 0)
+
+    def _pass(self, name: str) -> tuple[Sample, float]:
+        """The sequences of one pass of a phase, and how many passes a step has."""
+        phase = self.config.phases()[name]
+        rows = self.execution.rows(phase.batch, self.config.length_of(name))
+        return self.batches.train(name, 0, rows).to(self.device), phase.batch / rows
+
+    def _batch(self, phase: str, step: int) -> Sample:
+        return self.batches.train(phase, step, self.config.phases()[phase].batch)
 
     # --- alignment ---
 
     def align(self) -> None:
-        """Fit all mixers, from the last saved state on."""
-        config, alignment = self.config, Alignment(self.teacher, self.mixers, self.config.align)
-        step = self._restore("align", self.mixers, alignment.optimizer)
-        with progress_bar(
-            "alignment", config.align.steps, step, self.quiet or step == config.align.steps
-        ) as bar:
-            while step < config.align.steps:
-                errors = alignment.gradients(self._batch("align", step))
-                self._check_finite(
-                    "align", step, {f"the loss of layer {i}": value for i, value in enumerate(errors["loss"])}
-                )
-                norms = alignment.clip()
-                self._check_finite(
-                    "align", step, {f"the gradient of layer {i}": value for i, value in enumerate(norms)}
-                )
-                alignment.update(step)
-                self.folder.log(
-                    {
-                        "phase": "align",
-                        "step": step,
-                        "lr": config.align.rate(step),
-                        **errors,
-                        "grad_norm": norms,
-                    }
-                )
-                step += 1
-                bar.advance(f"error {sum(errors['relative']) / len(norms):.3f}")
-                self._save("align", step, config.align.steps, self.mixers, alignment.optimizer)
+        """Calibrate and fit all mixers, from the last saved state on."""
+        config, state = self.config, self.folder.load_state("align")
+        if state is None:
+            self._calibrate("calibration")
+        alignment = Alignment(self.teacher, self.mixers, config.align, self.compute, config.clip)
+        if config.align.steps:
+            flops = forward_flops(self.teacher.config, config.length_of("align"), False)
+            flops += 6 * sum(p.numel() for p in self.mixers.parameters())
+            self._loop("align", self.mixers, flops).run(alignment)
         records = self.folder.metrics("align")
         if records:
             plot_alignment(records, self.folder.path / "plots" / "alignment.png")
         self.mixers.requires_grad_(False)
+        self._calibrate_again()
+
+    def _calibrate(self, name: str) -> Calibration:
+        """Fit the mixers' output projections, and note what that did."""
+        config = self.config
+        length = config.length_of("align")
+        rows = self.execution.rows(config.align.batch, length)
+        inner = self.teacher.config.num_attention_heads * (self.teacher.config.head_dim or 0)
+        tokens = max(config.calibrate_tokens, 8 * inner)  # fewer would fit the sample, not the layer
+        count = max(2, -(-tokens // (rows * length)))
+        first = config.align.steps + (0 if name == "calibration" else count)  # sequences of their own
+        batches = (self.batches.train("align", first + n, rows).to(self.device).ids for n in range(count))
+        found = calibrate(self.teacher, self.mixers, batches, config.calibrate, self.compute)
+        write_json(self.folder.path / f"{name}.json", found._asdict())
+        logger.info("%s: error %.3f -> %.3f", name, *(sum(x) / len(x) for x in found))
+        return found
+
+    def _calibrate_again(self) -> None:
+        """Solve for the output projections once more behind the alignment; kept in its saved state."""
+        state = self.folder.load_state("align")
+        if self.config.calibrate != "ridge" or state is None or state.get("calibrated"):
+            return
+        self._calibrate("calibration_aligned")
+        weights = {name: value.cpu() for name, value in self.mixers.state_dict().items()}
+        self.folder.save_state("align", {**state, "weights": weights, "calibrated": True})
+
+    def _loop(
+        self,
+        name: str,
+        weights: nn.Module,
+        flops: float,
+        validate: Callable[[], dict[str, float]] | None = None,
+        before: Callable[[int], None] | None = None,
+    ) -> PhaseLoop:
+        """The loop of a phase. `flops`: of a token, forwards and backwards."""
+        config = self.config
+        phase = config.phases()[name]
+        if phase.steps >= _TIMED_STEPS and self._peak is None:
+            self._peak = matmul_flops_per_second(self.device, getattr(torch, self.compute))
+        settings = Settings(
+            name,
+            phase,
+            config.length_of(name),
+            self.device,
+            config.save_every,
+            config.validate_every,
+            flops,
+            self._peak or 0.0,
+        )
+        return PhaseLoop(
+            self.folder,
+            settings,
+            self.execution,
+            self.clock,
+            lambda step: self._batch(name, step),
+            weights,
+            validate=validate,
+            before=before,
+            quiet=self.quiet,
+        )
 
     def _reuse(self, other: Path) -> None:
         """Take aligned mixers and scores from another finished run, if they are what this one would have
@@ -279,15 +366,17 @@ class Conversion:
         if different:
             raise ValueError(f"reuse: {other} was aligned with another {', '.join(different)}")
         self._check_texts(other)
-        steps = torch.load(other / "align.pt", weights_only=True, map_location="cpu")["step"]
-        if steps != self.config.align.steps:
+        state = torch.load(other / "align.pt", weights_only=True, map_location="cpu")
+        steps = state["step"]
+        if steps != self.config.align.steps and not state.get("done"):
             raise ValueError(
                 f"reuse: {other} was aligned for {steps} of {self.config.align.steps} steps: resume it first"
             )
-        for name in ("metrics.jsonl", "scores.json"):
+        for name in ("metrics.jsonl", "scores.json", "calibration.json", "calibration_aligned.json"):
             if (other / name).exists() and (name != "scores.json" or known["probes"] == mine["probes"]):
                 shutil.copyfile(other / name, self.folder.path / name)
-        self.folder.forget_after("distill", 0)
+        for name in ("distill", "long"):
+            self.folder.forget_after(name, 0)
         shutil.copyfile(other / "align.pt", self.folder.path / "align.partial")
         (self.folder.path / "align.partial").replace(self.folder.path / "align.pt")
 
@@ -341,6 +430,7 @@ class Conversion:
         record = read_json(file) or {"layers": []}
         with (
             torch.no_grad(),
+            self._measuring(),
             progress_bar("sweep", layers + 1, quiet=self.quiet or len(record["layers"]) == layers) as bar,
         ):
             if "teacher" not in record:
@@ -379,55 +469,95 @@ class Conversion:
             attn_qk_norm=config.attn_qk_norm,
             attn_scale_base=config.attn_scale_base,
             sparse_config=config.sparse_config,
+            lightning_nkv=config.lightning_nkv,
         )
 
     def _student(self, kept: list[int]) -> MiniCPMSALAForCausalLM:
         built = self._student_config(self.teacher.config, kept)
         student = assemble(self.teacher, built, dict(enumerate(self.mixers)), torch.float32)
-        student.set_attention_mode(
-            "dense"
-        )  # training sequences are far below dense_len; small teachers set it low
+        student.set_attention_mode("dense")  # until a phase says otherwise; small teachers set dense_len low
         return student
 
-    def _distillation(self, student: MiniCPMSALAForCausalLM, cache: Path | None = None) -> Distillation:
-        targets = live_targets(self.teacher) if cache is None else cached_targets(cache)
+    def _distillation(
+        self, student: MiniCPMSALAForCausalLM, phase: Phase, cache: Path | None = None
+    ) -> Distillation:
+        config = self.config
         return Distillation(
-            student, self.config.trainable, targets, self.teacher.lm_head.weight, self.config.distill
+            student,
+            config.trainable,
+            live_targets(self.teacher) if cache is None else cached_targets(cache),
+            self.teacher.lm_head.weight,
+            phase,
+            compute=self.compute,
+            most=config.clip,
+            rank=config.lora_rank,
+            seed=config.seed,
         )
 
+    def _prepare(self, student: MiniCPMSALAForCausalLM, phase: Phase) -> None:
+        """Set how the student attends and what its layers keep, for a phase."""
+        student.set_attention_mode("auto" if phase.sparse else "dense")
+        student.train()
+        for layer in student.model.layers:
+            layer.gradient_checkpointing = self.execution.recompute  # type: ignore[assignment]
+
     def distill(self, kept: list[int]) -> MiniCPMSALAForCausalLM:
-        """The hybrid with these layers kept, distilled from the last saved state on."""
+        """The hybrid with these layers kept, distilled from the last saved state on; then the long phase."""
         config, student = self.config, self._student(kept)
-        if not config.distill.steps:
+        names = [name for name, phase in config.phases().items() if name != "align" and phase.steps]
+        if not names:
             return student
-        distillation = self._distillation(student, self._cache() if config.cache_teacher else None)
+        cache = self._cache() if config.cache_teacher and config.distill.steps else None
+        distillation = self._distillation(student, config.distill, cache)
         trained = nn.ParameterList(distillation.parameters)
-        step = self._restore("distill", trained, distillation.optimizer)
-        if not step:
+        if not any((self.folder.path / f"{name}.pt").exists() for name in names):
             self._measure_result("aligned", student)
-        with progress_bar(
-            "distillation", config.distill.steps, step, self.quiet or step == config.distill.steps
-        ) as bar:
-            while step < config.distill.steps:
-                loss = distillation.gradients(step, self._batch("distill", step))
-                self._check_finite("distill", step, {"the loss": loss})
-                norm = distillation.clip()
-                self._check_finite("distill", step, {"the gradient": norm})
-                distillation.update(step)
-                self.folder.log(
-                    {
-                        "phase": "distill",
-                        "step": step,
-                        "lr": config.distill.rate(step),
-                        "loss": loss,
-                        "grad_norm": norm,
-                    }
-                )
-                step += 1
-                bar.advance(f"KL {loss:.4f}")
-                self._save("distill", step, config.distill.steps, trained, distillation.optimizer)
+        for name in names:
+            phase = config.phases()[name]
+            if name == "long":
+                distillation.targets = live_targets(self.teacher)
+                distillation.begin(phase)
+            self._prepare(student, phase)
+            loop = self._loop(
+                name,
+                trained,
+                self._flops(student, config.length_of(name), phase.sparse),
+                lambda: self._validated(student),
+                (lambda step: self._fade(student, step)) if name == "distill" and config.hype_fade else None,
+            )
+            loop.run(distillation)
+            self._fade(student, None)
+        student.eval()
         plot_distillation(self.folder.metrics("distill"), self.folder.path / "plots" / "distillation.png")
         return student
+
+    def _flops(self, student: MiniCPMSALAForCausalLM, length: int, sparse: bool) -> float:
+        """Of a token: the teacher forwards, the student both ways, without gradients of what is frozen."""
+        one = forward_flops(student.config, length, sparse)
+        frozen = sum(p.numel() for p in student.parameters() if p.dim() == 2 and not p.requires_grad)
+        return forward_flops(self.teacher.config, length, False) + 3 * one - 2 * frozen
+
+    def _fade(self, student: MiniCPMSALAForCausalLM, step: int | None) -> None:
+        """Rotary positions of the kept layers at a step of the distillation, while they fade out."""
+        left = 0.0
+        if step is not None and self.config.hype and self.config.hype_fade:
+            tokens = step * self.config.distill.batch * self.config.length_of("distill")
+            left = max(0.0, 1 - tokens / self.config.hype_fade)
+        for module in student.modules():
+            if isinstance(module, SparseMixer):
+                module.rope_share = left or None
+
+    def _validated(self, student: MiniCPMSALAForCausalLM) -> dict[str, float]:
+        """Recall and likelihood of the student on held-out probes, in the midst of a phase."""
+        with self._measuring():
+            score = self.prober.builtin(student)
+        return {"recall": score.recall, "nll": score.nll}
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Products as in training."""
+        with autocast(self.compute, self.device):
+            yield
 
     def _cache(self) -> Path:
         """Write the teacher's final states of every step that has none yet."""
@@ -435,7 +565,8 @@ class Conversion:
         cache.mkdir(exist_ok=True)
         with progress_bar("teacher", steps, quiet=self.quiet) as bar:
             for step in range(steps):
-                cache_step(self.teacher, cache, step, self._batch("distill", step))
+                with autocast(self.compute, self.device):
+                    cache_step(self.teacher, cache, step, self._batch("distill", step).ids.to(self.device))
                 bar.advance()
         return cache
 
@@ -443,17 +574,21 @@ class Conversion:
 
     def _measure_result(self, name: str, student: MiniCPMSALAForCausalLM) -> None:
         known = read_json(self.folder.path / "result.json") or {}
-        probes = replace(self.config.probes, recall_tasks=(), general_tasks=())
-        with torch.no_grad():
+        with torch.no_grad(), self._measuring():
             if "teacher" not in known:
-                known["teacher"] = Prober(self.batches, probes).score(self.teacher).as_dict()
-            known[name] = Prober(self.batches, probes).score(student).as_dict()
+                known["teacher"] = self.prober.builtin(self.teacher).as_dict()
+            known[name] = self.prober.builtin(student).as_dict()
         write_json(self.folder.path / "result.json", known)
 
     def export(self, student: MiniCPMSALAForCausalLM, kept: list[int]) -> None:
         """Measure the hybrid, and write it in the teacher's dtype, with tokenizer and generation settings."""
-        self._measure_result("distilled" if self.config.distill.steps else "aligned", student)
+        distilled = self.config.distill.steps or (self.config.long is not None and self.config.long.steps)
+        self._measure_result("distilled" if distilled else "aligned", student)
         student.set_attention_mode("auto")
+        if distilled and self.config.trainable != "all":
+            shutil.rmtree(self.folder.path / "outcome", ignore_errors=True)
+            save_outcome(self.teacher, student, self.folder.path / "outcome")
+        merge_lora(student)
         student.requires_grad_(False).to(self.teacher.dtype)
         student.generation_config = self.teacher.generation_config
         partial = self.folder.path / "model.partial"
@@ -473,41 +608,25 @@ class Conversion:
                 )
             print(f"kept layers {kept}; saved {self.folder.path / 'model'}", file=sys.stderr)
 
-    # --- states ---
 
-    def _restore(self, phase: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Load the last saved state of a phase; returns the next step."""
-        state = self.folder.load_state(phase)
-        step = 0
-        if state is not None:
-            module.load_state_dict(state["weights"])
-            optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
-        self.folder.forget_after(phase, step)
-        return step
+def _over(state: dict[str, Any] | None) -> bool:
+    """Whether a phase's saved state is its end."""
+    return bool(state and state.get("done"))
 
-    def _save(
-        self, phase: str, step: int, steps: int, module: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        if step % self.config.save_every == 0 or step == steps:
-            self.folder.save_state(
-                phase, {"weights": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            )
 
-    def _check_finite(self, phase: str, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                file, saved = (
-                    self.folder.path / f"{phase}.pt",
-                    step // self.config.save_every * self.config.save_every,
-                )
-                kept = (
-                    f"the last good state, {file} (step {saved}), is kept"
-                    if file.exists()
-                    else "nothing was saved yet"
-                )
-                raise ValueError(
-                    f"{phase} step {step}: {name} is {value}; {kept}. Try another run with a lower "
-                    f"{phase}.lr, or look "
-                    "for the cause in the data"
-                )
+def merge_outcome(teacher: str, outcome: str | Path, output: str | Path) -> Path:
+    """Write the hybrid of a teacher and the outcome of its conversion as a checkpoint; returns its folder.
+
+    Raises:
+        ValueError: what `load_teacher` and `load_outcome` refuse, or a folder that is not empty.
+    """
+    target = Path(output)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty: give a new folder")
+    source, tokenizer = load_teacher(teacher), _tokenizer(teacher)
+    with write_errors(target):
+        student = load_outcome(source, outcome)
+        student.generation_config = source.generation_config
+        student.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return target

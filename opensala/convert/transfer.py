@@ -30,6 +30,7 @@ def student_config(
     attn_qk_norm: bool = False,
     attn_scale_base: float | None = None,
     sparse_config: Mapping[str, Any] | None = None,
+    lightning_nkv: int | None = None,
 ) -> MiniCPMSALAConfig:
     """The hybrid's configuration.
 
@@ -40,8 +41,22 @@ def student_config(
         attn_qk_norm: add QK-norm to kept layers of a teacher without (one that has it keeps it).
         attn_scale_base: see `MiniCPMSALAConfig`.
         sparse_config: changes to the released block selection.
+        lightning_nkv: k and v heads of the Lightning layers, from the teacher's number (each then serves a
+            group of query heads, and k and v keep the teacher's size) to the number of query heads, which is
+            the released form and the choice if None.
     """
     layers, chosen = teacher.num_hidden_layers, set(kept)
+    groups = teacher.num_attention_heads if lightning_nkv is None else lightning_nkv
+    own = teacher.num_key_value_heads
+    assert own, "filled by the configuration"
+    if groups < own or groups % own or teacher.num_attention_heads % groups:
+        allowed = [
+            n for n in range(own, teacher.num_attention_heads + 1, own) if not teacher.num_attention_heads % n
+        ]
+        raise ValueError(
+            f"lightning_nkv must be a multiple of the teacher's {own} kv heads that divides its "
+            f"{teacher.num_attention_heads} query heads, one of {', '.join(map(str, allowed))}, got {groups}"
+        )
     outside = sorted(i for i in chosen if not 0 <= i < layers)
     if outside:
         raise ValueError(f"kept layers must lie in 0..{layers - 1}, got {outside}")
@@ -53,7 +68,7 @@ def student_config(
         | {
             "mixer_types": [SPARSE if i in chosen else LIGHTNING for i in range(layers)],
             "lightning_nh": teacher.num_attention_heads,
-            "lightning_nkv": teacher.num_attention_heads,
+            "lightning_nkv": groups,
             "lightning_head_dim": teacher.head_dim,
             "qk_norm": True,
             "use_output_norm": True,
@@ -97,7 +112,8 @@ def linear_attention(attention: State, config: MiniCPMSALAConfig) -> State:
     alignment."""
     assert config.head_dim and config.num_key_value_heads, "filled by the configuration"
     taken = _take(attention, ["q_proj.weight", "q_proj.bias", "q_norm.weight", "k_norm.weight"])
-    repeats = config.num_attention_heads // config.num_key_value_heads
+    assert config.lightning_nkv, "filled by the configuration"
+    repeats = config.lightning_nkv // config.num_key_value_heads
     for name, weight in _take(
         attention, [f"{p}_proj.{kind}" for p in "kv" for kind in ("weight", "bias")]
     ).items():
@@ -189,9 +205,12 @@ def assemble(
     return model.to(teacher.device)
 
 
-def lightning_mixers(teacher: MiniCPMSALAForCausalLM) -> nn.ModuleList:
-    """One float32 Lightning mixer for every layer of the teacher, with the transferred weights."""
-    config = student_config(teacher.config, ())
+def lightning_mixers(teacher: MiniCPMSALAForCausalLM, lightning_nkv: int | None = None) -> nn.ModuleList:
+    """One float32 Lightning mixer for every layer of the teacher, with the transferred weights.
+
+    `lightning_nkv` as in `student_config`.
+    """
+    config = student_config(teacher.config, (), lightning_nkv=lightning_nkv)
     state = {name: value.detach() for name, value in teacher.state_dict().items()}
     mixers = nn.ModuleList()
     for i in range(config.num_hidden_layers):

@@ -51,6 +51,18 @@ class PackedText:
             )
         self.rows = flat[: count * length].reshape(count, length)
 
+    def cut(self, length: int, name: str = "data") -> "PackedText":
+        """The same text in sequences of another length. Raises ValueError if it does not fill one."""
+        flat = self.rows.reshape(-1)
+        if len(flat) < length:
+            raise ValueError(
+                f"{name} has {len(flat):,} tokens, one sequence needs {length:,}: give more text or "
+                "shorter sequences"
+            )
+        other = object.__new__(PackedText)
+        other.rows = flat[: len(flat) // length * length].reshape(-1, length)
+        return other
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -82,11 +82,14 @@ class SparseMixer(nn.Module):
             self.o_gate = Linear(hidden, inner, bias=bias)
         self.scale = 1.0 / math.sqrt(self.head_dim)
         self.spec = config.block_spec
+        self.rope_share: float | None = None  # while rotary positions fade out in training: what is left
 
     def project(self, x: Tensor, layout: SequenceLayout | ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
         """q `[B, T, H, D]`, k and v `[B, T, Hkv, D]` in x's dtype, from x `[B, T, W]`."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = layout.angles(self.head_dim, self.config) if self.config.attn_use_rope else (None, None)
+        if self.rope_share and isinstance(layout, SequenceLayout):
+            cos, sin = layout.angles(self.head_dim, self.config, self.rope_share)
         if self.config.attn_qk_norm or cos is not None:
             norms = (self.q_norm.weight, self.k_norm.weight) if self.config.attn_qk_norm else (None, None)
             q, k = (
@@ -193,6 +196,8 @@ class LightningMixer(nn.Module):
             norms = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else (None, None)
             # On a GPU rounded once, to the dtype of the values: tensor cores take no float32, the states are
             # float32 anyway, and the error does not grow with the length (docs/log.md, 2026-11-26).
+            # Under autocast on a CPU too: it asks for speed.
+            half = x.is_cuda or torch.is_autocast_enabled(x.device.type)
             q, k = (
                 norm_rope(
                     y,
@@ -200,7 +205,7 @@ class LightningMixer(nn.Module):
                     cos,
                     sin,
                     self.config.rms_norm_eps,
-                    out_dtype=y.dtype if y.is_cuda else wide(y.dtype),
+                    out_dtype=y.dtype if half else wide(y.dtype),
                 )
                 for y, w in zip((q, k), norms, strict=True)
             )

@@ -47,6 +47,11 @@ class Linear(nn.Linear):
         return product(input, self.weight, self.bias)
 
 
+def norm_to(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """RMSNorm of x in float32, rounded once to `dtype`. Gradients flow to x and weight."""
+    return nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(dtype)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension; statistics in float32 (float64 for float64)."""
 
@@ -58,6 +63,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if fuses(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
+        if torch.is_autocast_enabled(x.device.type):  # what follows is a product: it would be rounded there
+            return norm_to(x, self.weight, self.eps, torch.get_autocast_dtype(x.device.type))
         wide = x if x.dtype == torch.float64 else x.float()
         return nn.functional.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 

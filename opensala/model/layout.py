@@ -73,13 +73,16 @@ class SequenceLayout:
     shape: tuple[int, int]
     parallel: SequenceParallel | None = None
     reach: tuple[int, ...] = ()
-    _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _angles: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def angles(self, dim: int, config: MiniCPMSALAConfig) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles, `[B, T, dim / 2]`; computed once for all layers of the call."""
-        if dim not in self._angles:
-            self._angles[dim] = rotary_angles(self.positions, dim, config.rope_theta, config.rope_scaling)
-        return self._angles[dim]
+    def angles(self, dim: int, config: MiniCPMSALAConfig, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rotary angles times `share`, `[B, T, dim / 2]`; computed once for all layers of
+        the call."""
+        key = dim, share
+        if key not in self._angles:
+            positions = self.positions if share == 1.0 else self.positions.double() * share
+            self._angles[key] = rotary_angles(positions, dim, config.rope_theta, config.rope_scaling)
+        return self._angles[key]
 
     @property
     def rectangular(self) -> bool:

@@ -76,6 +76,9 @@ class MiniCPMSALADecoderLayer(nn.Module):
             norm = self.post_attention_layernorm
             x, h = add_rms_norm(x, mixed, self.residual_scale, norm.weight, norm.eps)
             return add_scaled(x, self.mlp(h), self.residual_scale)
+        if self.residual_scale == 1.0:  # teachers without scalings: two passes over memory less
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x))
         x = x + mixed * self.residual_scale
         return x + self.mlp(self.post_attention_layernorm(x)) * self.residual_scale
 
@@ -192,6 +195,12 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             **{CACHE_ARGUMENT: cache if cached and not gradients else None},
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def read_whole(self, input_ids: Tensor) -> Tensor:
+        """Normalised hidden states `[B, T, W]` of whole sequences `[B, T]`, as in training: without a cache,
+        whether gradients are wanted or not."""
+        x = self.embed_tokens(input_ids) * self.config.scale_emb
+        return self._learn(x, self._call(x, None, None, None, None, False), None)
 
     def _learn(self, x: Tensor, call: "_Call", every: list[Tensor] | None) -> Tensor:
         """Whole sequences with gradients: normalised hidden states `[B, T, W]`."""

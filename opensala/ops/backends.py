@@ -40,6 +40,23 @@ def use_backend(name: Backend | None) -> Iterator[None]:
         _override.reset(token)
 
 
+@contextmanager
+def backend_everywhere(name: Backend | str | None) -> Iterator[None]:
+    """`use_backend` for all threads of the process, those of the backward pass too: the variable is set."""
+    _known(name)
+    before = os.environ.get(VARIABLE)
+    try:
+        if name is not None:
+            os.environ[VARIABLE] = name
+        yield
+    finally:
+        if name is not None:
+            if before is None:
+                del os.environ[VARIABLE]
+            else:
+                os.environ[VARIABLE] = before
+
+
 def choose_backend(
     op: str, like: Tensor, asked: Backend | None = None, special: Mapping[str, str | None] | None = None
 ) -> str:

@@ -22,7 +22,15 @@ from safetensors import SafetensorError
 from .lock import LOCK_FILE, FolderLock
 
 _NAMED = 8  # differences that are written out
-_PREPARED = {LOCK_FILE, "config.json", "metrics.jsonl", "plots", "tensorboard", "texts"}  # before any step
+_PREPARED = {
+    LOCK_FILE,
+    "config.json",
+    "compute.json",
+    "metrics.jsonl",
+    "plots",
+    "tensorboard",
+    "texts",
+}  # before any step
 
 
 class Configuration(Protocol):

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from ..model import MiniCPMSALAConfig
-from .flops import all_parameters
+from ..model.flops import all_parameters
 from .loss import LOSS_ROWS
 from .recipes import Recipe, Stage
 

@@ -27,6 +27,7 @@ from ..data.documents import installed_texts
 from ..data.encode import Encoder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import check_choice
+from ..model.flops import matmul_flops_per_second
 from ..runs import RunFolder, read_json, require_matplotlib, write_errors, write_json
 from .checkpoints import Checkpoint, Checkpoints
 from .data import StageData
@@ -37,7 +38,7 @@ from .plan import check_world
 from .recipes import Halo, Recipe, Stage
 from .steps import StepBatch
 from .trainer import Signals, StageRun
-from .watch import Board, matmul_flops_per_second, plot_training
+from .watch import Board, plot_training
 
 logger = logging.getLogger("opensala")
 SHIPPED = (

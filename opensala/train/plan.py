@@ -7,7 +7,7 @@ from rich.table import Table
 
 from ..model import MiniCPMSALAConfig
 from ..model.config import check_choice
-from .flops import forward_flops, training_flops
+from ..model.flops import forward_flops, training_flops
 from .memory import training_memory
 from .recipes import Halo, Recipe, Stage
 

@@ -4,7 +4,6 @@ anything."""
 import importlib.util
 import resource
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,27 +11,6 @@ from typing import Any
 import torch
 
 from .recipes import Stage
-
-_SIZE = {"cpu": 1024, "cuda": 8192}
-_SECONDS = 0.3
-
-
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products on this device, as measured now: what MFU is a share of."""
-    size = _SIZE.get(device.type, 2048)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-
-    def run(times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            a @ b.T
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once = run(1), run(1)
-    times = max(1, int(_SECONDS / max(once[1], 1e-6)))
-    return 2 * size**3 * times / run(times)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -42,4 +42,6 @@ def config(teacher_folder, text_file):
         probes=Probes(128, 4, 2),
         data=(str(text_file),),
         save_every=3,
+        compute="float32",
+        calibrate_tokens=1024,
     )

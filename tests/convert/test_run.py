@@ -44,6 +44,8 @@ def finished(tmp_path_factory, teacher_folder, text_file):
         distill=Phase(8, 2, 1e-3, 1e-4, warmup=2),
         probes=Probes(128, 4, 2),
         data=(str(text_file),),
+        compute="float32",
+        calibrate_tokens=1024,
     )
     folder = tmp_path_factory.mktemp("runs") / "whole"
     torch.set_num_threads(1)
@@ -286,10 +288,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(config, tmp_path, m
     original = run_module.Alignment.gradients
     calls = []
 
-    def poisoned(self, ids):
-        errors = original(self, ids)
+    def poisoned(self, ids, share):
+        errors = original(self, ids, share)
         calls.append(1)
-        return errors if len(calls) < 6 else {**errors, "loss": [*errors["loss"][:-1], math.nan]}
+        return errors if len(calls) < 6 else {**errors, "loss": torch.tensor([0.0] * 7 + [math.nan])}
 
     monkeypatch.setattr(run_module.Alignment, "gradients", poisoned)
     with pytest.raises(
@@ -377,7 +379,7 @@ def test_what_cannot_be_converted_is_refused_before_any_work(config, teacher_fol
         ({"keep": 9}, "got 9"),
         ({"layers": (0, 8)}, r"layers must be different numbers in 0..7, got \[0, 8\]"),
         ({"rule": "halos"}, "Did you mean 'halo'"),
-        ({"trainable": "some"}, "trainable must be one of 'linear', 'all'"),
+        ({"trainable": "some"}, "trainable must be one of 'linear', 'lora', 'all'"),
         ({"task_share": 2.0}, "task_share must be 0 to 1, got 2.0"),
         ({"length": 8}, "length must be at least 16, got 8"),
         ({"align": Phase(3, 2, math.nan, 0.0)}, "align.lr must be a number above 0, got nan"),

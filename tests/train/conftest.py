@@ -85,6 +85,8 @@ def mini(corpus, **changes) -> Recipe:
                 Halo(
                     ConvertConfig(
                         "",
+                        compute="float32",
+                        calibrate_tokens=256,
                         keep=2,
                         length=128,
                         align=Phase(3, 2, 3e-3, 1e-3, warmup=1),

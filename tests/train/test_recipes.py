@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opensala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from opensala.train.flops import all_parameters, forward_flops, matrix_parameters
+from opensala.model.flops import all_parameters, forward_flops, matrix_parameters
 from opensala.train.guard import StepGuard
 from opensala.train.optim import new_adamw, parameter_groups, set_rate
 from opensala.train.overrides import bind, override

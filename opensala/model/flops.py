@@ -1,13 +1,20 @@
-"""Floating-point operations of the model, counted from its configuration. A multiply-add is two.
+"""Floating-point operations of the model, counted from its configuration, and how many a machine does in a
+second. A multiply-add is two.
 
 Counted: every matrix product, softmax attention (causal, so half of the rectangle), block selection,
     Lightning attention in
 chunks. Not counted: norms, rotations, gates, the optimizer.
 """
 
-from ..model import MiniCPMSALAConfig
+import time
+
+import torch
+
+from .config import MiniCPMSALAConfig
 
 _CHUNK = 64  # of Lightning attention
+_SIZE = {"cpu": 1024, "cuda": 8192}
+_SECONDS = 0.3
 
 
 def matrix_parameters(config: MiniCPMSALAConfig) -> int:
@@ -77,3 +84,21 @@ def training_flops(config: MiniCPMSALAConfig, length: int, sparse: bool) -> floa
     """FLOPs per token of forward and backward pass (three forward passes; what is recomputed is not
     counted)."""
     return 3 * forward_flops(config, length, sparse)
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products on this device, as measured now: what MFU is a share of."""
+    size = _SIZE.get(device.type, 2048)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def run(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            a @ b.T
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once = run(1), run(1)
+    times = max(1, int(_SECONDS / max(once[1], 1e-6)))
+    return 2 * size**3 * times / run(times)
