@@ -6,7 +6,9 @@ machine with torch, Triton and a CUDA GPU.
 The order is: ceilings, tests, kernels, model, million. Each has a share of the time; what no longer fits is
 left out, and said. Rows are added to OUTPUT/results.csv as they come; OUTPUT/reports/ gets, under one name,
 the page (.md), all events (.jsonl), tracebacks (.log), the tests' log (.tests.log) and the profiler's tables
-(.profile.txt). `--only` also takes large, sanitizer and counters, which do not run by themselves.
+(.profile.txt). docs/gpu.md is made anew with these rows; if OUTPUT is another folder than this repository's,
+such a page lies beside the others (.ledger.md). `--only` also takes dense (Qwen3-8B's shape), large (tests of
+60 GiB), sanitizer and counters (NVIDIA's tools), which do not run by themselves.
 A step that fails is recorded and the next one goes on; the exit code is then 1. 2: nothing was run.
 """
 
@@ -80,6 +82,7 @@ def report(events: Path, tiny: bool) -> bool:
 
     result = result_of(read_events(events), TINY if tiny else Sizes())
     events.with_suffix(".md").write_text(page(result, f"Kernels on {result['machine'].get('machine', '?')}"))
+    fill_ledger(events)
     for step, why in result["skipped"]:
         print(f"left out: {step}: {why}")
     for line in result["tests"]:
@@ -91,6 +94,18 @@ def report(events: Path, tiny: bool) -> bool:
         print(f"FAILED: {step}: {error}")
     print(f"{len(result['rows'])} rows, {events.with_suffix('.md')}", flush=True)
     return bool(result["rows"]) and not result["failed"]
+
+
+def fill_ledger(events: Path) -> None:
+    """Write the ledger with this run's rows: docs/gpu.md, or beside the page if the rows go elsewhere."""
+    from opensala.bench.gpu import ledger
+
+    own = events.parents[1] / "results.csv"
+    home = own == ledger.ROWS and "rehearsal" not in events.name
+    rows = ledger.read_rows() + (ledger.read_rows(own) if own != ledger.ROWS and own.exists() else [])
+    path = ledger.PAGE if home else events.with_suffix(".ledger.md")
+    path.write_text(ledger.page(ledger.read_sharing(), rows))
+    print(path)
 
 
 def main(

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from opensala.bench import verify
-from opensala.bench.gpu import kernels
+from opensala.bench.gpu import dense, kernels
 from opensala.bench.gpu.device import Rehearsal
+from opensala.bench.gpu.ledger import PAGE
 from opensala.bench.gpu.outcome import result_of, targets
 from opensala.bench.gpu.plan import all_steps, groups_of
 from opensala.bench.gpu.sizes import TINY, Sizes, released_config
@@ -45,8 +46,8 @@ def gpu_script():
 
 
 def test_the_whole_run_in_the_interpreter(tmp_path):
-    """`make gpu` at tiny sizes: every step of the usual groups begins and ends, rows, page and files are
-    there."""
+    """`make gpu` at tiny sizes: every step of the usual groups begins and ends, rows, page, ledger and files
+    are there."""
     command = [sys.executable, ROOT / "scripts" / "gpu.py", "--rehearse", "--output", tmp_path]
     done = subprocess.run(
         [*command, "--seconds", "3000"],
@@ -56,6 +57,7 @@ def test_the_whole_run_in_the_interpreter(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     (path,) = (tmp_path / "reports").glob("*.jsonl")
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) <= 7
     events = read_events(path)
     wanted = [s.name for s in all_steps(TINY) if s.group in GROUPS]
     assert [e["step"] for e in events if e["event"] == "begin"] == wanted
@@ -95,6 +97,8 @@ def test_the_whole_run_in_the_interpreter(tmp_path):
         assert len(list(csv.DictReader(file))) == len(result["rows"])
     page = path.with_suffix(".md").read_text()
     assert "## Targets" in page and "## Failed" not in page and "skipped" in page
+    assert any("decoding steps are captured (1 graphs)" in note for note in result["notes"])
+    assert path.with_suffix(".ledger.md").read_text() == PAGE.read_text()  # a rehearsal measures nothing
     assert path.with_suffix(".profile.txt").read_text().count("launches") == 2
 
 
@@ -190,6 +194,18 @@ def test_the_released_model_has_9_48_billion_parameters():
     count = sum(p.numel() for p in model.parameters())
     assert released_config().lightning_nkv == 32
     assert round(count / 1e9, 2) == 9.48, count
+
+
+def test_the_dense_model_in_pieces_is_the_model(tmp_path):
+    here = context(tmp_path)
+    model = dense.model_of(here)
+    ids = torch.randint(3, model.config.vocab_size, (1, 50))
+    with torch.inference_mode():
+        wanted = model(ids).logits[:, -1]
+    assert torch.allclose(dense.prefill_in_pieces(model, ids, piece=16), wanted, atol=1e-5)
+    assert run_steps(dense.steps((40,)), here, {"dense": float("inf")})
+    result = result_of(read_events(here.report.events), TINY)
+    assert [r["backend"] for r in result["rows"]] == ["Qwen3 8B shape"] and not result["failed"]
 
 
 SPEC = BlockSpec(kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4)

@@ -23,36 +23,47 @@ def end() -> Step:
 
 
 def start(context: Context) -> None:
-    """Start the process; a run without tests has none, and compiles as it goes."""
-    stem = f"{context.stem}.ahead"
-    command = [sys.executable, "-m", "opensala.bench.gpu", "--folder", str(context.folder), "--stem", stem]
-    command += ["--rows", str(context.folder / f"{stem}.csv"), "--only", ",".join(context.sizes.ahead)]
-    command += ["--start", str(time.time()), "--seconds", str(min(1e6, 2 * context.seconds_left))]
-    command += ["--rehearse"] if context.device.torch.type == "cpu" else ["--sizes", "ahead"]
-    with context.file("ahead.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    context.kept["ahead"] = process
+    """Start a process for each group; a run without tests has none, and compiles as it goes."""
+    started = context.kept.setdefault("ahead", {})
+    for groups in context.sizes.ahead:
+        group = groups.partition(",")[0]
+        stem = f"{context.stem}.ahead-{group}"
+        command = [sys.executable, "-m", "opensala.bench.gpu", "--folder", str(context.folder)]
+        command += ["--stem", stem, "--rows", str(context.folder / f"{stem}.csv"), "--only", groups]
+        command += ["--start", str(time.time()), "--seconds", str(min(1e6, 2 * context.seconds_left))]
+        command += ["--rehearse"] if context.device.torch.type == "cpu" else ["--sizes", "ahead"]
+        with context.file(f"ahead-{group}.out").open("w") as log:
+            started[group] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
 def wait(context: Context) -> None:
-    """Wait for the process, and end it if that takes too long."""
-    process = context.kept.pop("ahead", None)
-    if process is None:
-        return
-    begun = time.perf_counter()
-    try:
-        process.wait(min(1e6, max(1.0, PATIENCE * context.seconds_left)))
-        how = "ended"
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        how = "was ended"
-    events = read_events(context.file("ahead.jsonl"))
-    failed = [e["step"] for e in events if e["event"] == "end" and e["error"]]
-    done = sum(e["event"] == "end" for e in events)
-    for ending in ("ahead.jsonl", "ahead.csv", *([] if failed else ["ahead.log"])):  # its times mean nothing
-        context.file(ending).unlink(missing_ok=True)
-    context.report.note(
-        f"compiling ahead {how} after {done} steps, {time.perf_counter() - begun:.0f} s behind the tests"
-        + (f"; failed in it: {', '.join(failed)}" if failed else "")
-    )
+    """Wait for the processes, and end those that take too long."""
+    until = time.time() + min(1e6, max(1.0, PATIENCE * context.seconds_left))
+    for group, process in context.kept.pop("ahead", {}).items():
+        begun = time.time()
+        try:
+            process.wait(max(0.1, until - time.time()))
+            how = "ended"
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            how = "was ended"
+        events = read_events(context.file(f"ahead-{group}.jsonl"))
+        failed = [e["step"] for e in events if e["event"] == "end" and e["error"]]
+        done = sum(e["event"] == "end" for e in events)
+        context.report.note(
+            f"compiling ahead, {group}: {how} after {done} steps, {time.time() - begun:.0f} s later"
+            + (f"; failed in it: {', '.join(failed)}" if failed else "")
+        )
+        _tidy(context, group, bool(failed) or process.returncode not in (0, -9))
+
+
+def _tidy(context: Context, group: str, went_wrong: bool) -> None:
+    """Its times mean nothing: only what went wrong is kept, in the run's own log."""
+    if went_wrong:
+        files = [context.file(f"ahead-{group}.{ending}") for ending in ("out", "log")]
+        with context.file("log").open("a") as log:
+            log.write(f"=== compiling ahead, {group}\n")
+            log.writelines(file.read_text()[-20_000:] for file in files if file.exists())
+    for ending in ("jsonl", "csv", "log", "out", "profile.txt"):
+        context.file(f"ahead-{group}.{ending}").unlink(missing_ok=True)

@@ -18,7 +18,7 @@ def checks() -> list[Step]:
     """All ops on odd shapes with their gradients. They compile kernels that nothing else here uses, and what
     is timed is checked at its own sizes: they come when there is time left."""
     return [
-        Step(f"right results, {name}", "kernels", 20, check(name))
+        Step(f"right results, {name}", "kernels", 10, check(name))
         for name in ("bfloat16", "float32", "float16")
     ]
 

@@ -26,6 +26,7 @@ class Device:
     """
 
     name = "cuda"
+    dtype = torch.bfloat16  # of the whole model, as the engine chooses it
 
     def __init__(self) -> None:
         self.torch = torch.device(self.name)
@@ -58,6 +59,14 @@ class Device:
     def peak_bytes(self) -> int:
         """The most bytes that tensors held since `start_peak`."""
         return torch.cuda.max_memory_allocated(self.torch)
+
+    def reserved_bytes(self) -> int:
+        """The most bytes that the allocator held since `start_peak`, fragments included."""
+        return torch.cuda.max_memory_reserved(self.torch)
+
+    def recorder(self) -> Any:
+        """What captures the engine's decoding steps; None for its own choice."""
+        return None
 
     def record(self, work: Work) -> Work:
         """A CUDA graph of one call, to be replayed; `work` was called before, so that nothing compiles."""
@@ -132,6 +141,7 @@ class Rehearsal(Device):
     once."""
 
     name = "cpu"
+    dtype = torch.float32  # the interpreter gets bfloat16 wrong, and layers are merged in this one alone
 
     def synchronize(self) -> None:
         pass
@@ -155,6 +165,14 @@ class Rehearsal(Device):
 
     def peak_bytes(self) -> int:
         return psutil.Process().memory_info().rss
+
+    def reserved_bytes(self) -> int:
+        return self.peak_bytes()
+
+    def recorder(self) -> Any:
+        from ...engine.capture import CallAgain
+
+        return CallAgain()
 
     def record(self, work: Work) -> Work:
         return work

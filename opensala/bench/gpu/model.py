@@ -1,6 +1,6 @@
 """The whole released 9B model with random weights, through the engine: prompts read, tokens decoded, memory.
 
-Weights and activations are bfloat16, as `opensala.engine.load_engine` chooses on a GPU.
+Weights and activations are bfloat16 on a GPU, as `opensala.engine.load_engine` chooses.
 """
 
 import statistics
@@ -39,14 +39,13 @@ def model_of(context: Context) -> MiniCPMSALAForCausalLM:
         config, start = context.sizes.config(), time.perf_counter()
         torch.manual_seed(0)
         with torch.device(context.device.torch):
-            model = MiniCPMSALAForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+            model = MiniCPMSALAForCausalLM._from_config(config, dtype=context.device.dtype).eval()
         context.device.synchronize()
         size, count = (
             sum(f(p) for p in model.parameters()) for f in (lambda p: p.nbytes, torch.Tensor.numel)
         )
         context.report.note(
-            f"{NAME}: {count:,} parameters, {size / 1e9:.2f} GB in bfloat16, made in "
-            f"{time.perf_counter() - start:.1f} s"
+            f"{NAME}: {count:,} parameters, {size / 1e9:.2f} GB, made in {time.perf_counter() - start:.1f} s"
         )
         context.kept["model"] = model.requires_grad_(False)
     return context.kept["model"]
@@ -55,6 +54,7 @@ def model_of(context: Context) -> MiniCPMSALAForCausalLM:
 def engine_of(context: Context, tokens: int) -> Any:
     """An engine with room for one text of so many tokens, and its answer."""
     from ...engine.engine import Engine, EngineOptions
+    from ...engine.runner import Runner
 
     sizes = context.sizes
     room = tokens + sizes.decoded + WARM_STEPS + PROFILED + 2 * sizes.config().block_spec.block_size
@@ -65,7 +65,11 @@ def engine_of(context: Context, tokens: int) -> Any:
         max_snapshots=0,
         snapshot_interval=0,
     )
-    return Engine(model_of(context), None, options, name=NAME)
+    engine = Engine(model_of(context), None, options, name=NAME)
+    recorder = context.device.recorder()
+    if recorder is not None:
+        engine.runner = Runner(engine.model, engine.storage, recorder)
+    return engine
 
 
 def begin(context: Context, tokens: int, answer: int) -> Any:
@@ -121,7 +125,7 @@ def read_and_decode(context: Context, tokens: int) -> None:
         NAME,
         quantiles([seconds]),
         shape=f"T={read}" if reached else f"T={read} of {tokens}",
-        dtype=torch.bfloat16,
+        dtype=device.dtype,
         flops=counts.prefill_flops(engine.config, read),
         peak=device.peak_bytes(),
     )
@@ -135,13 +139,19 @@ def read_and_decode(context: Context, tokens: int) -> None:
         engine.step()
         device.synchronize()
         spent.append(time.perf_counter() - before)
+    captured = engine.runner.captured
+    report.note(
+        f"{NAME}, {tokens:,} tokens: {device.reserved_bytes() / 1e9:.2f} GB held by the allocator at most; "
+        f"decoding steps {f'are not captured: {captured.reason}' if captured.reason else 'are captured'} "
+        f"({captured.num_graphs} graphs)"
+    )
     timing = quantiles(spent[WARM_STEPS:])
     report.add(
         "decode step",
         NAME,
         timing,
         shape=f"T={tokens}",
-        dtype=torch.bfloat16,
+        dtype=device.dtype,
         kind="decode",
         moved=decode_bytes(context),
         peak=device.peak_bytes(),

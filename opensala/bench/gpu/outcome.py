@@ -105,6 +105,10 @@ def _model_targets(rows: list[Row], rate: float, copy: float, sizes: Sizes) -> l
             if tokens == sizes.long_prompt:
                 name = f"peak memory of {tokens:,} tokens, GB"
                 found.append(Target.at_most(name, row["peak_mib"] * 2**20 / 1e9, 32))
+        theirs = find(rows, "first token", shape=f"T={tokens}", backend="Qwen3 8B shape")
+        if row and theirs and theirs["shape"] == row["shape"] == f"T={tokens}":
+            name = f"first token, Qwen3-8B's shape over ours, {tokens:,} tokens"
+            found.append(Target.at_least(name, theirs["p50_ms"] / row["p50_ms"], 4))
         step = find(rows, "decode step", "decode", shape=f"T={tokens}")
         if step and step["shape"] == f"T={tokens}":
             weights = step["gbs"] * 1e9 * step["p50_ms"] / 1e3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from . import ahead, ceilings, kernels, model, tests, tools
+from . import ahead, ceilings, dense, kernels, model, tests, tools
 from .device import Device, Rehearsal
 from .sizes import AHEAD, TINY, Sizes
 from .steps import GROUPS, OPTIONAL, Context, Live, Step, group_ends, run_steps
@@ -38,6 +38,7 @@ def all_steps(sizes: Sizes) -> list[Step]:
         *kernels.steps(sizes),
         *ceilings.checks(),
         *model.steps(sizes.prompts, sizes.long_prompt),
+        *dense.steps(sizes.prompts),
         *tests.large_steps(),
         *tools.steps(),
     ]

@@ -30,7 +30,7 @@ class Sizes:
         warm_up: a prompt read before, so that everything is compiled.
         decoded: tokens generated behind each prompt.
         model: changes to the released configuration.
-        ahead: groups that a second process runs beside the tests, so that kernels are compiled early.
+        ahead: groups that processes of their own run beside the tests, so that kernels are compiled early.
         shorten: how many times shorter than usual the texts are on which results are checked.
     """
 
@@ -52,8 +52,7 @@ class Sizes:
     intermediate: int = 16384
     spec: BlockSpec = BlockSpec()
     model: dict[str, Any] = field(default_factory=dict)
-    dense_layers: int = 36
-    ahead: tuple[str, ...] = ("kernels", "model")
+    ahead: tuple[str, ...] = ("kernels", "model,million")
     shorten: int = 1
 
     def config(self) -> MiniCPMSALAConfig:
@@ -62,13 +61,11 @@ class Sizes:
         return released_config(**{"initializer_range": 0.02, **self.model})
 
 
-# One layer of each kind on short texts: the kernels are those of the whole model.
+# One layer of each kind: the kernels are those of the whole model, at contexts of every length that matters
+# to what is compiled.
 AHEAD = Sizes(
-    lengths=(16 * K,),
-    far=(64 * K,),
-    decoding=(16 * K,),
-    prompts=(9000,),
-    long_prompt=9000,
+    lengths=(64 * K,),
+    far=(256 * K, 512 * K, 1024 * K),
     decoded=4,
     ahead=(),
     model={"num_hidden_layers": 2, "mixer_types": ["minicpm4", "lightning-attn"]},
@@ -99,7 +96,6 @@ TINY = Sizes(
     hidden=32,
     intermediate=48,
     spec=BlockSpec(**_BLOCKS),
-    dense_layers=2,
     shorten=16,
     ahead=("ceilings",),
     model={

@@ -20,7 +20,7 @@ from .sizes import Sizes
 Event = dict[str, Any]
 SICK = 75  # exit code of a process whose device computes no more, with steps left
 GROUPS = {"ceilings": 8, "tests": 30, "kernels": 27, "model": 16, "million": 19}  # shares of the time
-OPTIONAL = {"large": 40, "sanitizer": 20, "counters": 20}  # only when they are named
+OPTIONAL = {"dense": 30, "large": 40, "sanitizer": 20, "counters": 20}  # only when they are named
 
 
 @dataclass(frozen=True)
