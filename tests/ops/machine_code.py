@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 
 # `/*0a10*/  @P0 BRA 0x3f0 ;` -- address, instruction, and where it jumps
-LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*?);")
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)(.*?);")
 TENSOR = re.compile(r"^(HGMMA|HMMA|QGMMA|IMMA|UTCHMMA|OMMA)\b")
 LOCAL = re.compile(r"^(LDL|STL)\b")
 
@@ -31,16 +31,16 @@ def listing(cubin: bytes) -> list[Instruction]:
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = (LINE.match(line) for line in text.splitlines())
-    return [Instruction(int(m[1], 16), m[2].rstrip(";"), m[3]) for m in found if m]
+    return [Instruction(int(m[1], 16), m[2], m[3]) for m in found if m]
 
 
 def loops(code: list[Instruction]) -> list[tuple[int, int]]:
     """First and last address of each innermost loop that multiplies matrices, in order."""
     spans = []
     for one in code:
-        target = re.search(r"0x([0-9a-f]+)\s*$", one.operands.strip())
-        if one.name.startswith("BRA") and target and int(target[1], 16) < one.address:
-            spans.append((int(target[1], 16), one.address))
+        targets = re.findall(r"0x([0-9a-f]+)", one.operands)
+        if one.name.startswith("BRA") and targets and int(targets[-1], 16) < one.address:
+            spans.append((int(targets[-1], 16), one.address))
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return sorted(inner)
 

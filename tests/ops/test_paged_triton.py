@@ -17,7 +17,14 @@ from tests.ops.test_paged import SMALL, SPECS, Case, alone
 from tests.ops.test_sparse_triton import assert_best
 
 if HAS_TRITON:
-    from opensala.ops.sparse import triton_attend, triton_paged, triton_pairs, triton_select, triton_top
+    from opensala.ops.sparse import (
+        triton_attend,
+        triton_band,
+        triton_paged,
+        triton_pairs,
+        triton_select,
+        triton_top,
+    )
 
 pytestmark = [
     pytest.mark.triton,
@@ -142,7 +149,7 @@ def test_attention_over_pages_of_any_size(spec, call):
 @pytest.mark.parametrize("name", ["96 tokens a block", "released", "small"])
 @pytest.mark.parametrize("call", [([130, 97], [129, 95]), ([300, 230], [297, 190])], ids=CALLS)
 def test_attention_in_tiles_of_a_gpu(name, call, monkeypatch):
-    for module in (triton_attend, triton_pairs):
+    for module in (triton_attend, triton_band, triton_pairs):
         monkeypatch.setattr(module, "triton_interpreted", lambda: False)
     assert_attends(call, *filled(SPECS[name], call, (2, 1, 32, 32)))
 
@@ -152,6 +159,7 @@ def by_page(monkeypatch):
     """Sends every call with lists to the kernels that go page by page, in chunks of 64 queries."""
     monkeypatch.setattr(triton_paged, "shared_enough", lambda *_: True)
     monkeypatch.setattr(triton_pairs, "PART_BYTES", 1)
+    monkeypatch.setattr(triton_pairs, "MARK_BYTES", 1)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +177,7 @@ def test_attention_page_by_page_equals_naive(heads, call, by_page):
 
 @pytest.mark.parametrize("name", ["96 tokens a block", "nothing a power of two", "released"])
 def test_attention_page_by_page_in_tiles_of_a_gpu(name, by_page, monkeypatch):
-    for module in (triton_attend, triton_pairs):
+    for module in (triton_attend, triton_band, triton_pairs):
         monkeypatch.setattr(module, "triton_interpreted", lambda: False)
     call = ([130, 97, 200], [119, 90, 192])
     assert_attends(call, *filled(SPECS[name], call, (2, 1, 32, 20), sparse=[1, 0, 1]))

@@ -16,6 +16,7 @@ if HAS_TRITON:
         triton,
         triton_attend,
         triton_backward,
+        triton_band,
         triton_pairs,
         triton_select,
         triton_top,
@@ -162,6 +163,7 @@ def path(request, monkeypatch):
     monkeypatch.setattr(triton, "shared_enough", lambda *_: request.param != "by query")
     if request.param == "by block in chunks":
         monkeypatch.setattr(triton_pairs, "PART_BYTES", 1)
+        monkeypatch.setattr(triton_pairs, "MARK_BYTES", 1)
 
 
 def assert_all_close(got, wanted):
@@ -228,9 +230,8 @@ def test_rows_of_different_lengths_do_not_see_unused_room(tokens, path, monkeypa
 def test_any_lists_of_blocks_in_tiles_of_a_gpu(heads, size, path, monkeypatch):
     """Lists in any order, some without the block of the query itself; as many tiles and steps as a GPU would
     have."""
-    for module in (triton_attend, triton_backward, triton_pairs):
+    for module in (triton_attend, triton_backward, triton_band, triton_pairs):
         monkeypatch.setattr(module, "triton_interpreted", lambda: False)
-    monkeypatch.setattr(triton_pairs, "REACH", 3)
     q, k, v = draw(120, 33, heads, 1, 16)
     generator = torch.Generator().manual_seed(1)
     blocks = torch.full((1, 33, 1, 7), -1)

@@ -134,12 +134,12 @@ def attend_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
     parts, part_lse, out, lse, rows, count, outer, inner, step, E: tl.constexpr, EP: tl.constexpr,
-    R: tl.constexpr, MANY: tl.constexpr, TOGETHER: tl.constexpr,
+    R: tl.constexpr, MANY: tl.constexpr, TOGETHER: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """Join `count` partial attentions of R rows each: a weighted mean, weights exp2(lse - total lse).
 
     Part p of row r stands at row (r // inner) * outer + r % inner + p * step of `parts`; parts whose lse is
-    -inf were never written.
+    -inf were never written. With MORE, `out` and `lse` hold one more part of each row.
     """
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     base = (r // inner) * outer + r % inner
@@ -150,10 +150,21 @@ def merge_kernel(
         other=float("-inf"),
     )
     peak = tl.max(all_lse, axis=1)
+    if MORE:
+        here = tl.load(lse + r, mask=r < rows, other=float("-inf"))
+        peak = tl.maximum(peak, here)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = peak + tl.log2(tl.sum(tl.exp2(all_lse - peak[:, None]), axis=1))
+    weights = tl.sum(tl.exp2(all_lse - peak[:, None]), axis=1)
+    if MORE:
+        weights += tl.exp2(here - peak)
+    total = peak + tl.log2(weights)
     e = tl.arange(0, EP)
     result = tl.zeros((R, EP), tl.float32)
+    if MORE:
+        known = here > float("-inf")
+        cells = r[:, None] * E + e[None, :]
+        x_here = tl.load(out + cells, mask=known[:, None] & (e < E)[None, :], other=0.0)
+        result += x_here.to(tl.float32) * tl.where(known, tl.exp2(here - total), 0.0)[:, None]
     for first in range(0, count, TOGETHER):
         p = first + tl.arange(0, TOGETHER)
         place = base[:, None] + p[None, :].to(tl.int64) * step
@@ -168,6 +179,8 @@ def merge_kernel(
         )
         weight = tl.where(there, tl.exp2(share - total[:, None]), 0.0)
         result += tl.sum(x.to(tl.float32) * weight[:, :, None], axis=1)
+    if MORE:
+        tl.debug_barrier()  # another thread may have read what this one is about to write
     tl.store(
         out + r[:, None] * E + e[None, :],
         result.to(out.dtype.element_ty),
@@ -177,15 +190,17 @@ def merge_kernel(
 
 
 def merge(
-    parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, count: int, outer: int, inner: int, step: int
-) -> None:
+    parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, count: int, outer: int, inner: int, step: int,
+    more: bool = False,
+) -> None:  # fmt: skip
     """Join partial attentions (see `merge_kernel`) into out `[..., E]` and its lse `[...]`, both
-    contiguous."""
+    contiguous; with `more` they are a part too."""
     config = merge_config(lse.numel(), count, out.shape[-1])
     with on_device(out):
         merge_kernel[(cdiv(lse.numel(), config["R"]),)](
-            parts, part_lse, out, lse, lse.numel(), count, outer, inner, step, E=out.shape[-1], **config
-        )
+            parts, part_lse, out, lse, lse.numel(), count, outer, inner, step, E=out.shape[-1], MORE=more,
+            **config,
+        )  # fmt: skip
 
 
 def merge_config(rows: int, count: int, width: int) -> dict[str, int]:
@@ -290,10 +305,10 @@ def compile_cases(arch: int) -> CompileCases:
             }
             types = case_types(attend_kernel, dtype, constants)
             yield CompileCase(f"attend_kernel{name} {splits}", attend_kernel, types, constants, options)
-    for rows, count, width in ((32, 48, 128), (1 << 16, 97, 128)):
+    for rows, count, width in ((32, 48, 128), (1 << 16, 96, 128)):
         config = merge_config(rows, count, width)
         options = {"num_warps": config.pop("num_warps")}
-        constants = {"E": width, **config}
+        constants = {"E": width, "MORE": count == 96, **config}
         types = case_types(
             merge_kernel,
             "fp32",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..triton_common import CompileCase, CompileCases, cdiv, find_document, on_device
 from .triton_rows import COUNTS, Rows, locate
+from .triton_shared import Shared, is_shared
 
 KEYED = 1024  # pairs that a program gives their bin
 
@@ -36,11 +37,12 @@ class Index(NamedTuple):
 
 @triton.jit(do_not_specialize=COUNTS)
 def bin_kernel(
-    blocks, key, lows, lengths, cu, number, pages, sparse, tokens, length, begin, count, tiles, slots, none,
-    per_row, HEADS: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, N: tl.constexpr,
+    blocks, key, marks, limits, lengths, cu, number, pages, sparse, tokens, length, begin, count, origin,
+    tiles, words, slots, none, per_row, HEADS: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr,
+    BQ: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The bin of each pair; `none` for entries without a block, wholly in the future of their query, or, with
-    `lows` `[B, tiles, Hkv]`, among the blocks from there on, which the tile of the query sees together."""
+    `marks`, of a block that the tile of the query shares (`Shared`)."""
     b = tl.program_id(1).to(tl.int64)
     pair = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     t = pair // (LIST * HEADS)
@@ -63,12 +65,13 @@ def bin_kernel(
         slot = block + start // SIZE + n
     else:
         slot = block + t * 0
-    if lows is not None:
+    if marks is not None:
         if cu is not None:
-            tile = start // BQ + n + (t - start) // BQ - tl.maximum(begin // BQ - 1, 0)
+            tile = start // BQ + n + (t - start) // BQ - tl.maximum(origin // BQ - 1, 0)
         else:
-            tile = (t - begin) // BQ
-        chosen = chosen & (block < tl.load(lows + (b * tiles + tile) * HEADS + h))
+            tile = (t - origin) // BQ
+        row = (b * tiles + tile) * HEADS + h
+        chosen = chosen & (is_shared(marks, limits, row, block, chosen, words, BQ) == 0)
     tl.store(key + pair, tl.where(chosen, (b * HEADS + h) * slots + slot, none).to(tl.int32), mask=there)
 
 
@@ -78,13 +81,12 @@ def invert(
     rows: Rows,
     segment: int,
     begin: int = 0,
-    lows: Tensor | None = None,
-    tile: int = 1,
+    shared: Shared | None = None,
 ) -> Index:
     """The index of `blocks [B, T, Hkv, K]` (contiguous) of queries from `begin` on, in segments of at most
     `segment` pairs.
 
-    `lows [B, tiles, Hkv]`: leave out the blocks from there on, for each tile of `tile` queries.
+    Blocks that the tile of a query shares, if given, are left out.
     """
     (batch, count, heads, chosen), device = blocks.shape, blocks.device
     slots, pairs = rows.slots(size), blocks.numel()
@@ -92,9 +94,11 @@ def invert(
     key = torch.empty(pairs, dtype=torch.int32, device=device)
     with on_device(blocks):
         bin_kernel[(cdiv(pairs // batch, KEYED), batch)](
-            blocks, key, lows, rows.lengths, rows.cu, rows.number, rows.pages, rows.sparse, rows.tokens,
-            rows.length, begin, count, 1 if lows is None else lows.shape[1], slots, bins, rows.per_row,
-            HEADS=heads, LIST=chosen, SIZE=size, BQ=tile, N=KEYED, num_warps=4,
+            blocks, key, None if shared is None else shared.marks, None if shared is None else shared.limits,
+            rows.lengths, rows.cu, rows.number, rows.pages, rows.sparse, rows.tokens, rows.length, begin,
+            count, *((0, 1, 1) if shared is None else (shared.origin, *shared.marks.shape[1::2])), slots,
+            bins, rows.per_row, HEADS=heads, LIST=chosen, SIZE=size,
+            BQ=1 if shared is None else shared.queries, N=KEYED, num_warps=4,
         )  # fmt: skip
     key, order = torch.sort(key, stable=True)
     bounds = torch.searchsorted(key, torch.arange(bins + 1, dtype=torch.int32, device=device))
@@ -138,15 +142,14 @@ def block_of(slot, b, lengths, length, cu, documents, tokens, SIZE: tl.constexpr
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Batches with lengths on the device, and packed documents and pages of which tiles see the last blocks
-    together."""
-    integers = ("tokens", "length", "begin", "count", "tiles", "slots", "none", "per_row")
-    pointers = ("blocks", "key", "lows", "lengths", "cu", "number", "pages", "sparse")
+    """Batches with lengths on the device, and packed documents and pages of which tiles share blocks."""
+    counts = ("tokens", "length", "begin", "count", "origin", "tiles", "words", "slots", "none", "per_row")
+    pointers = ("blocks", "key", "marks", "limits", "lengths", "cu", "number", "pages", "sparse")
     for name, absent in (
-        ("batch", ("cu", "number", "lows", "pages", "sparse")),
+        ("batch", ("cu", "number", "marks", "limits", "pages", "sparse")),
         ("packed", ("lengths", "pages", "sparse")),
         ("pages", ()),
     ):
-        types = {**dict.fromkeys(integers, "i32"), **{n: "*i32" for n in pointers if n not in absent}}
+        types = {**dict.fromkeys(counts, "i32"), **{n: "*i32" for n in pointers if n not in absent}}
         constants = {"HEADS": 2, "LIST": 96, "SIZE": 64, "BQ": 8, "N": KEYED, **dict.fromkeys(absent)}
         yield CompileCase(f"bin_kernel {name}", bin_kernel, types, constants, {"num_warps": 4})

@@ -35,7 +35,8 @@ from ..triton_common import (
 from .pages import KVPages, PageTable
 from .spec import BlockSpec
 from .triton_attend import PROGRAMS, SIZES, add_rows, case_types, list_config, merge, split_list
-from .triton_pairs import attend_chunk, band_config, chunk_of, shared_enough
+from .triton_band import tile_config
+from .triton_pairs import attend_rows, shared_enough
 from .triton_rows import COUNTS, Rows, cores, inner_contiguous, load_rows, positive_factor
 
 LEAST_TILED = 16  # new tokens that a sequence may have in a call, from which on dense ones go tile by tile
@@ -177,12 +178,14 @@ def paged_tile_kernel(
     store_rows(out, None, place, there, peak, mass, total, E, EP)
 
 
-def tile_config(
+def dense_config(
     tokens: int, group: int, size: int, dim: int, value_dim: int, itemsize: int, arch: int
 ) -> dict[str, int]:
-    """As `band_kernel`, whose tiles these are."""
-    pad = 1 << (size - 1).bit_length()
-    return {"PAD": pad, **band_config(tokens, group, dim, value_dim, itemsize, arch)}
+    """The tiles of `paged_tile_kernel`, with the number of stages that does not spill."""
+    tile = tile_config(tokens, group, dim, value_dim, itemsize, arch)
+    if arch == 120:
+        tile["num_stages"] = 2
+    return {"PAD": 1 << (size - 1).bit_length(), **tile}
 
 
 def triton_paged_attention(
@@ -257,13 +260,7 @@ def _by_page(
     rows = _rows(tokens, pool, table)._replace(number=number)
     out = torch.empty(*q.shape[:2], pool.values.shape[3], dtype=q.dtype, device=q.device)[None]
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=q.device)
-    chunk = chunk_of(q[None], blocks[None], out.shape[3])
-    for begin in range(0, tokens, chunk):
-        part = slice(begin, min(begin + chunk, tokens))
-        attend_chunk(
-            q[None], pool.keys, pool.values, blocks[None, part], spec.block_size, rows, factor, begin,
-            out[:, part], lse[:, part],
-        )  # fmt: skip
+    attend_rows(q[None], pool.keys, pool.values, blocks[None], spec.block_size, rows, factor, out, lse)
     return out[0]
 
 
@@ -275,7 +272,7 @@ def _by_tile(
     (tokens, heads, dim), (kv_heads, width) = q.shape, pool.values.shape[2:]
     group, sequences = heads // kv_heads, table.lengths.shape[0]
     shape = (group, spec.block_size, dim, width, q.element_size(), arch_of(q.device))
-    config = tile_config(cdiv(tokens, sequences), *shape)
+    config = dense_config(cdiv(tokens, sequences), *shape)
     with on_device(q):
         paged_tile_kernel[(tokens // config["BQ"] + sequences, kv_heads)](
             q, pool.keys, pool.values, table.cu_seqlens, table.lengths, table.pages, sparse, out,
@@ -305,7 +302,7 @@ def compile_cases(arch: int) -> CompileCases:
             kinds = KINDS | ({} if least else {"out": "*fp32"})
             types = case_types(paged_query_kernel, dtype, constants, **kinds)
             yield CompileCase(f"query{name} {least}", paged_query_kernel, types, constants, options)
-        tile = tile_config(4096, group, size, dim, dim, itemsize, arch)
+        tile = dense_config(4096, group, size, dim, dim, itemsize, arch)
         options = {n: tile.pop(n) for n in ("num_warps", "num_stages")}
         constants = {**common, **tile}
         types = case_types(paged_tile_kernel, dtype, constants, **KINDS)

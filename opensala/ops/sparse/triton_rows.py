@@ -34,6 +34,8 @@ COUNTS = [
     "room2",
     "begin",
     "end",
+    "origin",
+    "words",
     "count",
     "documents",
     "slots",
