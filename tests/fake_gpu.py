@@ -107,6 +107,9 @@ class _Methods(TorchFunctionMode):
         if func is torch.Tensor.copy_:
             self.gpu.launches.append("copy_")
             return args[0]
+        if func is torch.Tensor.__setitem__:
+            self.gpu.launches.append("copy_")
+            return None
         return func(*args, **(kwargs or {}))
 
 

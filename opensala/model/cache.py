@@ -25,7 +25,8 @@ from .batch import BatchRow, ForwardBatch, on_device
 from .config import MiniCPMSALAConfig
 from .storage import CacheStorage, cache_sizes
 
-_GROWTH = 2  # of a cache whose prompt was not announced
+_GROWTH = 2  # of a small cache whose prompt was not announced
+_STEP = 1024  # pages that such a cache grows by at most: memory for twice a long text is not to be had
 _FIRST = 1024  # tokens per row
 
 
@@ -93,7 +94,7 @@ class _Store:
             self.storage = CacheStorage(self.config, 0, 0, dtype, devices)
         num_pages = self.pages.size + max(0, pages - self.pages.num_free)
         if num_pages > self.pages.size and not exact:
-            num_pages = max(num_pages, _GROWTH * self.pages.size)
+            num_pages = max(num_pages, min(_GROWTH * self.pages.size, self.pages.size + _STEP))
         num_slots = self.slots.size
         if slots > self.slots.num_free:
             num_slots = max(num_slots + slots - self.slots.num_free, _GROWTH * num_slots)

@@ -12,7 +12,8 @@ from opensala import MiniCPMSALAConfig
 from opensala.engine import Engine, EngineOptions, SamplingParams
 from opensala.engine.memory import activation_bytes
 from opensala.model.batch import BatchRow, ForwardBatch
-from opensala.model.storage import CacheStorage
+from opensala.model.cache import _Store
+from opensala.model.storage import CacheStorage, cache_sizes
 
 from ..fake_gpu import CUDA, fake_gpu, on_fake_gpu
 
@@ -138,6 +139,22 @@ def test_the_estimate_covers_what_a_step_allocates(nine_billion, name):
 def test_the_estimate_is_close_where_it_decides(nine_billion):
     config, *_, peaks = nine_billion
     assert activation_bytes(config, torch.bfloat16, 4096) < 1.3 * peaks["a million tokens"]
+
+
+def test_growth_behind_an_announced_text_is_bounded():
+    """transformers' cache, full at half a million tokens: the next page costs 64K tokens' worth, and one
+    layer's pages twice while they are copied."""
+    with fake_gpu() as gpu:
+        config = MiniCPMSALAConfig(**RELEASED)
+        store, devices = _Store(config), [CUDA] * config.num_hidden_layers
+        store.reserve(8192, 2, True, torch.bfloat16, devices)
+        store.pages.take(8192)
+        page = cache_sizes(config, torch.bfloat16).page
+        gpu.forget()
+        before = gpu.allocated
+        store.reserve(1, 0, False, torch.bfloat16, devices)
+        assert gpu.allocated - before == 1024 * page
+        assert gpu.peak - before < 1.01 * (1024 + 8192 // 8) * page
 
 
 def test_nothing_is_reallocated():
