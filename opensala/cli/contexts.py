@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -133,23 +132,30 @@ def info(context: Context, as_json: Json = False) -> None:
 
 
 @contextmanager
-def _bytes_bar(label: str, path: str, quiet: bool, times: int = 1) -> Iterator[Callable[[int], None]]:
-    """A bar over the bytes of a context."""
+def _bytes_bar(label: str, total: int | None, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar over bytes, which appears with the first of them."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, console=Console(file=sys.stderr), disable=quiet)
+    task = bar.add_task(label, total=total)
+
+    def advance(size: int) -> None:
+        bar.start()
+        bar.advance(task, size)
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+def _size(context: str) -> int:
     from ..contexts import read_manifest
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    total = read_manifest(path).num_bytes * times if Path(path).is_dir() else None
-    with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda size: bar.advance(task, size)
+    return read_manifest(context).num_bytes
 
 
 @app.command()
@@ -157,7 +163,7 @@ def verify(context: Context, quiet: Quiet = False) -> None:
     """Read a whole context and check every byte of it."""
     from ..contexts import store
 
-    with _bytes_bar("checking", context, quiet) as advance:
+    with _bytes_bar("checking", _size(context), quiet) as advance:
         size = store.verify(context, advance)
     print(f"{context}: {size:,} bytes, as they were written")
 
@@ -200,7 +206,7 @@ def export(
     """Pack a context into one file, checked on the way."""
     from ..contexts import store
 
-    with _bytes_bar("checking", context, quiet) as advance:
+    with _bytes_bar("checking", _size(context), quiet) as advance:
         size = store.export(context, file, advance)
     print(f"{file}: {size:,} bytes")
 
@@ -214,7 +220,7 @@ def import_(
     """Unpack an exported context, checked before it counts."""
     from ..contexts import store
 
-    with _bytes_bar("checking", file, quiet) as advance:
+    with _bytes_bar("checking", None, quiet) as advance:
         store.unpack(file, context, advance)
     print(context)
 
