@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import __version__
+from .contexts import add_commands
+from .contexts import app as contexts_app
 from .convert import app as convert_app
 from .eval import evals
+from .notes import show_cost, show_skipped
 from .options import Device, EngineOptions, Json, Model, Quiet, SamplingOptions, Seed, with_options
 from .train import app as train_app
 
 if TYPE_CHECKING:
-    from ..engine import Generation, Reading
-
-_SHOWN = 5  # entries of a folder that are named when they were skipped; --json has them all
+    from ..engine import Generation, Reading, SamplingParams
 
 app = typer.Typer(
     add_completion=False,
@@ -33,6 +34,7 @@ app.add_typer(benches, name="bench")
 app.add_typer(evals, name="eval")
 app.add_typer(convert_app, name="convert")
 app.add_typer(train_app, name="train")
+app.add_typer(contexts_app, name="contexts")
 
 
 @app.command()
@@ -42,7 +44,7 @@ def ask(
         list[str],
         typer.Argument(
             metavar="DOC...",
-            help="Files (text, source code, Markdown, PDF), directories, pipes, or - for stdin.",
+            help="Files (text, source code, Markdown, PDF), directories, pipes, - for stdin; or one context.",
         ),
     ],
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
@@ -53,15 +55,18 @@ def ask(
     quiet: Quiet = False,
 ) -> None:
     """Ask a question about documents of any length."""
-    from ..engine import ask as run
-    from ..engine import check_text, read_documents
+    from ..contexts.store import is_context
+    from ..engine import Reading, check_text
 
     chosen = sampling.checked()
     check_text("the question", question.strip())
-    reading = read_documents(documents)
-    if not quiet and not as_json:
-        _note(reading)
-    result = run(engine.load(model, quiet), reading.documents, question, chosen, quiet=quiet)
+    kept = [d for d in documents if is_context(d)]
+    if kept and len(documents) > 1:
+        raise ValueError(f"{kept[0]} is a context, which is asked alone: name it without other documents")
+    if kept:
+        reading, result = Reading(), _ask_context(engine, model, kept[0], question, chosen, quiet)
+    else:
+        reading, result = _ask_documents(engine, model, documents, question, chosen, quiet, as_json)
     if as_json:
         record = result.as_dict()
         record["notes"] = reading.notes + record["notes"]
@@ -70,7 +75,38 @@ def ask(
         return
     print(result.text)
     if not quiet:
-        _measurements(result)
+        show_cost(result)
+
+
+add_commands(app)
+
+
+def _ask_context(
+    engine: EngineOptions, model: str | None, path: str, question: str, params: "SamplingParams", quiet: bool
+) -> "Generation":
+    from ..contexts import Context, read_manifest
+
+    read_manifest(path)  # before seconds of loading
+    with Context.open(engine.load(model, quiet), path) as context:
+        return context.ask(question, params, quiet=quiet)
+
+
+def _ask_documents(
+    engine: EngineOptions,
+    model: str | None,
+    documents: list[str],
+    question: str,
+    params: "SamplingParams",
+    quiet: bool,
+    as_json: bool,
+) -> tuple["Reading", "Generation"]:
+    from ..engine import ask as run
+    from ..engine import read_documents
+
+    reading = read_documents(documents)
+    if not quiet and not as_json:
+        show_skipped(reading)
+    return reading, run(engine.load(model, quiet), reading.documents, question, params, quiet=quiet)
 
 
 @app.command()
@@ -101,7 +137,7 @@ def generate(
         record = result.as_dict()
         print(json.dumps({"text": record.pop("text"), **record}, ensure_ascii=False))
     elif not quiet:
-        _measurements(result)
+        show_cost(result)
 
 
 @app.command()
@@ -134,31 +170,6 @@ def ops(
     from ..bench.ops import run
 
     run(quick, device, rows, million)
-
-
-def _note(reading: "Reading") -> None:
-    """Say on stderr what was left out of the documents, before the long work begins."""
-    for note in reading.notes:
-        print(f"note: {note}", file=sys.stderr)
-    for skipped in reading.skipped[:_SHOWN]:
-        print(f"note: skipped {skipped.name}: {skipped.reason}", file=sys.stderr)
-    more = len(reading.skipped) - _SHOWN
-    if more > 0:
-        print(f"note: and {more:,} more skipped (--json lists them all)", file=sys.stderr)
-
-
-def _measurements(result: "Generation") -> None:
-    """Print what a generation cost to stderr; how it attended was logged, and shown, as it began."""
-    for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
-    rate = result.decode_tokens_per_second
-    decode = "" if rate is None else f", then {rate:,.1f} tokens/s"
-    print(
-        f"{result.prompt_tokens:,} tokens read, first token after {result.time_to_first_token:.2f} s "
-        f"({result.prefill_tokens_per_second:,.0f} tokens/s){decode}; cache "
-        f"{result.cache_bytes / 2**20:,.1f} MiB, peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB",
-        file=sys.stderr,
-    )
 
 
 def _version(asked: bool) -> None:

@@ -16,7 +16,21 @@ import typer
 if TYPE_CHECKING:
     from ..engine import Engine, SamplingParams
 
+Contexts = Annotated[list[str], typer.Argument(metavar="CTX...", help="Folders of contexts.")]
+Context = Annotated[str, typer.Argument(metavar="CTX", help="Folder of a context.")]
+ContextOutput = Annotated[
+    str,
+    typer.Option(
+        "--output", "-o", help="Folder of the context; a reading that was stopped goes on from there."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Documents = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DOC...", help="Files (text, source code, Markdown, PDF), directories, pipes, or - for stdin."
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result and its measurements as one JSON object.")
 ]

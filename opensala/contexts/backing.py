@@ -63,9 +63,23 @@ class DiskBacking:
         if not self._sources:
             return
         for one in self._layers if layer is None else (layer,):
-            wanted = np.unique(np.asarray(pages, np.int64))
-            for page in wanted[self._absent[self._layers[one], wanted]].tolist():
+            wanted = self._missing(one, pages)
+            for page in wanted:
+                file, index = self._sources[page]
+                file.hint(one, index)
+            for page in wanted:
                 self._fill(one, page)
+
+    def hint(self, pages: Sequence[int]) -> None:
+        """Let the disk begin with what is sure to be wanted."""
+        for layer in self._layers:
+            for page in self._missing(layer, pages):
+                file, index = self._sources[page]
+                file.hint(layer, index)
+
+    def _missing(self, layer: int, pages: Sequence[int] | np.ndarray) -> list[int]:
+        wanted = np.unique(np.asarray(pages, np.int64))
+        return wanted[self._absent[self._layers[layer], wanted]].tolist()
 
     def bring_selected(self, layer: int, table: PageTable, blocks: Tensor | None) -> None:
         """Fill what a layer is about to attend to: the blocks `[T, Hkv, K]` chosen, or all of a dense

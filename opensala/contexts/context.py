@@ -267,7 +267,8 @@ class Context:
                 "them"
             )
         if not self.is_whole:
-            raise ValueError("the context was not read to its end: ingest its documents again first")
+            self._go_on_with(documents, quiet)
+            return
         batches = [*self._all_batches(), documents]
         more = Wording.joined([[], documents]) if self._all_batches() else join_documents(documents)
         found = self.wording.longer(self.tokens, self.tail, more)
@@ -292,6 +293,28 @@ class Context:
             if self.folder is None or self.folder.manifest.planned != len(tokens):
                 self.manifest, self.tail, self._batches = before  # nothing of it is on disk
             raise
+
+    def _go_on_with(self, documents: list[Document], quiet: bool) -> None:
+        """Finish an extension by these documents, or a first reading, that was interrupted."""
+        if self._all_batches()[-1] != documents:
+            missing = self.manifest.planned - len(self.tokens)
+            raise ValueError(
+                f"{missing:,} tokens of {', '.join(d.name for d in self._all_batches()[-1])} were not read "
+                "yet: go on with these documents first"
+            )
+        self.resume(quiet=quiet)
+
+    def resume(self, *, quiet: bool = True) -> None:
+        """Read what an interruption left unread.
+
+        Raises:
+            ValueError: what `ingest` raises.
+        """
+        if self.folder is not None:
+            self._lock()
+        self._read_on(
+            self._text(), f"reading {self.manifest.planned - len(self.tokens):,} more tokens", quiet
+        )
 
     def undo(self, turns: int = 1) -> None:
         """Forget the last questions and answers; on disk with the next `save`.

@@ -59,7 +59,7 @@ class ContextFolder:
         lock = FolderLock(path)
         try:
             others = [p.name for p in path.iterdir() if p.name != LOCK_FILE]
-            if any(not _is_ours(name) or name == MANIFEST for name in others):
+            if any(not is_ours(name) or name == MANIFEST for name in others):
                 raise ValueError(f"{path} is not empty: give a new folder")
             folder = cls(path, manifest, lock)
             folder.tidy()  # what a process left that ended before its first manifest
@@ -77,7 +77,7 @@ class ContextFolder:
         """Remove files of ours that the manifest does not name."""
         named = {MANIFEST, *(s.file for s in self.manifest.segments), *(t.file for t in self.manifest.texts)}
         for path in self.path.iterdir():
-            if path.name not in named and _is_ours(path.name):
+            if path.name not in named and is_ours(path.name):
                 path.unlink(missing_ok=True)
 
     # --- writing ---
@@ -169,7 +169,8 @@ def link_files(source: ContextFolder, target: Path) -> None:
                 shutil.copyfile(old, new)
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
+    """Whether a file of this name is one that contexts consist of."""
     stem = name.removesuffix(".partial")
     return stem == MANIFEST or (
         stem.startswith(("segment-", "text-")) and stem.endswith((".safetensors", ".json"))

@@ -74,7 +74,8 @@ def pages_of(engine: Engine, pages: Sequence[int], last: int) -> dict[int, Part]
         taken = [x.index_select(0, index).cpu() for x in pool]
         for x, stride in zip(taken, strides, strict=True):
             x[-1, -(-last // stride) :] = 0
-        parts[layer] = Part(*taken)
+        keys, values, k1, k2 = taken
+        parts[layer] = Part(torch.stack((keys, values), 1), k1, k2)
     return parts
 
 
@@ -131,6 +132,8 @@ def _fill(
     for layer, states in engine.storage.states.items():
         states[hold.slot] = files[-1].tensor(f"state.{layer}").to(states.device)
     backing.expect(hold.pages, [(files[n], i) for n, i in sources])
+    spec = engine.config.block_spec
+    backing.hint(hold.pages[: spec.init_blocks] + hold.pages[-spec.window_blocks - 2 :])
 
 
 def _check_shapes(engine: Engine, file: SegmentFile) -> None:

@@ -4,7 +4,7 @@ one.
 A segment is a safetensors file that is never changed once it is there:
 
     tokens           int32 [n]                       token ids
-    keys.L, values.L [pages, block_size, Hkv, D]     of sparse layer L
+    kv.L             [pages, 2, block_size, Hkv, D]  keys and values of sparse layer L, page by page
     k1.L, k2.L       [pages, slots, Hkv, D]          compressed keys
     sums.L           uint8 [pages, 16]               BLAKE2b of each page's keys and values together
     state.L          float32 [H, D, D]               of Lightning layer L, if the segment ends at a snapshot
@@ -42,10 +42,9 @@ _MOST_HEADER = 1 << 24  # bytes
 
 @dataclass(frozen=True)
 class Part:
-    """Pages of one sparse layer: keys, values, k1 and k2, each `[pages, ...]`, on the CPU."""
+    """Pages of one sparse layer: keys and values, k1 and k2, each `[pages, ...]`, on the CPU."""
 
-    keys: Tensor
-    values: Tensor
+    kv: Tensor
     k1: Tensor
     k2: Tensor
 
@@ -106,13 +105,11 @@ def write_segment(
     """
     tensors: dict[str, Tensor] = {"tokens": torch.from_numpy(np.ascontiguousarray(tokens, np.int32))}
     for layer, part in parts.items():
-        keys, values = as_bytes(part.keys), as_bytes(part.values)
-        sums = b"".join(checksum(k.data, v.data) for k, v in zip(keys, values, strict=True))
-        tensors[f"sums.{layer}"] = torch.frombuffer(bytearray(sums), dtype=torch.uint8).view(-1, SUM_BYTES)
         tensors[f"k1.{layer}"], tensors[f"k2.{layer}"] = part.k1, part.k2
+        sums = b"".join(checksum(page.data) for page in as_bytes(part.kv))
+        tensors[f"sums.{layer}"] = torch.frombuffer(bytearray(sums), dtype=torch.uint8).view(-1, SUM_BYTES)
     tensors |= {f"state.{layer}": state for layer, state in states.items()}
-    for layer, part in parts.items():
-        tensors[f"keys.{layer}"], tensors[f"values.{layer}"] = part.keys, part.values
+    tensors |= {f"kv.{layer}": part.kv for layer, part in parts.items()}
     header, size = _header(tensors)
 
     def write(file: IO[bytes]) -> None:
@@ -124,9 +121,9 @@ def write_segment(
     sums_of = {
         name: checksum(as_bytes(tensor).data).hex()
         for name, tensor in tensors.items()
-        if not name.startswith(("keys.", "values."))
+        if not name.startswith("kv.")
     }
-    pages = len(next(iter(parts.values())).keys) if parts else 0
+    pages = len(next(iter(parts.values())).kv) if parts else 0
     return Written(
         path.name,
         size,
@@ -217,22 +214,24 @@ class SegmentFile:
 
     def _read(self, place: int, size: int) -> bytearray:
         data = bytearray(size)
-        self._read_into(memoryview(data), place)
+        self._read_into([memoryview(data)], place)
         return data
 
-    def _read_into(self, target: memoryview, place: int) -> None:
-        done, size = 0, len(target)
-        while done < size:
+    def _read_into(self, targets: list[memoryview], place: int) -> None:
+        while targets:
             try:
-                count = os.preadv(self._handle, [target[done:]], place + done)
+                count = os.preadv(self._handle, targets, place)
             except OSError as error:
-                raise damaged(
-                    self.path, f"byte {place + done:,}", "a readable file", error.strerror or str(error)
-                ) from error
+                reason = error.strerror or str(error)
+                raise damaged(self.path, f"byte {place:,}", "a readable file", reason) from error
             if count == 0:
-                raise damaged(self.path, "the length", f"{self.known.size:,} bytes", f"{place + done:,}")
-            done += count
-        self.counter.bytes += size
+                raise damaged(self.path, "the length", f"{self.known.size:,} bytes", f"{place:,}")
+            self.counter.bytes += count
+            place += count
+            while targets and count >= len(targets[0]):
+                count -= len(targets[0])
+                targets = targets[1:]
+            targets = [targets[0][count:], *targets[1:]] if targets and count else targets
 
     def shape(self, name: str) -> tuple[torch.dtype, list[int]] | None:
         """Dtype and shape of a tensor; None if it is not there."""
@@ -256,6 +255,17 @@ class SegmentFile:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).view(shape)
 
+    def _page_place(self, layer: int, index: int) -> tuple[int, int]:
+        """Where the page's keys and values lie, and how many bytes they are."""
+        dtype, shape, place = self._tensors[f"kv.{layer}"]
+        size = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        return place + index * size, size
+
+    def hint(self, layer: int, index: int) -> None:
+        """Say that a page will be read soon: the disk can begin with it, and with others beside it."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._handle, *self._page_place(layer, index), os.POSIX_FADV_WILLNEED)
+
     def read_page(self, layer: int, index: int, keys: memoryview, values: memoryview) -> None:
         """Keys and values of the segment's page `index`, checked, into memory of their size.
 
@@ -264,8 +274,7 @@ class SegmentFile:
         """
         if layer not in self._sums:
             self._sums[layer] = self.tensor(f"sums.{layer}").numpy()
-        for name, target in (("keys", keys), ("values", values)):
-            self._read_into(target, self._tensors[f"{name}.{layer}"][2] + index * len(target))
+        self._read_into([keys, values], self._page_place(layer, index)[0])
         self.counter.pages += 1
         found = checksum(keys, values)
         wanted = self._sums[layer][index].tobytes()
@@ -275,7 +284,7 @@ class SegmentFile:
 
     def layers(self) -> list[int]:
         """The sparse layers in it."""
-        return sorted(int(name.removeprefix("keys.")) for name in self._tensors if name.startswith("keys."))
+        return sorted(int(name.removeprefix("kv.")) for name in self._tensors if name.startswith("kv."))
 
     def verify(self) -> Iterator[int]:
         """Read and check everything; yields the number of bytes behind each piece.
@@ -286,23 +295,18 @@ class SegmentFile:
         for name in self.known.sums:
             yield as_bytes(self.tensor(name)).size
         for layer in self.layers():
-            dtype, shape, _ = self._tensors[f"keys.{layer}"]
-            width = [
-                self._tensors[f"{name}.{layer}"][0].itemsize
-                * int(np.prod(self._tensors[f"{name}.{layer}"][1][1:], dtype=np.int64))
-                for name in ("keys", "values")
-            ]
-            keys, values = (memoryview(bytearray(n)) for n in width)
-            for index in range(shape[0]):
-                self.read_page(layer, index, keys, values)
-                yield sum(width)
+            size = self._page_place(layer, 0)[1]
+            data = memoryview(bytearray(size))
+            for index in range(self._tensors[f"kv.{layer}"][1][0]):
+                self.read_page(layer, index, data[: size // 2], data[size // 2 :])
+                yield size
 
 
 def expected(
     pages: int, block_size: int, kv: Sequence[int], compressed: Sequence[int], dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, list[int]]]:
     """Dtype and shape that the tensors of a sparse layer have, by the first part of their names."""
-    shapes: dict[str, Any] = {name: [pages, block_size, *kv] for name in ("keys", "values")}
+    shapes: dict[str, Any] = {"kv": [pages, 2, block_size, *kv]}
     shapes |= {name: [pages, n, *kv] for name, n in zip(("k1", "k2"), compressed, strict=True)}
     return {name: (dtype, shape) for name, shape in shapes.items()} | {
         "sums": (torch.uint8, [pages, SUM_BYTES])

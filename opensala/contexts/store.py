@@ -10,10 +10,11 @@ from typing import Any
 
 from ..runs import write_errors
 from .checks import damaged, sync_folder
-from .folder import ContextFolder, link_files
+from .folder import ContextFolder, is_ours, link_files
 from .manifest import MANIFEST, Manifest, read_manifest
 from .segment import Counter
 
+SUFFIX = ".ctx"  # of a context's folder, by custom
 _PREFIX = "context/"  # of the names in an exported file
 Progress = Callable[[int], None]  # called with a number of bytes that were done
 
@@ -25,6 +26,15 @@ class Listed:
     path: Path
     manifest: Manifest | None
     problem: str = ""
+
+
+def is_context(path: str) -> bool:
+    """Whether a user who names this path means a context: by its ending, or by what lies there."""
+    folder = Path(path)
+    if folder.suffix == SUFFIX:
+        return True
+    found = folder.is_dir() and (folder / MANIFEST).exists()
+    return found and any(is_ours(p.name) and p.name != MANIFEST for p in folder.iterdir())
 
 
 def list_contexts(folder: str | Path) -> Iterator[Listed]:
@@ -41,7 +51,7 @@ def list_contexts(folder: str | Path) -> Iterator[Listed]:
             try:
                 yield Listed(path, read_manifest(path))
             except ValueError as error:
-                if path.suffix == ".ctx" or path == folder or "no context" not in str(error):
+                if path.suffix == SUFFIX or path == folder or "no context" not in str(error):
                     yield Listed(path, None, str(error))
 
 

@@ -96,7 +96,7 @@ def test_flipped_while_it_is_open(kept, tmp_path):
                 if name.startswith("segment"):
                     if change == "flip":
                         (header,) = struct.unpack("<Q", files[name][:8])
-                        places = json.loads(files[name][8 : 8 + header])["keys.0"]["data_offsets"]
+                        places = json.loads(files[name][8 : 8 + header])["kv.0"]["data_offsets"]
                         first = 8 + header + places[0]
                         with open(copy / name, "r+b") as file:
                             for place in range(first, len(files[name]), 97):

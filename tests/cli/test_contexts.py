@@ -1,0 +1,127 @@
+"""ingest, ask about a context, chat and contexts, as commands: streams, exit codes, one line for bad
+input."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from opensala.cli import main
+
+FILLER = "Nothing of note happened on that day, and nobody wrote anything down.\n" * 60
+FACT = "The access code for blue-falcon is 48213."
+QUESTION = "What is the access code for blue-falcon?"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    (tmp_path / "report.txt").write_text(f"{FILLER}{FACT}\n{FILLER}")
+    (tmp_path / "more.txt").write_text("The captain of Silver Heron is Orla Brandt.\n")
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["opensala", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+def test_a_context_from_its_making_to_its_end(run):
+    code, out, err = run("ingest", "report.txt", "-o", "a.ctx")
+    assert code == 0 and out.startswith("a.ctx: ") and out.endswith(" tokens of report.txt\n")
+    assert "reading" in err
+    code, out, err = run("ask", "a.ctx", "-q", QUESTION, "--json", "--quiet")
+    record = json.loads(out)
+    assert code == 0 and err == "" and record["answer"] == "48213"
+    assert 0 < record["prompt_tokens"] - record["reused_tokens"] < 40
+    assert run("ingest", "report.txt", "-o", "a.ctx", "--quiet")[0] == 0  # whole already
+    assert run("contexts", "fork", "a.ctx", "b.ctx") == (0, "b.ctx\n", "")
+    code, out, err = run("contexts", "extend", "b.ctx", "more.txt", "--quiet")
+    assert code == 0 and "report.txt, more.txt" in out and err == ""
+    code, out, _ = run("ask", "b.ctx", "-q", "Who is the captain of Silver Heron?", "--quiet")
+    assert (code, out) == (0, "Orla Brandt\n")
+    code, out, _ = run("contexts", "list", "--json")
+    assert [(c["path"], c["documents"]) for c in json.loads(out)] == [
+        ("a.ctx", ["report.txt"]),
+        ("b.ctx", ["report.txt", "more.txt"]),
+    ]
+    code, out, err = run("contexts", "verify", "b.ctx", "--quiet")
+    assert code == 0 and out.endswith("bytes, as they were written\n") and err == ""
+    assert run("contexts", "export", "b.ctx", "b.tar", "--quiet")[0] == 0
+    assert run("contexts", "import", "b.tar", "c.ctx", "--quiet")[:2] == (0, "c.ctx\n")
+    code, out, _ = run("contexts", "info", "c.ctx")
+    assert code == 0 and out.startswith("c.ctx: ") and "attention and float32" in out
+    code, out, _ = run("contexts", "rm", "a.ctx", "b.ctx", "c.ctx")
+    assert code == 0 and out.count("bytes removed") == 3
+    assert run("contexts", "list")[:2] == (0, "")
+
+
+def test_a_conversation(run):
+    assert run("ingest", "report.txt", "-o", "a.ctx", "--quiet")[0] == 0
+    said = [QUESTION, "", "/docs", "/save", QUESTION, "/undo", "/undo 2", "/fork", "/fork b.ctx", "/undo x"]
+    code, out, err = run("chat", "a.ctx", stdin="\n".join([*said, "/nothing", "/help", ""]))
+    assert (code, out) == (0, "48213\n48213\n")
+    for words in (
+        "first token after",
+        "report.txt: 8,",
+        "saved to a.ctx",
+        "1 question with answer left",
+        "turns to undo must be 1 to 1, got 2",
+        "/fork needs the name of a new context",
+        "forked to b.ctx",
+        "/undo takes a number",
+        "/nothing is no command",
+        "/quit ",
+    ):
+        assert words in err, words
+    for path in ("a.ctx", "b.ctx"):
+        code, out, _ = run("contexts", "info", path, "--json")
+        assert json.loads(out)["turns"] == [{"question": QUESTION, "answer": "48213"}]
+    code, out, err = run("chat", "b.ctx", "--quiet", stdin=f"{QUESTION}\n/quit\n{QUESTION}\n")
+    assert (code, out, err) == (0, "48213\n", "")
+    code, out, err = run("chat", "--max-new-tokens", "4", stdin=f"{FACT} {QUESTION}\n/save c.ctx\n/save\n")
+    assert code == 0 and err.count("saved to c.ctx") == 2
+    code, _, err = run("chat", stdin="/save\nhello\n")
+    assert code == 0 and "the context has no folder yet" in err and "1 question with answer not saved" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ask", "a.ctx", "-q", "x"], "a.ctx: there is no such context"),
+        (["ask", "a.ctx", "report.txt", "-q", "x"], "is a context, which is asked alone"),
+        (["ask", "file.ctx", "-q", "x"], "file.ctx: a file, no context"),
+        (["ask", "empty.ctx", "-q", "x"], "empty.ctx: no context: it has no manifest.json"),
+        (["chat", "nowhere"], "nowhere: there is no such context"),
+        (["ingest", "report.txt"], "Missing option"),
+        (["ingest", "report.txt", "-o", ""], "--output is empty"),
+        (["ingest", "report.txt", "-o", "file.ctx"], "file.ctx is a file: give a folder"),
+        (["ingest", "report.txt", "-o", "full"], "full is not empty"),
+        (["ingest", "nowhere.txt", "-o", "b.ctx"], "nowhere.txt: no such file"),
+        (["contexts", "info", "full"], "full: no context"),
+        (["contexts", "list", "nowhere"], "nowhere: no such folder"),
+        (["contexts", "verify", "nowhere"], "nowhere: there is no such context"),
+        (["contexts", "fork", "nowhere", "b.ctx"], "nowhere: there is no such context"),
+        (["contexts", "export", "nowhere", "b.tar"], "nowhere: there is no such context"),
+        (["contexts", "import", "nowhere", "b.ctx"], "nowhere: no such file"),
+        (["contexts", "import", "report.txt", "b.ctx"], "report.txt"),
+        (["contexts", "rm", "full"], "full: no context"),
+        (["contexts", "extend", "nowhere", "report.txt"], "nowhere: there is no such context"),
+        (["contexts", "frob"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, arguments, words):
+    (tmp_path / "file.ctx").write_text("x")
+    (tmp_path / "empty.ctx").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    code, out, err = run(*arguments)
+    lines = [line for line in err.splitlines() if not line.startswith("note:")]
+    assert (
+        (code, out, len(lines)) == (2, "", 1) and lines[0].startswith("opensala: ") and words in lines[0]
+    ), err
+    assert not (tmp_path / "b.ctx").exists() and (tmp_path / "full" / "mine.txt").exists()

@@ -1,0 +1,109 @@
+"""Kill a process with SIGKILL while it reads into a context, open what it left, go on, compare every bit.
+
+`python -m tests.contexts.kill 50` does it fifty times. The processes are forks of this one, which loads torch
+once; it must run with OMP_NUM_THREADS=1.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from opensala.contexts import Context, context, read_manifest
+from opensala.contexts.folder import ContextFolder
+from opensala.contexts.store import verify
+
+from .tools import PARAMS, documents, engine, model, outcome
+
+context.SEGMENT_PAGES = 5
+FIRST, SECOND = documents(2500), documents(1500, 1, "more.txt")
+
+
+def ingest(of, path):
+    Context.ingest(engine(of), FIRST, path).close()
+
+
+def extend(of, path):
+    with Context.open(engine(of), path, write=True) as kept:
+        if len(kept.documents) < 2 or not kept.is_whole:
+            kept.extend(SECOND)
+
+
+def content(path):
+    """Tokens, keys, values, compressed keys and last states of a context, as bytes."""
+    folder = ContextFolder.open(path)
+    files = [folder.segment(known) for known in folder.manifest.segments]
+    tokens = b"".join(file.tensor("tokens").numpy().tobytes() for file in files)
+    rows = []
+    for number, index in folder.manifest.page_sources():
+        for layer in files[number].layers():
+            page = [memoryview(bytearray(files[number]._page_place(layer, 0)[1] // 2)) for _ in range(2)]
+            files[number].read_page(layer, index, *page)
+            rows += [page[0].tobytes(), page[1].tobytes()]
+            rows += [files[number].tensor(f"{n}.{layer}")[index].numpy().tobytes() for n in ("k1", "k2")]
+    states = [files[-1].tensor(n).numpy().tobytes() for n in files[-1].known.sums if n.startswith("state.")]
+    return tokens, rows, states, [d.name for batch in folder.texts() for d in batch]
+
+
+def killed(work, of, path, after):
+    """Fork a process that works on the path, and kill it after so many seconds; whether it was still at
+    it."""
+    child = os.fork()
+    if not child:
+        try:
+            work(of, path)
+        finally:
+            os._exit(0)
+    time.sleep(after)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def main(rounds):
+    of, rng, folder = model(), random.Random(4), Path(tempfile.mkdtemp())
+    paths, lengths, wanted = {}, {}, {}
+    for work in (ingest, extend):
+        path, start = folder / f"{work.__name__}.ctx", time.perf_counter()
+        if work is extend:
+            shutil.copytree(paths[ingest], path)
+        work(of, path)
+        paths[work], lengths[work] = path, time.perf_counter() - start
+        with Context.open(engine(of), path) as kept:
+            wanted[work] = outcome(kept.ask("who?", PARAMS)), content(path)
+    hits = partial = 0
+    for n in range(rounds):
+        work, path = (ingest, extend)[n % 2], folder / "killed.ctx"
+        shutil.rmtree(path, ignore_errors=True)
+        if work is extend:
+            shutil.copytree(paths[ingest], path)
+        hits += killed(work, of, path, rng.uniform(0, 1.1 * lengths[work]))
+        if path.exists() and (path / "manifest.json").exists():
+            verify(path)
+            tokens = read_manifest(path).tokens
+            assert content(path)[0] == wanted[work][1][0][: 4 * tokens] if tokens else True
+            with Context.open(engine(of), path) as kept:
+                assert len(kept.tokens) == tokens
+                partial += 0 < tokens < kept.manifest.planned
+        work(of, path)
+        found = content(path)
+        assert found == wanted[work][1], f"round {n}: other bits after {work.__name__}"
+        running = engine(of)
+        with Context.open(running, path) as kept:
+            assert outcome(kept.ask("who?", PARAMS)) == wanted[work][0]
+        running.check_integrity()
+        assert not [p for p in path.iterdir() if p.name.endswith((".partial", ".lock"))]
+    shutil.rmtree(folder)
+    print(
+        f"{rounds} rounds: {hits} killed at work, {partial} of them left a part; all went on to the same bits"
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]))
