@@ -1,7 +1,6 @@
 """The application: the routes of all APIs, their errors, and their description."""
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -22,8 +21,6 @@ from .openai_schema import ChatRequest, CompletionRequest, ResponsesRequest
 from .responses import responses
 from .schema import ApiRequest
 from .service import Service
-
-_log = logging.getLogger("opensala.server")
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 _POSTS: tuple[tuple[str, Handler, type[ApiRequest]], ...] = (
@@ -66,7 +63,6 @@ def create_app(service: Service, hosts: frozenset[str] | None = None) -> FastAPI
     _add_gets(app, service)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_defect)
     app.add_middleware(Guard, service=service, hosts=hosts)
     return app
 
@@ -141,9 +137,3 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     )
     where = f"{request.method} {request.url.path}"[:200]
     return await _on_api_error(request, ApiError(error.status_code, f"{text}: {where}", code="not_found"))
-
-
-async def _on_defect(request: Request, error: Exception) -> Response:
-    """A defect of ours: the log has it, the client is told no more than that."""
-    _log.error("a request failed", exc_info=error)
-    return await _on_api_error(request, ApiError(500, "the server failed on this request; its log says how"))

@@ -4,6 +4,7 @@ Plain ASGI, so that a request that is streamed counts until its stream ends.
 """
 
 import asyncio
+import logging
 import time
 import uuid
 
@@ -15,8 +16,8 @@ from .errors import ApiError
 from .http import Gone, api_of
 from .service import Service
 
+_log = logging.getLogger("opensala.server")
 _OPEN = ("/health",)  # paths that need no key
-_METHODS = frozenset({"GET", "POST", "HEAD"})
 
 
 class Guard:
@@ -54,6 +55,13 @@ class Guard:
             await _refuse(error, scope, receive, answer)
         except Gone:
             await _cut(scope)
+        except Exception:  # a defect of ours: the log has it, the client is told no more than that it was one
+            _log.exception("a request failed")
+            if status:  # in the middle of an answer
+                await _cut(scope)
+            else:
+                error = ApiError(500, "the server failed on this request; its log says how")
+                await _refuse(error, scope, receive, answer)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")
