@@ -6,7 +6,8 @@ snapshot. Keys and values alone are worth nothing to a hybrid model: a text can 
 is a snapshot of its states too, so a match ends at the deepest snapshot, and says how far the pages alone
 would have
 gone. Texts read densely and texts read sparsely stand in trees of their own: a token's keys and values depend
-on the mode in which the tokens before it were read.
+on the mode in which the tokens before it were read. So do the texts of each namespace: what was read in one
+is never found, nor its length told, in another.
 
 Snapshots are evicted apart from pages, the least recently used first.
 """
@@ -70,7 +71,7 @@ class PrefixTree:
 
     def __init__(self, pages: Pool, slots: Pool, page_size: int) -> None:
         self.pages, self.slots, self.page_size = pages, slots, page_size
-        self._roots = {mode: Node((), -1, None) for mode in (False, True)}
+        self._roots: dict[tuple[str, bool], Node] = {}  # by namespace and mode, those that hold something
         self._snapshots: set[Node] = set()
         # how often the tree itself holds a page: a tail may share a node's
         self._held: Counter[int] = Counter()
@@ -80,10 +81,11 @@ class PrefixTree:
     def num_snapshots(self) -> int:
         return len(self._snapshots)
 
-    def match(self, tokens: Sequence[int], sparse: bool, limit: int) -> Match:
+    def match(self, tokens: Sequence[int], sparse: bool, limit: int, namespace: str = "") -> Match:
         """The longest beginning of `tokens`, of at most `limit` tokens, that can be continued; nothing is
         held by it."""
-        path, tail = self._deepest_snapshot(tokens, sparse, limit)
+        root = self._roots.get((namespace, sparse)) or Node((), -1, None)
+        path, tail = self._deepest_snapshot(root, tokens, limit)
         last = tail or (path.nodes[path.snapshot - 1] if path.snapshot else None)
         nodes = path.nodes[: path.snapshot] + ([tail] if tail else [])
         now = next(self._clock)
@@ -96,10 +98,8 @@ class PrefixTree:
             paged=len(path.nodes) * self.page_size,
         )
 
-    def _deepest_snapshot(
-        self, tokens: Sequence[int], sparse: bool, limit: int
-    ) -> tuple["_Path", Node | None]:
-        path, node, best = _Path([], 0), self._roots[sparse], None
+    def _deepest_snapshot(self, root: Node, tokens: Sequence[int], limit: int) -> tuple["_Path", Node | None]:
+        path, node, best = _Path([], 0), root, None
         while True:
             start = len(path.nodes) * self.page_size
             rest = tuple(tokens[start : min(start + self.page_size, limit)])
@@ -116,7 +116,12 @@ class PrefixTree:
                 path.snapshot, best = len(path.nodes), None
 
     def insert(
-        self, tokens: Sequence[int], sparse: bool, pages: Sequence[int], slot: int | None
+        self,
+        tokens: Sequence[int],
+        sparse: bool,
+        pages: Sequence[int],
+        slot: int | None,
+        namespace: str = "",
     ) -> dict[int, int]:
         """Remember that `tokens` lie in `pages`, and that `slot` holds the states behind the last of them.
 
@@ -124,10 +129,13 @@ class PrefixTree:
         not
         held twice: the number of each page maps to the one to use instead, for the caller to swap.
 
-        Without a slot, only full pages are remembered.
+        Without a slot, only full pages are remembered. Only matches of the same namespace find them.
         """
-        node, swapped, now = self._roots[sparse], {}, next(self._clock)
         full = len(tokens) // self.page_size
+        if not full and (slot is None or not len(tokens)):
+            return {}  # nothing to remember
+        root = self._roots.setdefault((namespace, sparse), Node((), -1, None))
+        node, swapped, now = root, dict[int, int](), next(self._clock)
         for i in range(full):
             key = tuple(tokens[i * self.page_size : (i + 1) * self.page_size])
             child = node.children.get(key)
@@ -183,9 +191,7 @@ class PrefixTree:
             if node.slot is not None:
                 self.slots.release([node.slot])
         self._snapshots.clear()
-        for root in self._roots.values():
-            root.children.clear()
-            root.tails.clear()
+        self._roots.clear()
 
     def held_pages(self) -> Iterator[int]:
         return (node.page for node in self._nodes())
@@ -198,6 +204,7 @@ class PrefixTree:
         nodes = list(self._nodes())
         assert self._held == Counter(n.page for n in nodes), "the count of pages is wrong"
         assert {n for n in nodes if n.slot is not None} == self._snapshots, "the set of snapshots is wrong"
+        assert all(r.children or r.tails for r in self._roots.values()), "an empty namespace was kept"
         for node in nodes:
             assert node.parent is not None, "a node hangs below its parent"
             is_tail = len(node.tokens) < self.page_size
@@ -231,6 +238,12 @@ class PrefixTree:
         if node.slot is not None:
             self.slots.release([node.slot])
             self._snapshots.discard(node)
+        if node.parent.parent is None:
+            self._drop_empty_roots()
+
+    def _drop_empty_roots(self) -> None:
+        for where in [w for w, root in self._roots.items() if not (root.children or root.tails)]:
+            del self._roots[where]
 
     def _forget_snapshot(self, node: Node) -> None:
         if len(node.tokens) < self.page_size:  # a tail is nothing without it

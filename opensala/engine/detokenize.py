@@ -24,7 +24,12 @@ class Detokenizer:
         self._start = self._read = 0  # tokens before `start` are decoded for good; up to `read`, as context
         self.text = ""  # decoded so far
         self._given = 0  # characters of it that were handed out
-        self.stopped = False
+        self.stop: str | None = None  # the stop text that came
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text came."""
+        return self.stop is not None
 
     def add(self, token: int) -> str:
         """Take the next token; returns the text that is certain now. After it, `stopped` says whether a stop
@@ -59,9 +64,10 @@ class Detokenizer:
     def _cut_at_stop(self) -> None:
         """End the text before the first stop text; none begins in what was handed out, for its beginning is
         held back."""
-        found = [place for stop in self._stop if (place := self.text.find(stop, self._given)) >= 0]
+        found = [(place, stop) for stop in self._stop if (place := self.text.find(stop, self._given)) >= 0]
         if found:
-            self.text, self.stopped = self.text[: min(found)], True
+            place, self.stop = min(found)
+            self.text = self.text[:place]
 
     def _held_back(self) -> int:
         """Characters at the end that may be the beginning of a stop text."""

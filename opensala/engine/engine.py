@@ -226,6 +226,7 @@ class Engine:
         *,
         request_id: str | None = None,
         marks: SequenceOf[int] = (),
+        namespace: str = "",
     ) -> str:
         """Take a request; its tokens come with later steps.
 
@@ -234,6 +235,7 @@ class Engine:
             params: how to continue it; greedily by default.
             request_id: its name; a number by default.
             marks: places in the prompt (ends of documents or turns) from which later prompts may continue.
+            namespace: only requests of the same one share what was read.
 
         Returns:
             The request's id.
@@ -271,7 +273,7 @@ class Engine:
         self.check_prompt(len(ids), params.max_tokens)
         self._check_room(ids, params.max_tokens)
         sequence = Sequence(
-            request_id, ids, len(ids), params, self.config.attention_rule, next(self._numbers)
+            request_id, ids, len(ids), params, self.config.attention_rule, next(self._numbers), namespace
         )
         sequence.marks = sorted({m for m in marks if m <= len(ids)})
         drafts = self.options.speculate if params.speculate is None else params.speculate
@@ -493,7 +495,7 @@ class Engine:
         del self._requests[sequence.request_id]
         rest = request.detokenizer.finish()
         done.text, done.finish_reason, done.error = request.detokenizer.text, reason, error
-        done.reuse = sequence.reuse
+        done.reuse, done.stop = sequence.reuse, request.detokenizer.stop
         if request.drafter is not None:
             done.drafted, done.accepted = request.drafter.proposed, request.drafter.accepted
         return TokenEvent(sequence.request_id, None, rest, completion=done)

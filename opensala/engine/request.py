@@ -152,6 +152,7 @@ class Completion:
         top: for each token the most likely ones and their log-probabilities, if asked for.
         scores: log-probability of each prompt token asked for, and whether it was the most likely one.
         finish_reason: why it ended.
+        stop: the stop text that ended it; None if something else did.
         error: what went wrong, if that is why.
         reuse: what of the prompt was at hand; None if it never ran.
         drafted, accepted: tokens guessed, and of them right.
@@ -164,6 +165,7 @@ class Completion:
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     scores: list[tuple[float, bool]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop: str | None = None
     error: str | None = None
     reuse: Reuse | None = None
     drafted: int = 0
@@ -211,6 +213,7 @@ class Sequence:
         marks: places, ascending, at which a snapshot is to be kept.
         draft: tokens guessed for the next step.
         arrival: number of its arrival, for order.
+        namespace: whose texts it may continue from; its own can be continued from there only.
     """
 
     request_id: str
@@ -219,6 +222,7 @@ class Sequence:
     params: SamplingParams
     rule: AttentionRule
     arrival: int
+    namespace: str = ""
     num_cached: int = 0
     pages: array = field(default_factory=lambda: array("i"))
     slot: int = -1

@@ -108,7 +108,7 @@ class Scheduler:
         Prompts that begin alike get a mark where they part, so that what they share is read once.
         """
         for other in self.sequences():
-            if other.is_reading and other.is_sparse(0) == sequence.is_sparse(0):
+            if other.is_reading and _may_share(other, sequence):
                 common = min(
                     _common(other.tokens, sequence.tokens), other.num_prompt - 1, sequence.reuse_limit
                 )
@@ -135,7 +135,11 @@ class Scheduler:
         if not length or sequence.slot < 0 or sequence.uniform_length() < length:
             return
         swapped = self.tree.insert(
-            sequence.tokens[:length], sequence.is_sparse(0), sequence.pages, sequence.slot
+            sequence.tokens[:length],
+            sequence.is_sparse(0),
+            sequence.pages,
+            sequence.slot,
+            sequence.namespace,
         )
         for i, page in enumerate(sequence.pages[: length // self.page_size]):
             if page in swapped:
@@ -307,9 +311,9 @@ class Scheduler:
         for that."""
         sequence = self.waiting[0]
         limit = sequence.reuse_limit
-        here = self.tree.match(sequence.tokens, sequence.is_sparse(0), limit).length
+        here = self.tree.match(sequence.tokens, sequence.is_sparse(0), limit, sequence.namespace).length
         for other in self.running:
-            if other.is_reading and other.is_sparse(0) == sequence.is_sparse(0):
+            if other.is_reading and _may_share(other, sequence):
                 common = min(_common(other.tokens, sequence.tokens), limit)
                 coming = [m for m in other.marks if other.num_cached < m <= common]
                 if coming and max(coming) >= here + self.limits.min_shared:
@@ -321,7 +325,7 @@ class Scheduler:
         for it."""
         sparse = sequence.is_sparse(0)
         limit = sequence.mode_end(0, sequence.reuse_limit) if sequence.reuse_limit else 0
-        match = self.tree.match(sequence.tokens, sparse, limit)
+        match = self.tree.match(sequence.tokens, sparse, limit, sequence.namespace)
         full, part = divmod(match.length, self.page_size)
         self.pages.share(match.pages)  # held before anything is evicted to make room
         self.slots.share([match.slot] if match.slot is not None else [])
@@ -389,6 +393,11 @@ class Scheduler:
         for sequence in self.running:
             needed = -(-sequence.num_cached // self.page_size)
             assert len(sequence.pages) >= needed, f"{sequence.request_id} lacks pages"
+
+
+def _may_share(a: Sequence, b: Sequence) -> bool:
+    """Whether one may continue from what the other reads."""
+    return a.namespace == b.namespace and a.is_sparse(0) == b.is_sparse(0)
 
 
 def _common(a: array, b: array) -> int:

@@ -14,11 +14,11 @@ def tree():
     return PrefixTree(Pool(100, "pages"), Pool(20, "state slots"), PAGE)
 
 
-def read(tree, tokens, slot=True, sparse=False):
+def read(tree, tokens, slot=True, sparse=False, namespace=""):
     """Remember a text as a sequence would that read it, and let go of it."""
     pages = tree.pages.take(-(-len(tokens) // PAGE))
     slots = tree.slots.take(1) if slot else []
-    swapped = tree.insert(tokens, sparse, pages, slots[0] if slots else None)
+    swapped = tree.insert(tokens, sparse, pages, slots[0] if slots else None, namespace)
     tree.pages.release(pages)
     tree.slots.release(slots)
     tree.check_integrity()
@@ -111,3 +111,23 @@ def test_random_texts_against_a_plain_list(tree):
         limit = len(asked) - 1
         wanted = max((len(t) for t in known if len(t) <= limit and asked[: len(t)] == t), default=0)
         assert tree.match(asked, False, limit).length == wanted
+
+
+def test_namespaces_do_not_share_and_do_not_tell(tree):
+    """Neither what can be continued nor how much was read: another key must not learn what one read."""
+    text = list(range(10))
+    read(tree, text, namespace="a")
+    here, there = tree.match([*text, 9], False, 10, "a"), tree.match([*text, 9], False, 10, "b")
+    assert here.length == 10 and here.paged == 8
+    assert there.length == there.paged == 0 and tree.match([*text, 9], False, 10).paged == 0
+    pages, swapped = read(tree, text, namespace="b")  # held again, not handed over
+    assert not swapped and tree.match([*text, 9], False, 10, "b").pages == pages
+
+
+def test_a_namespace_that_was_forgotten_leaves_nothing(tree):
+    for n in range(15):
+        read(tree, [n] * 8, namespace=f"key-{n}")
+        read(tree, [n] * 3, slot=False, namespace=f"short-{n}")
+    tree.evict_pages(tree.pages.size)
+    tree.check_integrity()
+    assert not tree._roots and tree.pages.num_free == tree.pages.size

@@ -53,7 +53,7 @@ def test_bytes_that_are_no_text_come_at_the_end():
 def test_an_answer_ends_before_a_stop_text(text, stop, wanted):
     parts, one = stream(text, stop)
     assert "".join(parts) == one.text == wanted
-    assert one.stopped == (wanted != text)
+    assert one.stopped == (wanted != text) and (one.stop in stop if one.stopped else one.stop is None)
 
 
 def test_random_texts_with_random_stops():

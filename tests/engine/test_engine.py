@@ -421,3 +421,26 @@ def test_a_sequence_keeps_integers():
     running.add(ids(5))
     (sequence,) = running.scheduler.sequences()
     assert isinstance(sequence.tokens, array) and isinstance(sequence.pages, array)
+
+
+def test_namespaces_share_nothing():
+    """Neither after the fact nor while both read: what one key sent must not show in another's account."""
+    model, text = tiny_model(), ids(400)
+    running, params = engine(model), SamplingParams(max_tokens=4, ignore_eos=True)
+    for name in ("a", "b"):
+        running.add([*text, 5], params, request_id=f"{name}1", marks=[300], namespace=name)
+    assert [s.marks for s in running.scheduler.waiting] == [[300], [300]]  # none where the two part
+    ends = {}
+
+    def finish():
+        while running.has_work:
+            ends.update({e.request_id: e.completion for e in running.step() if e.completion is not None})
+            running.check_integrity()
+
+    finish()
+    for name in ("a", "c"):
+        running.add([*text, 6], params, request_id=f"{name}2", namespace=name)
+    finish()
+    assert [ends[i].reuse.reused for i in ("a1", "b1", "a2", "c2")] == [0, 0, 300, 0]
+    assert ends["c2"].reuse.why == ends["b1"].reuse.why == "this text was not read before"
+    assert same(ends["a2"], by_hand(model, [*text, 6], 4))

@@ -1,0 +1,224 @@
+"""From a conversation to a prompt: what a server is sent as messages, as token ids.
+
+A tokenizer with a chat template gets the messages through it. One without gets the form that `ask` uses, text
+first, then a question, then the answer:
+
+- System messages and the documents in user messages stand as they are, with a blank line between them.
+- Of a user message the question is the last part, if it came in several parts, else its last paragraph; what
+  comes before it is a document.
+- Earlier questions stand with their answers where they were asked.
+
+Lines of a system message that change from call to call would make everything behind them new text. So lines
+that are addressed to a provider's billing are left out, and lines that say what day or time it is move to the
+end of the last user message (before its question): the model sees them, and what stands before them is read
+once.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+
+from ..data.facts import format_question
+from ..data.prompts import PromptFormat
+from .decode import check_text
+
+ROLES = ("system", "user", "assistant")
+_BILLING = re.compile(r"\s*x-[\w-]*billing[\w-]*\s*[:=]", re.I)
+_DATE = re.compile(
+    r"\s*(?:[-*#]\s*)?(?:(?:the )?(?:current|today's|today’s) (?:local |utc )?(?:date|time|datetime)"
+    r"|today|now)(?: and time)?\s*(?:is\b|[:=]).*\d",
+    re.I,
+)
+_LONGEST_DATE = 160  # characters; a longer line says more than the date
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+        role: system, user or assistant.
+        parts: its texts, in order.
+    """
+
+    role: str
+    parts: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.parts)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """What the engine is given.
+
+    Attributes:
+        ids: token ids.
+        marks: places in them, ascending, from which later prompts may continue: ends of documents and turns.
+        stop: texts at which an answer ends.
+        trims: whether blanks around an answer belong to the form, not to the answer.
+    """
+
+    ids: list[int]
+    marks: tuple[int, ...]
+    stop: tuple[str, ...]
+    trims: bool
+
+
+@dataclass
+class _Text:
+    """A prompt as text, with the places worth a mark."""
+
+    text: str = ""
+    places: list[int] = field(default_factory=list)
+
+    def mark(self) -> None:
+        self.places.append(len(self.text))
+
+    def paragraph(self, text: str) -> None:
+        self.text += ("\n\n" if self.text and text else "") + text
+
+
+def encode_chat(
+    tokenizer: Any, messages: Sequence[Message], *, continue_final: bool = False, stable: bool = True
+) -> ChatPrompt:
+    """Token ids of a conversation whose next turn is the model's.
+
+    Args:
+        tokenizer: of transformers.
+        messages: at least one of them a user's.
+        continue_final: the last message is the beginning of the model's answer.
+        stable: leave out and move lines of system messages that change from call to call (see above).
+
+    Raises:
+        ValueError: an unknown role, no text to answer, an order of messages that the model's form does not
+            have, text that is not valid Unicode.
+    """
+    _check(messages, continue_final)
+    late = ""
+    if stable:
+        messages, late = _split_volatile(messages)
+    form = PromptFormat(tokenizer)
+    made = _from_template(form, messages, late, continue_final) if form.uses_chat else _plain(messages, late)
+    options: dict[str, Any] = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
+    found = tokenizer(made.text, add_special_tokens=not form.uses_chat, verbose=False, **options)
+    ids = found["input_ids"]
+    marks: set[int] = set()
+    if tokenizer.is_fast:
+        ends = [place[1] for place in found["offset_mapping"]]
+        marks = {bisect_right(ends, place) for place in made.places}
+    return ChatPrompt(
+        ids,
+        tuple(sorted(m for m in marks if 0 < m < len(ids))),
+        tuple(form.stop_strings),
+        not form.uses_chat,
+    )
+
+
+def _check(messages: Sequence[Message], continue_final: bool) -> None:
+    for number, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise ValueError(
+                f"messages[{number}].role must be one of {', '.join(ROLES)}, got {message.role!r}"
+            )
+        for part in message.parts:
+            if part:
+                check_text(f"messages[{number}]", part)
+    if not any(m.role == "user" and m.text.strip() for m in messages):
+        raise ValueError("messages hold no text of a user to answer")
+    if continue_final and messages[-1].role != "assistant":
+        raise ValueError("only an answer can be continued: the last message must be the assistant's")
+
+
+def _split_volatile(messages: Sequence[Message]) -> tuple[list[Message], str]:
+    """The messages without lines that change from call to call, and those of them that go to the end."""
+    kept: list[Message] = []
+    late: list[str] = []
+    for message in messages:
+        if message.role == "system":
+            parts = tuple(_stable_lines(part, late) for part in message.parts)
+            message = Message("system", tuple(part for part in parts if part.strip()))
+        kept.append(message)
+    return kept, "\n".join(late)
+
+
+def _stable_lines(text: str, late: list[str]) -> str:
+    lines = []
+    for line in text.split("\n"):
+        if _BILLING.match(line):
+            continue
+        if len(line) <= _LONGEST_DATE and _DATE.match(line):
+            late.append(line.strip())
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _plain(messages: Sequence[Message], late: str) -> _Text:
+    """The form of `ask`, for a model without chat template."""
+    made = _Text()
+    last = max(n for n, m in enumerate(messages) if m.role == "user")
+    if any(m.role == "system" for m in messages[last + 1 :]) or len(messages) > last + 2:
+        raise ValueError(
+            "messages must end with the user's question, or with the beginning of its answer: this model has "
+            "no chat template"
+        )
+    asked = False
+    for number, message in enumerate(messages):
+        if message.role == "assistant":
+            if not asked:
+                raise ValueError(
+                    f"messages[{number}] answers no question: this model has no chat template, so an "
+                    "assistant's message must follow a user's"
+                )
+            made.text += f" {message.text.strip()}" if message.text.strip() else ""
+            asked = False
+        elif message.role == "system":
+            made.paragraph(message.text)
+        else:
+            document, question = _question(message)
+            made.paragraph(document)
+            made.mark()
+            if number == last:
+                made.paragraph(late)
+            made.text += format_question(question) if made.text else format_question(question).lstrip("\n")
+            asked = True
+    return made
+
+
+def _question(message: Message) -> tuple[str, str]:
+    """A user message's document (it may be empty) and question."""
+    parts = [part.replace("\r\n", "\n") for part in message.parts if part.strip()]
+    if len(parts) > 1:
+        return "\n\n".join(parts[:-1]), parts[-1].strip()
+    document, _, question = (parts[0] if parts else "").rstrip().rpartition("\n\n")
+    return document, question.strip()
+
+
+def _from_template(form: PromptFormat, messages: Sequence[Message], late: str, continue_final: bool) -> _Text:
+    turns = [{"role": m.role, "content": m.text} for m in messages if m.role != "system" or m.text]
+    last = max(n for n, turn in enumerate(turns) if turn["role"] == "user")
+    content = turns[last]["content"]
+    if late:
+        turns[last]["content"] = f"{content}\n\n{late}"
+    try:
+        text = form.tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=not continue_final,
+            continue_final_message=continue_final,
+        )
+        before = [form.tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (last,) if turns[:n]]
+    except jinja2.TemplateError as error:
+        raise ValueError(f"messages do not fit the model's chat template: {error}") from error
+    made = _Text(text)
+    made.places += [len(head) for head in before if text.startswith(head)]
+    found = text.rfind(content.strip())
+    if found >= 0:
+        made.places.append(found + len(content.strip()))
+    return made

@@ -1,0 +1,240 @@
+"""What the routes of all APIs stand on: a model's engine, its limits, and the way of a request through it."""
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..engine import Engine, SamplingParams
+from ..engine.chat import ChatPrompt, Message, encode_chat
+from .errors import ApiError, bad_request, from_value_error
+from .keys import KeyFile
+from .limits import Gate, ServerOptions
+from .loop import Closed, EngineLoop, Job, Ticket
+from .metrics import Metrics
+from .output import Piece, TokenTexts, Trimmer, Usage
+
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """A request under way: its jobs, and what they cost so far.
+
+    Attributes:
+        trim: one for each job.
+        counted: jobs whose account of the prompt counts; the other ones have a prompt in common with these.
+    """
+
+    ticket: Ticket
+    trim: list[Trimmer]
+    counted: Collection[int]
+    usage: Usage
+    started: float = field(default_factory=time.monotonic)
+
+
+class Service:
+    """A model that is served.
+
+    Args:
+        engine: with a tokenizer; it belongs to the service from `start` to `close`.
+        name: what clients call the model.
+        options: limits.
+        keys: who may use it; None for anybody who can connect.
+
+    Raises:
+        ValueError: an engine without a tokenizer.
+    """
+
+    def __init__(
+        self, engine: Engine, name: str, options: ServerOptions | None = None, keys: KeyFile | None = None
+    ) -> None:
+        if engine.tokenizer is None:
+            raise ValueError("a server needs an engine with a tokenizer")
+        self.engine, self.name, self.keys = engine, name, keys
+        self.options = options or ServerOptions()
+        self.loop = EngineLoop(engine)
+        self.gate = Gate(self.options)
+        self.metrics = Metrics(lambda: self.loop.stats)
+        self.created = int(time.time())
+        self.context = min(engine.capacity, engine.config.max_position_embeddings)
+        self._tokenizer = copy.deepcopy(engine.tokenizer)  # the engine's is used in its thread
+        self.tokens = TokenTexts(copy.deepcopy(engine.tokenizer), engine.end_ids)
+        self._encoder = ThreadPoolExecutor(1, "encoder")  # so that a long text stops no stream
+        self.temperature, self.top_p = _defaults(engine)
+
+    def start(self) -> None:
+        self.loop.start()
+
+    async def close(self) -> None:
+        """End what is under way, after the grace that the options give it."""
+        await self.loop.close(self.options.grace_seconds)
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    # --- the way of a request ---
+
+    def check_model(self, name: str) -> None:
+        if name != self.name:
+            shown = name if len(name) <= 100 else name[:97] + "..."
+            raise ApiError(
+                404,
+                f"The model {shown!r} does not exist; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def aside(self, work: Callable[[Any], T]) -> T:
+        """Run `work(tokenizer)` beside the event loop; its refusals are the caller's fault."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, work, self._tokenizer)
+        except ValueError as error:
+            raise from_value_error(error, {}) from None
+
+    async def chat(self, messages: Sequence[Message], continue_final: bool = False) -> ChatPrompt:
+        """The prompt of a conversation."""
+        stable = self.options.stable_prefix
+        return await self.aside(
+            lambda tokenizer: encode_chat(tokenizer, messages, continue_final=continue_final, stable=stable)
+        )
+
+    async def raw(self, prompt: str | list[int]) -> ChatPrompt:
+        """A prompt that is taken as it is."""
+        ids = await self.aside(lambda t: t(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+        return ChatPrompt(ids, (), (), False)
+
+    def room(self, prompt: int, asked: int | None, default: int, param: str) -> int:
+        """How many tokens to generate.
+
+        Raises:
+            ApiError: 400, the prompt or the answer asked for are too long.
+        """
+        most = self.options.max_prompt_tokens
+        if most is not None and prompt > most:
+            raise bad_request(
+                f"The prompt has {prompt:,} tokens, this server reads {most:,}",
+                param,
+                "context_length_exceeded",
+            )
+        if asked is not None and asked > self.options.max_new_tokens:
+            raise bad_request(
+                f"Invalid '{param}': at most {self.options.max_new_tokens:,} are generated, got {asked:,}",
+                param,
+                "invalid_value",
+            )
+        if prompt + (asked or 1) > self.context:
+            raise bad_request(
+                f"This model's maximum context length is {self.context:,} tokens. However, you requested "
+                f"{prompt + (asked or 1):,} tokens ({prompt:,} in the prompt, {asked or 1:,} in the answer)",
+                param,
+                "context_length_exceeded",
+            )
+        return asked or min(default, self.options.max_new_tokens, self.context - prompt)
+
+    def params(self, fields: dict[str, str], **given: Any) -> SamplingParams:
+        """Sampling parameters; what was not given is as the checkpoint's generation config has it.
+
+        Args:
+            fields: the request's names of parameters that have another name there.
+            given: as the request has them.
+
+        Raises:
+            ApiError: 400.
+        """
+        temperature, top_p = given.pop("temperature"), given.pop("top_p")
+        temperature = self.temperature if temperature is None else temperature
+        top_p = self.top_p if top_p is None else top_p
+        if top_p == 0:  # the most likely token alone
+            temperature, top_p = 0.0, 1.0
+        try:
+            return SamplingParams(temperature=temperature, top_p=top_p, **given)
+        except ValueError as error:
+            names = {name: fields.get(name, name) for name in (*given, "temperature", "top_p")}
+            raise from_value_error(error, names) from None
+
+    def submit(
+        self, owner: str, prompts: Sequence[ChatPrompt], params: Sequence[SamplingParams], count: int = 1
+    ) -> Run:
+        """Hand prompts to the engine, `count` times each.
+
+        Args:
+            params: of each choice, those of the first prompt first.
+
+        Raises:
+            ApiError: the engine cannot take them (400), or takes nothing any more (503).
+        """
+        every = [prompt for prompt in prompts for _ in range(count)]
+        jobs = [Job(p.ids, one, p.marks) for p, one in zip(every, params, strict=True)]
+        try:
+            ticket = self.loop.submit(owner, jobs)
+        except ValueError as error:
+            raise from_value_error(error, {}) from None
+        except Closed as error:
+            raise ApiError(503, str(error), code="unavailable", retry_after=5) from None
+        usage = Usage(prompt=sum(len(p.ids) for p in prompts))
+        return Run(ticket, [Trimmer(p.trims) for p in every], range(0, len(jobs), count), usage)
+
+    async def pieces(self, run: Run) -> AsyncIterator[Piece | None]:
+        """What the jobs of a request have to say, as it comes; None where there was nothing to say for
+        `ping_seconds`. Whoever stops listening ends the jobs.
+
+        Raises:
+            ApiError: the request took too long (504), or its engine failed (500, 503).
+        """
+        last: dict[int, float] = {}
+        pending: asyncio.Future[Any] | None = None
+        try:
+            while run.ticket.is_open:
+                pending = pending or asyncio.ensure_future(run.ticket.next())
+                left = run.started + self.options.request_seconds - time.monotonic()
+                await asyncio.wait({pending}, timeout=max(0.0, min(left, self.options.ping_seconds)))
+                if not pending.done():
+                    if left <= 0:
+                        most = self.options.request_seconds
+                        raise ApiError(504, f"the request took longer than {most:g} s", code="timeout")
+                    yield None
+                    continue
+                (index, event), pending = pending.result(), None
+                self._measure(run, last, index, event.token is not None)
+                if event.completion is not None:
+                    _check(event.completion.error)
+                    run.usage.add(event.completion)
+                    if index in run.counted:
+                        run.usage.account(event.completion)
+                yield Piece(index, run.trim[index].add(event.text), event)
+            self.metrics.prompt_tokens.inc(run.usage.prompt)
+            self.metrics.cached_tokens.inc(run.usage.cached)
+        finally:
+            run.ticket.cancel()
+            if pending is not None:
+                pending.cancel()
+
+    def _measure(self, run: Run, last: dict[int, float], index: int, is_token: bool) -> None:
+        if not is_token:
+            return
+        now = time.monotonic()
+        self.metrics.new_tokens.inc()
+        if index in last:
+            self.metrics.between_tokens.observe(now - last[index])
+        elif not last:
+            self.metrics.first_token.observe(now - run.started)
+        last[index] = now
+
+
+def _check(error: str | None) -> None:
+    if error is None:
+        return
+    if "shutting down" in error:
+        raise ApiError(503, error, code="unavailable", retry_after=5)
+    raise ApiError(500, error, code="engine_error")
+
+
+def _defaults(engine: Engine) -> tuple[float, float]:
+    """Temperature and top_p of the checkpoint's generation config: greedy unless it says `do_sample`."""
+    config = engine.model.generation_config
+    if config is None or not config.do_sample:
+        return 0.0, 1.0
+    temperature, top_p = config.temperature, config.top_p
+    return 1.0 if temperature is None else temperature, 1.0 if top_p is None else top_p

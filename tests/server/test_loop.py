@@ -1,0 +1,234 @@
+"""The engine's thread: jobs in, events out; what is cancelled gives its memory back; owners take turns."""
+
+import asyncio
+import random
+
+import pytest
+
+from opensala.engine import Engine, EngineOptions, FinishReason, SamplingParams
+from opensala.server.fairness import FairQueue
+from opensala.server.loop import Closed, EngineLoop, Job
+
+from ..conftest import tiny_model
+
+ENDLESS = SamplingParams(max_tokens=100_000, ignore_eos=True)
+
+
+def ids(length, seed=0):
+    rng = random.Random(seed)
+    return [rng.randrange(3, 97) for _ in range(length)]
+
+
+def make(**changes):
+    options = {"max_batch_tokens": 50, "max_running": 4, "max_cached_tokens": 120_000, "max_snapshots": 8}
+    return EngineLoop(Engine(tiny_model(), None, EngineOptions(**{**options, **changes})))
+
+
+def run(scenario, **changes):
+    """Run a scenario with a loop, and see that nothing is held when it is over."""
+
+    async def whole():
+        loop = make(**changes)
+        loop.start()
+        try:
+            await asyncio.wait_for(scenario(loop), 120)
+        finally:
+            await loop.close()
+        loop.engine.check_integrity()
+        assert not loop.engine.num_requests and not loop.engine.scheduler.running
+        loop.engine.scheduler.tree.clear()
+        assert loop.engine.scheduler.pages.num_free == loop.engine.scheduler.pages.size
+        assert loop.engine.scheduler.slots.num_free == loop.engine.scheduler.slots.size
+
+    asyncio.run(whole())
+
+
+def job(length=20, seed=0, tokens=5, **params):
+    return Job(ids(length, seed), SamplingParams(max_tokens=tokens, ignore_eos=True, **params))
+
+
+async def until(condition):
+    while not condition():  # noqa: ASYNC110 -- the engine's thread has no event to wait for
+        await asyncio.sleep(0.005)
+
+
+def test_a_job_gets_what_the_engine_gives():
+    wanted = make().engine.generate([job().prompt], job().params)[0]
+
+    async def scenario(loop):
+        tickets = [loop.submit("a", [job()]), loop.submit("b", [job(), job(seed=1)])]
+        first, both = await asyncio.gather(*(t.completions() for t in tickets))
+        assert first[0].tokens == both[0].tokens == wanted.tokens
+        assert both[1].tokens != wanted.tokens
+
+    run(scenario)
+
+
+def test_events_come_while_it_runs():
+    async def scenario(loop):
+        ticket, seen = loop.submit("a", [Job(ids(9), ENDLESS)]), 0
+        async for index, event in ticket:
+            assert index == 0
+            seen += event.token is not None
+            if seen == 5:
+                ticket.cancel()
+            if event.completion is not None:
+                assert event.finish_reason is FinishReason.ABORT
+        assert 5 <= seen < 100_000
+
+    run(scenario)
+
+
+def test_cancelling_frees_pages_and_places_at_once():
+    async def scenario(loop):
+        tickets = [loop.submit("a", [Job(ids(100, n), ENDLESS)]) for n in range(9)]
+        await until(lambda: loop.stats.running == 4)
+        assert loop.stats.waiting == 5
+        for ticket in tickets:
+            ticket.cancel()
+            ticket.cancel()
+        done = [await ticket.completions() for ticket in tickets]
+        assert {c.finish_reason for (c,) in done} == {FinishReason.ABORT}
+        await until(lambda: not loop.stats.running and not loop.stats.waiting)
+        tickets[0].cancel()  # after its end
+        assert (await loop.submit("a", [job()]).completions())[0].tokens
+
+    run(scenario)
+
+
+def test_what_cannot_be_is_refused_before_it_is_taken():
+    async def scenario(loop):
+        for bad, says in (
+            (job(0), "the prompt is empty"),
+            (Job([97], SamplingParams()), "between 0 and 96"),
+            (Job([5], SamplingParams(max_tokens=10**6)), "shorten the document"),
+            (Job([5], SamplingParams(logprobs=98)), "logprobs must be at most 97"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                loop.submit("a", [bad])
+        late = loop.submit("a", [Job([5], SamplingParams(stop=("x",)))])  # only the engine sees this one
+        (done,) = await late.completions()
+        assert done.finish_reason is FinishReason.ERROR and "stop texts need a tokenizer" in done.error
+
+    run(scenario)
+
+
+def test_owners_take_turns():
+    """One owner sends twenty jobs before another sends one: that one is not the last."""
+
+    async def scenario(loop):
+        order = []
+
+        async def finish(name, ticket):
+            await ticket.completions()
+            order.append(name)
+
+        many = [finish("many", loop.submit("many", [job(30, n, 3)])) for n in range(20)]
+        one = finish("one", loop.submit("one", [job(30, 99, 3)]))
+        await asyncio.gather(*many, one)
+        assert order.index("one") <= 6, order
+
+    run(scenario, max_running=2)
+
+
+def test_owners_do_not_share_prefixes():
+    async def scenario(loop):
+        for owner, reused in (("a", 0), ("a", 299), ("b", 0)):
+            (done,) = await loop.submit(owner, [Job(ids(300), SamplingParams(), (299,))]).completions()
+            assert done.reuse.reused == reused
+
+    run(scenario)
+
+
+def test_closing_lets_short_jobs_end_and_says_why_long_ones_do():
+    async def scenario(loop):
+        short, long = loop.submit("a", [job(tokens=30)]), loop.submit("a", [Job(ids(9), ENDLESS)])
+        waiting = [loop.submit("a", [Job(ids(9), ENDLESS)]) for _ in range(5)]
+        await until(lambda: loop.stats.running == 4)
+        await loop.close(grace=2)
+        (done,) = await short.completions()
+        assert done.finish_reason is FinishReason.LENGTH and len(done.tokens) == 30
+        for ticket in (long, *waiting):
+            (done,) = await ticket.completions()
+            assert done.finish_reason is FinishReason.ERROR and done.error == "the server is shutting down"
+        with pytest.raises(Closed, match="shutting down"):
+            loop.submit("a", [job()])
+        await loop.close()
+
+    run(scenario)
+
+
+def test_a_step_that_fails_ends_its_requests_and_nothing_else(monkeypatch):
+    async def scenario(loop):
+        ticket, step = loop.submit("a", [Job(ids(9), ENDLESS)]), loop.engine.step
+        await ticket.next()
+
+        def fail():
+            monkeypatch.setattr(loop.engine, "step", step)
+            raise RuntimeError("out of memory, at a secret place")
+
+        monkeypatch.setattr(loop.engine, "step", fail)
+        (done,) = await ticket.completions()
+        assert done.error == "the engine failed: RuntimeError"
+        assert loop.is_alive and (await loop.submit("a", [job()]).completions())[0].tokens
+
+    run(scenario)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_died(monkeypatch):
+    async def scenario(loop):
+        ticket = loop.submit("a", [Job(ids(9), ENDLESS)])
+        await ticket.next()
+
+        def die():
+            raise AssertionError("a defect")
+
+        monkeypatch.setattr(loop.engine, "step", die)
+        (done,) = await ticket.completions()
+        assert "the engine failed" in done.error and not loop.is_alive
+        with pytest.raises(Closed, match="the engine failed"):
+            loop.submit("a", [job()])
+
+    run(scenario)
+
+
+def test_reading_shows():
+    async def scenario(loop):
+        ticket = loop.submit("a", [job(2000)])
+        await until(lambda: ticket.read)
+        assert 0 < ticket.read <= 2000
+        await ticket.completions()
+
+    run(scenario)
+
+
+def test_random_comings_and_goings():
+    async def scenario(loop):
+        rng = random.Random(0)
+
+        async def one(n):
+            await asyncio.sleep(rng.random() / 2)
+            ticket = loop.submit(f"key-{n % 3}", [job(rng.randint(1, 150), n, rng.randint(1, 30))])
+            if n % 3 == 0:
+                await asyncio.sleep(rng.random() / 5)
+                ticket.cancel()
+            (done,) = await ticket.completions()
+            assert done.finish_reason in (FinishReason.LENGTH, FinishReason.ABORT)
+
+        await asyncio.gather(*(one(n) for n in range(60)))
+
+    run(scenario)
+
+
+def test_a_fair_queue():
+    line = FairQueue()
+    for thing in ("a1", "a2", "a3", "b1", "c1", "b2"):
+        line.push(thing[0], thing)
+    assert len(line) == 6 and sorted(line) == ["a1", "a2", "a3", "b1", "b2", "c1"]
+    assert [line.pop() for _ in range(3)] == ["a1", "b1", "c1"]
+    line.push("c", "c2")
+    assert line.remove(lambda t: t == "a2") == ["a2"]
+    assert [line.pop() for _ in range(3)] == ["a3", "b2", "c2"] and not len(line)
+    with pytest.raises(IndexError):
+        line.pop()
