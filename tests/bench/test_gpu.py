@@ -15,6 +15,7 @@ import torch
 
 from opensala.bench import verify
 from opensala.bench.gpu import dense, kernels
+from opensala.bench.gpu import tests as gpu_tests
 from opensala.bench.gpu.device import Rehearsal
 from opensala.bench.gpu.ledger import PAGE
 from opensala.bench.gpu.outcome import result_of, targets
@@ -180,6 +181,23 @@ def test_every_step_has_a_name_of_its_own_and_a_known_group():
     steps = all_steps(Sizes())
     assert len({s.name for s in steps}) == len(steps)
     assert {s.group for s in steps} <= {*GROUPS, *OPTIONAL}
+
+
+def test_the_files_for_gpus_are_found_and_stopped_in_time(tmp_path, monkeypatch):
+    names = [path.name for path in gpu_tests.files()]
+    assert {"test_lightning_gpu.py", "test_sparse_gpu.py"} <= set(names) and "test_fake_gpu.py" not in names
+    path = tmp_path / "test_slow_gpu.py"
+    path.write_text("import time\ndef test_fast(): pass\ndef test_slow(): time.sleep(600)\n")
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    here = context(tmp_path, time.time() + 20)
+    with pytest.raises(
+        RuntimeError, match="stopped after .* s: 1 passed, 0 failed, the last line was test_slow"
+    ):
+        gpu_tests.run_file(here, path, "not large_memory", 0.25)
+    assert "test_fast PASSED" in (tmp_path / "run.tests.log").read_text()
+    path.write_text("def test_wrong(): assert False\n")
+    with pytest.raises(RuntimeError, match="1 failed in .*; test_wrong"):
+        gpu_tests.run_file(here, path, "not large_memory")
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):

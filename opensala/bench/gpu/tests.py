@@ -11,17 +11,20 @@ from .steps import Context, Step
 
 ROOT = Path(__file__).parents[3]
 MARK = "large_memory"  # tests that want tens of GiB: never beside another, and only when they are asked for
+GENEROUS = 1.6  # times an equal share of the time: most files take less
 LEAST = 15.0  # seconds without which a file is not begun
 
 
 def files() -> list[Path]:
     """Test files that say by their name, and at their head, that they want a GPU."""
     named = sorted((ROOT / "tests").rglob("test_*_gpu.py"))
-    return [path for path in named if "needs a GPU" in path.read_text(encoding="utf-8")]
+    found = [path for path in named if "needs a GPU" in path.read_text(encoding="utf-8")]
+    return sorted(found, key=lambda path: path.parent.name != "ops")  # the ops before what stands on them
 
 
 def steps() -> list[Step]:
-    return [_step(path, "tests", f"not {MARK}") for path in files()]
+    found = files()
+    return [_step(path, "tests", f"not {MARK}", len(found) - n) for n, path in enumerate(found)]
 
 
 def large_steps() -> list[Step]:
@@ -29,13 +32,14 @@ def large_steps() -> list[Step]:
     return [_step(path, "large", MARK) for path in files()]
 
 
-def _step(path: Path, group: str, mark: str) -> Step:
+def _step(path: Path, group: str, mark: str, left: int = 1) -> Step:
     name = f"{path.name}, {group}"
-    return Step(name, group, LEAST, lambda context: run_file(context, path, mark))
+    share = min(1.0, GENEROUS / left)
+    return Step(name, group, LEAST, lambda context: run_file(context, path, mark, share))
 
 
-def run_file(context: Context, path: Path, mark: str) -> None:
-    """Run one file within the time of its group.
+def run_file(context: Context, path: Path, mark: str, share: float = 1.0) -> None:
+    """Run one file within this share of what its group has left.
 
     Raises:
         RuntimeError: a test failed, or time was over; what passed until then is in the message.
@@ -44,7 +48,7 @@ def run_file(context: Context, path: Path, mark: str) -> None:
     relative = str(path.relative_to(ROOT))
     command = [sys.executable, "-m", "pytest", relative, "-m", mark, "-v", "--durations=8"]
     command += ["-p", "no:cacheprovider", "-o", "addopts=", "--color=no"]
-    limit = min(context.seconds_left, 1e6)
+    limit = min(context.seconds_left * share, 1e6)
     with log.open("a") as file:
         file.write(f"$ {' '.join(command[1:])}\n")
         file.flush()
