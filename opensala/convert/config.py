@@ -314,7 +314,7 @@ def smollm2_135m(teacher: str) -> ConvertConfig:
     """
     return ConvertConfig(
         teacher,
-        layers=(0, 1, 10, 13, 16, 19, 23, 29),
+        layers=(0, 6, 17, 18, 20, 21, 23, 29),
         lightning_nkv=3,
         calibrate_tokens=65_536,
         align=Phase(96, 64, 2e-3, 1e-4, warmup=5, length=512, seconds=45, task_share=0.25),
