@@ -184,6 +184,76 @@ def test_triton_in_low_precision(dim, dtype, tolerance, monkeypatch):
         assert_close(got[name], wanted[name], tolerance, name)
 
 
+def as_the_kernel_rounds(q, k, v, decay, scale, dtype, chunk=64):
+    """`output_kernel` in float64 but for the places at which it rounds to `dtype`, for inputs `[T, H, D]`
+    and decay `[H]`: (o, state)."""
+    place = torch.arange(chunk, dtype=torch.float64)
+    apart = place[:, None] - place[None, :]
+    rates = decay.double()[:, None, None]
+    causal = torch.where(apart >= 0, torch.exp(-rates * apart.clamp(min=0)), 0.0) * scale
+    reach = torch.exp(-rates * (place[:, None] + 1)) * scale
+    left = torch.exp(-rates * (chunk - 1 - place[:, None]))
+    state = torch.zeros(len(decay), q.shape[2], v.shape[2], dtype=torch.float64)
+    out = []
+    for a in range(0, len(q), chunk):
+        x, y, z = (t[a : a + chunk].double().transpose(0, 1) for t in (q, k, v))
+        scores = (x @ y.transpose(1, 2) * causal).to(dtype).double()
+        out.append((scores @ z + x @ state.to(dtype).double() * reach).transpose(0, 1))
+        added = y.transpose(1, 2) @ (z * left).to(dtype).double()
+        state = state * torch.exp(-rates * chunk) + added
+        state = state if dtype == torch.float64 else state.float().double()
+    return torch.cat(out), state
+
+
+def test_bfloat16_holds_at_128k_tokens():
+    """Rounded factors, states in float32: the error does not grow with length, even at the slowest decay."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, decay = 1 << 17, torch.tensor([0.84, 0.0039, 1e-5])
+    q, k, v = (torch.randn(tokens, 3, 16, generator=generator).bfloat16() for _ in range(3))
+    o, state = as_the_kernel_rounds(q, k, v, decay, 0.25, torch.bfloat16)
+    wanted, wanted_state = as_the_kernel_rounds(q, k, v, decay, 0.25, torch.float64)
+    for part in (slice(0, 8192), slice(-8192, None)):
+        error = (o[part] - wanted[part]).pow(2).mean((0, 2)) / wanted[part].pow(2).mean((0, 2))
+        assert error.sqrt().max() < 3e-3  # bfloat16 rounds by 2^-9 at most, sums of such factors by less
+    assert (state - wanted_state).norm() / wanted_state.norm() < 2e-3
+
+
+@pytest.mark.triton
+def test_the_kernel_rounds_like_this():
+    """What the test above stands on; in float16, as the interpreter cannot do bfloat16."""
+    kernels = pytest.importorskip("opensala.ops.lightning.triton")
+    config = kernels._output_config(16, 16, torch.float16, 90)
+    decay = torch.tensor([0.5, 0.01])
+    q, k, v = (x[0] for x in draw(1, 640, 2, 16, 16, 1, torch.float16)[:3])
+    wanted, wanted_state = as_the_kernel_rounds(q, k, v, decay, 0.25, torch.float16, config["C"])
+    exact, _ = as_the_kernel_rounds(q, k, v, decay, 0.25, torch.float64, config["C"])
+    args = [x[None].to(TRITON_DEVICE) for x in (q, k, v)]
+    o, state = lightning_attention(*args, decay.to(TRITON_DEVICE), scale=0.25, backend="triton")
+    error = (o[0].cpu().double() - wanted).norm()
+    # One rounding more, that of the result; float16 states are scaled before they are rounded.
+    assert error < 0.7 * (wanted - exact).norm() + 2**-12 * wanted.norm()
+    assert_close(state[0], wanted_state, 1e-4)
+
+
+@pytest.mark.triton
+def test_bfloat16_reaches_the_kernels_and_states_stay_float32(monkeypatch):
+    kernels = pytest.importorskip("opensala.ops.lightning.triton")
+    seen = []
+    monkeypatch.setattr(kernels, "computable", lambda x: x)
+
+    def forward(q, k, v, decay, initial, plan, scale):
+        seen.append([x.dtype for x in (q, k, v, initial)])
+        return torch.zeros_like(v), initial
+
+    monkeypatch.setattr(kernels, "_forward", forward)
+    q, k, v, state = draw(1, 70, 2, 16, 16, 1, torch.bfloat16)
+    o, final = kernels.triton_lightning_attention(
+        q, k, v, torch.ones(2), scale=1.0, initial_state=state.float()
+    )
+    assert seen == [[torch.bfloat16] * 3 + [torch.float32]]
+    assert o.dtype == torch.bfloat16 and final.dtype == torch.float32
+
+
 @pytest.mark.triton
 def test_float16_states_may_pass_its_largest_number():
     pytest.importorskip("triton")
