@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import opensala.model.attention as attention
 from opensala import MiniCPMSALAForCausalLM, SALACache
+from opensala.ops import exact_ties, use_backend
+from tests.ops.grid import HAS_TRITON, TRITON_DEVICE
 
 FOLDER = Path(__file__).parents[1] / "vectors"
 TOLERANCE = 1e-4  # float32; logits are of order 1, 5e-6 is seen
@@ -75,3 +77,17 @@ def test_selected_blocks(case, monkeypatch):
         wanted = expected[f"selected.{layer}"]
         got = torch.cat(parts)[-len(wanted) :]
         assert (got != wanted).any(-1).float().mean() <= 0.001, f"layer {layer}"
+
+
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # a part without keys: -inf is meant
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_the_triton_kernels_give_the_reference_logits():
+    """Every op in its Triton form; rows of blocks that tie are decided by the reference rule."""
+    model, expected, ids = load("sparse_long")
+    with use_backend("triton"), exact_ties():
+        logits, cache = read(model.to(TRITON_DEVICE), ids.to(TRITON_DEVICE), [5000])
+    for layer in cache.layers:
+        if getattr(layer, "state", None) is not None:
+            layer.state = layer.state.cpu()
+    check(logits.cpu(), cache, expected)

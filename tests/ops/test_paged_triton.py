@@ -8,6 +8,7 @@ from opensala.ops import (
     KVPages,
     PageTable,
     compress_keys,
+    exact_ties,
     paged_attention,
     select_blocks_paged,
     store_kv,
@@ -290,6 +291,17 @@ def test_selection_before_the_second_level_begins():
     case, table, q = filled(spec, call, (16, 1, 16, 16), sparse=[1, 1])
     case.q = [40 * x for x in case.q]  # denominators that differ much from head to head
     assert_selects(call, case, table, 40 * q)
+
+
+def test_selection_with_ties_as_the_reference_decides_them():
+    call = ([300, 150, 330], [245, 140, 300])
+    case, table, q = filled(SMALL, call, (2, 1, 16, 16), sparse=[1, 0, 1])
+    wanted = torch.cat(alone(case, call[1], "naive")[0])
+    with exact_ties():
+        got = select_blocks_paged(q, case.pool, table, SMALL, backend="triton").cpu()
+    sparse = torch.ones(len(q), dtype=torch.bool)
+    sparse[55:65] = False
+    assert torch.equal(got[sparse], wanted[sparse]) and (got[~sparse] == -1).all()
 
 
 def test_selection_in_chunks_and_long_rows(monkeypatch):

@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 
-from opensala.ops import BlockSpec, compress_keys, extend_compressed, select_blocks, sparse_attention
+from opensala.ops import (
+    BlockSpec,
+    compress_keys,
+    exact_ties,
+    extend_compressed,
+    select_blocks,
+    sparse_attention,
+)
 from opensala.ops.sparse.naive import naive_block_scores, naive_compress_keys
 from tests.ops.grid import HAS_TRITON, TRITON_DEVICE, assert_close
 from tests.ops.test_sparse import ODD, SMALL, draw, gradients
@@ -154,6 +161,21 @@ def test_of_blocks_that_tie_exactly_the_lower_is_taken(widest, monkeypatch):
     forced = [0, 1, own - 2, own - 1, own]
     wanted = sorted([*forced, *range(2, 2 + SMALL.num_blocks - len(forced))])
     assert select_blocks(q, k, SMALL, backend="triton")[0, 3, 0].tolist() == wanted
+
+
+@pytest.mark.parametrize("widest", [1 << 14, 16])
+def test_ties_fall_as_the_reference_lets_them_if_asked(widest, monkeypatch):
+    """Neighbouring blocks share a window: many rows are tied at the edge of their choice."""
+    monkeypatch.setattr(triton_top, "WIDEST", widest)
+    monkeypatch.setattr(triton_select, "SCRATCH", 1)  # 64 queries at once
+    q, k, _ = draw(500, 90, 2, 1)
+    wanted = select_blocks(q, k, SMALL, backend="naive")
+    q, k = on_device(q, k)
+    fast = select_blocks(q, k, SMALL, backend="triton").cpu()
+    with exact_ties():
+        exact = select_blocks(q, k, SMALL, backend="triton").cpu()
+    assert (fast != wanted).any(-1).double().mean() > 0.05
+    assert torch.equal(exact, wanted)
 
 
 @pytest.fixture(params=["by query", "by block"])

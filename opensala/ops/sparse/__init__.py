@@ -16,6 +16,7 @@ from .paged import paged_attention, select_blocks_paged, store_kv
 from .pages import KVPages, PageTable
 from .select import compress, select_sequence
 from .spec import LSE_KINDS, REGIONS, SEARCHES, BlockSpec, check_search, num_windows
+from .ties import exact_ties
 
 __all__ = [
     "LSE_KINDS",
@@ -24,6 +25,7 @@ __all__ = [
     "KVPages",
     "PageTable",
     "compress_keys",
+    "exact_ties",
     "extend_compressed",
     "num_windows",
     "paged_attention",
@@ -138,7 +140,8 @@ def select_blocks(
     Returns:
         int32 block numbers `[B, T, Hkv, topk + window_size / block_size]`, ascending, padded with -1. Where
         blocks tie exactly at the edge of the choice (neighbours share a window), `cpp` and `torch` decide as
-        torch.topk does on a CPU over the blocks the query sees, `triton` takes the lower block number.
+        torch.topk does on a CPU over the blocks the query sees, `triton` takes the lower block number, unless
+        inside of `exact_ties`.
 
     Raises:
         ValueError: head counts that do not divide, unknown `lse` or `search`, too few regions, missing keys.

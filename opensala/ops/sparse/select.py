@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .spec import BlockSpec, num_windows
+from .ties import LARGEST
 
 TILE_ELEMENTS = 1 << 22  # scores alive at once (16 MB in float32), but at least those of 16 queries
 SPAN = 4096  # queries that share one layout of the compressed keys
-_LARGEST = 3e38  # finite stand-in for overflowing probabilities, below the +inf of forced blocks
 
 
 def compress(k: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
@@ -105,9 +105,9 @@ def select_tile(
         p = scores.sub_(total).exp_().sum(1).view(kv_heads, tile, ratio, near)
         best = p.amax(2)
         torch.maximum(best[..., 1:], p[:, :, ratio - 1, :-1], out=best[..., 1:])
-        pooled[..., :near] = best.clamp_(max=_LARGEST)
+        pooled[..., :near] = best.clamp_(max=LARGEST)
         pooled[..., near] = p[:, :, ratio - 1, near - 1].clamp(
-            max=_LARGEST
+            max=LARGEST
         )  # the window before a block reaches into it
     return pick_blocks(pooled, positions, spec)
 

@@ -4,8 +4,8 @@
 The k-th largest score is found by bisection over the bits of the scores (non-negative floats order as their
 bits do), which stops as soon as a bound leaves exactly k above it; a running count of the chosen then gives
 every chosen block its place, so numbers come out ascending, and among equal scores at the edge the lower ones
-are taken. It works for any k, holds a row of scores in registers (longer rows are read again in every step),
-and its result does not depend on tiles.
+are taken (`ties` has the reference's rule). It works for any k, holds a row of scores in registers (longer
+rows are read again in every step), and its result does not depend on tiles.
 
 Shapes: B rows, T queries, Hkv kv heads, N blocks.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..triton_common import CompileCase, CompileCases, cdiv, find_sequence, on_device
 from .spec import BlockSpec
+from .ties import settle, ties_are_exact
 from .triton_rows import COUNTS, Rows, locate
 
 WIDEST = 1 << 14  # scores of a row that a program holds in registers: 1M tokens at the released sizes
@@ -51,7 +52,7 @@ def keys_of(
 
 @triton.jit(do_not_specialize=COUNTS)
 def top_kernel(
-    scores, out, lengths, cu, number, sparse, tokens, length, begin, end, width, count, documents,
+    scores, out, ties, lengths, cu, number, sparse, tokens, length, begin, end, width, count, documents,
     HEADS: tl.constexpr, SIZE: tl.constexpr, INIT: tl.constexpr, WINDOW: tl.constexpr, KEEP: tl.constexpr,
     STEPS: tl.constexpr, KEEP_P: tl.constexpr, R: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +60,9 @@ def top_kernel(
     1, R rows a program.
 
     With WHOLE, C columns hold a whole row; else rows are walked in pieces of C. With pages, rows of sequences
-    that are not `sparse` are -1: as if they had no block.
+    that are not `sparse` are -1: as if they had no block. Where equal scores straddle the edge of the choice
+    the lower blocks are taken; `ties` `[B, end - begin, Hkv]`, if given, is then the number of blocks of the
+    query, else 0.
     """
     row = tl.program_id(0) * R + tl.arange(0, R)
     here = row < count
@@ -112,7 +115,7 @@ def top_kernel(
             key = keys_of(scores, here, own, piece * C, width, INIT, WINDOW, KEEP, R, C)
         over = key >= high[:, None]
         edge = (key >= low[:, None]) & (key < high[:, None])
-        # Both running counts in one: those at the edge, at most KEEP + C, in the lower 16 bits.
+        # Both running counts in one: those at the edge, at most KEEP + 1 + C, in the lower 16 bits.
         counts = (
             tl.cumsum(tl.where(over, 1 << 16, tl.where(edge, 1, 0)), axis=1)
             + (taken * (1 << 16) + tied)[:, None]
@@ -124,7 +127,9 @@ def top_kernel(
         tl.store(target + place_of, tl.broadcast_to(block[None, :], (R, C)), mask=chosen)
         most = tl.max(counts, axis=1)
         taken = most >> 16
-        tied = tl.minimum(most & 0xFFFF, KEEP)
+        tied = tl.minimum(most & 0xFFFF, KEEP + 1)
+    if ties is not None:
+        tl.store(ties + row, tl.where((own >= KEEP) & (tied > room), own + 1, 0), mask=here)
 
 
 def top_config(width: int, keep: int) -> dict[str, int]:
@@ -147,12 +152,16 @@ def top_blocks(scores: Tensor, out: Tensor, spec: BlockSpec, rows: Rows, begin: 
     target = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
     count = scores.shape[0] * (end - begin) * heads
     config = top_config(width, spec.num_blocks)
+    ties = torch.empty(count, dtype=torch.int32, device=scores.device) if ties_are_exact() else None
     with on_device(scores):
         top_kernel[(cdiv(count, config["R"]),)](
-            scores, target, rows.lengths, rows.cu, rows.number, rows.sparse, rows.tokens, rows.length, begin,
-            end, width, count, rows.documents, HEADS=heads, SIZE=spec.block_size, INIT=spec.init_blocks,
-            WINDOW=spec.window_blocks, KEEP=spec.num_blocks, STEPS=rows.steps, **config,
+            scores, target, ties, rows.lengths, rows.cu, rows.number, rows.sparse, rows.tokens, rows.length,
+            begin, end, width, count, rows.documents, HEADS=heads, SIZE=spec.block_size,
+            INIT=spec.init_blocks, WINDOW=spec.window_blocks, KEEP=spec.num_blocks, STEPS=rows.steps,
+            **config,
         )  # fmt: skip
+    if ties is not None:
+        settle(scores.view(count, width), target.view(count, -1), ties, spec)
     if target is not part:
         part.copy_(target)
 
@@ -175,11 +184,13 @@ def compile_cases(arch: int) -> CompileCases:
         types = {
             "scores": "*fp32",
             "out": "*i32",
+            **dict.fromkeys(("ties",) * (width == 1 << 8), "*i32"),
             **dict.fromkeys(tables, "*i32"),
             **dict.fromkeys(counts, "i32"),
         }
         constants = {
             **dict.fromkeys({"lengths", "cu", "number", "sparse"} - set(tables)),
+            **dict.fromkeys(("ties",) * (width != 1 << 8)),
             "HEADS": 2,
             "SIZE": spec.block_size,
             "INIT": spec.init_blocks,
