@@ -13,7 +13,7 @@ _RESERVE = 200 << 20  # bytes left alone: allocator slack, the operating system
 _CPU_SHARE = 0.6  # of the rest
 _GPU_RESERVE = 0.02  # of a GPU's memory: fragments, captured steps, logits
 # What the sparse kernels hold beside activations: partial results, scores, the index of pairs. Held against
-# what they allocate by tests/engine/test_memory.py.
+# what they allocate by tests/engine/test_launches.py.
 _SPARSE_SCRATCH = 1230 << 20
 
 

@@ -278,6 +278,8 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
     def merged_layers(self, like: Tensor) -> MergedLayers | None:
         """The layers as `merge_projections` made them, if they can serve activations like `like` now."""
         merged = self._merged
+        if merged is not None and like.device != merged.device and not merged.is_current:
+            merged = self._merged = None  # the model was moved: nobody needs the old weights
         if merged is None or like.device != merged.device or not fuses(like):
             return None
         reason = merged.disturbed()

@@ -181,6 +181,16 @@ def test_changed_weights_are_seen():
     assert first != second != third and third == outcome(engine(copy.deepcopy(model)))
 
 
+def test_a_model_that_was_moved_keeps_no_old_weights():
+    model = tiny_model()
+    wanted = outcome(engine(model))
+    model.model.merge_projections()
+    model.model._merged.device = torch.device("cuda")  # as if it had been there
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert outcome(engine(model)) == wanted and model.model._merged is None
+
+
 def test_hooks_and_adapters_see_every_step(caplog):
     model = tiny_model()
     running, seen = captured(model), []
