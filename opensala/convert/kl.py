@@ -6,21 +6,15 @@ computed once; what is kept for the backward pass is as large as the hidden stat
 Shapes: N tokens, V vocabulary, D hidden size.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops import TokenWeights, divergence
+
+__all__ = ["TokenWeights", "chunked_kl", "distillation_loss"]
 _ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # logits of one piece
-
-
-class TokenWeights(NamedTuple):
-    """What each token counts, `[N]` float32: `kl` for the divergence there, `ce` for the cross-entropy of
-    `targets` `[N]` int64, the tokens that follow. The loss is the sum of both; nothing is divided."""
-
-    kl: Tensor
-    ce: Tensor | None = None
-    targets: Tensor | None = None
 
 
 class _Distillation(torch.autograd.Function):
@@ -43,15 +37,17 @@ class _Distillation(torch.autograd.Function):
         dw = torch.zeros(ws.shape, dtype=torch.float32, device=s.device) if wants_w else None
         for a in range(0, s.shape[0], rows):
             piece = slice(a, a + rows)
-            lt = None if t is None or teacher_head is None else _log_softmax(t[piece], teacher_head)
-            part, d = _piece(_log_softmax(s[piece], head), lt, _rows_of(weights, piece), wants_s or wants_w)
-            total += part
-            if d is None:
-                continue
-            d = d.to(head.dtype)
-            if ds is not None:
+            logits = None if t is None or teacher_head is None else _logits(t[piece], teacher_head)
+            losses, d = divergence(
+                _logits(s[piece], head),
+                logits,
+                TokenWeights(*(None if x is None else x[piece] for x in weights)),  # type: ignore[arg-type]
+                gradient=head.dtype if wants_s or wants_w else None,
+            )
+            total += losses.sum()
+            if ds is not None and d is not None:
                 ds[piece] = d @ head
-            if dw is not None:
+            if dw is not None and d is not None:
                 dw += d.T @ s[piece]
         ctx.save_for_backward(*(x for x in (ds, dw) if x is not None))
         ctx.dtypes = s.dtype, ws.dtype
@@ -65,39 +61,11 @@ class _Distillation(torch.autograd.Function):
         return ds, dw, None, None, None, None
 
 
-def _rows_of(weights: TokenWeights, piece: slice) -> TokenWeights:
-    return TokenWeights(*(None if x is None else x[piece] for x in weights))  # type: ignore[arg-type]
-
-
-def _log_softmax(x: Tensor, head: Tensor) -> Tensor:
-    """log softmax(x head') `[n, V]`, float32."""
+def _logits(x: Tensor, head: Tensor) -> Tensor:
+    """`[n, V]`, float32 (where products are in bfloat16, a CPU rounds them first)."""
     if x.is_cuda and x.dtype != torch.float32:
-        logits = torch.mm(x, head.T, out_dtype=torch.float32)
-    else:
-        logits = (x @ head.T).float()
-    return logits.sub_(torch.logsumexp(logits, 1, keepdim=True))
-
-
-def _piece(
-    ls: Tensor, lt: Tensor | None, weights: TokenWeights, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Loss of some tokens, and its gradient by their logits; `ls` is overwritten."""
-    total = ls.new_zeros(())
-    pt = share = None
-    if lt is not None:
-        pt, share = lt.exp(), weights.kl
-        total = total + ((pt * lt.sub_(ls)).sum(1) * share).sum()
-    if weights.ce is not None and weights.targets is not None:
-        total = total - (ls.gather(1, weights.targets[:, None])[:, 0] * weights.ce).sum()
-        share = weights.ce if share is None else share + weights.ce
-    if not gradient or share is None:
-        return total, None
-    d = ls.exp_().mul_(share[:, None])
-    if pt is not None:
-        d.sub_(pt.mul_(weights.kl[:, None]))
-    if weights.ce is not None and weights.targets is not None:
-        d.scatter_add_(1, weights.targets[:, None], -weights.ce[:, None])
-    return total, d
+        return torch.mm(x, head.T, out_dtype=torch.float32)
+    return (x @ head.T).float()
 
 
 def distillation_loss(

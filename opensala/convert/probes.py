@@ -136,6 +136,16 @@ class Prober:
         return Score(recall, general, own.nll, own.accuracy)
 
     @torch.no_grad()
+    def kl(self, teacher: MiniCPMSALAForCausalLM, student: MiniCPMSALAForCausalLM) -> float:
+        """Mean KL per token from the teacher on held-out text."""
+        total = 0.0
+        for ids in self.text.to(teacher.device).split(self.probes.batch):
+            states = (final_states(student, ids), student.lm_head.weight)
+            target = (final_states(teacher, ids), teacher.lm_head.weight)
+            total += chunked_kl(*states, *target).item() * ids.numel()
+        return total / self.text.numel()
+
+    @torch.no_grad()
     def divergence(self, teacher: MiniCPMSALAForCausalLM, mixers: dict[int, nn.Module]) -> float:
         """Mean KL per token from the teacher, with these mixers in it, on both kinds of probes."""
         total, count = 0.0, 0

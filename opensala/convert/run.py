@@ -548,10 +548,10 @@ class Conversion:
                 module.rope_share = left or None
 
     def _validated(self, student: MiniCPMSALAForCausalLM) -> dict[str, float]:
-        """Recall and likelihood of the student on held-out probes, in the midst of a phase."""
+        """Recall, likelihood and divergence of the student on held-out probes, in the midst of a phase."""
         with self._measuring():
-            score = self.prober.builtin(student)
-        return {"recall": score.recall, "nll": score.nll}
+            score, kl = self.prober.builtin(student), self.prober.kl(self.teacher, student)
+        return {"recall": score.recall, "nll": score.nll, "kl": kl}
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:

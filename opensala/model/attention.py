@@ -215,7 +215,10 @@ class LightningMixer(nn.Module):
         """Keys and values `[B, T, Hkv, D]`, each repeated for the query heads that share it."""
         if self.repeats == 1:
             return k, v
-        return k.repeat_interleave(self.repeats, dim=2), v.repeat_interleave(self.repeats, dim=2)
+        # not repeat_interleave: its gradient is added up by atomics, this one's is a sum
+        shares = (y[:, :, :, None].expand(-1, -1, -1, self.repeats, -1) for y in (k, v))
+        k, v = (y.flatten(2, 3) for y in shares)
+        return k, v
 
     def forward(self, x: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:
         attend = self._paged if isinstance(context, ForwardBatch) else self._whole

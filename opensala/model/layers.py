@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..ops import linear, rms_norm, silu_mul
+from ..ops import linear, norm_gate, rms_norm, silu_mul
 from .config import MiniCPMSALAConfig
 
 
@@ -47,11 +47,6 @@ class Linear(nn.Linear):
         return product(input, self.weight, self.bias)
 
 
-def norm_to(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """RMSNorm of x in float32, rounded once to `dtype`. Gradients flow to x and weight."""
-    return nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(dtype)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension; statistics in float32 (float64 for float64)."""
 
@@ -64,7 +59,9 @@ class RMSNorm(nn.Module):
         if fuses(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
         if torch.is_autocast_enabled(x.device.type):  # what follows is a product: it would be rounded there
-            return norm_to(x, self.weight, self.eps, torch.get_autocast_dtype(x.device.type))
+            return norm_gate(
+                x, self.weight, None, self.eps, out_dtype=torch.get_autocast_dtype(x.device.type)
+            )
         wide = x if x.dtype == torch.float64 else x.float()
         return nn.functional.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
@@ -118,4 +115,5 @@ class SwiGLU(nn.Module):
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up."""
-        return silu_mul(gate, up) if self.is_silu and fuses(gate, up) else self.act(gate) * up
+        one_pass = fuses(gate, up) or (gate.is_cuda and torch.is_autocast_enabled("cuda"))
+        return silu_mul(gate, up) if self.is_silu and one_pass else self.act(gate) * up

@@ -1,6 +1,7 @@
-"""The attention operators: tensors in, tensors out. They know no config, cache or layer."""
+"""The operators of attention and training: tensors in, tensors out. They know no config, cache or layer."""
 
 from .backends import use_backend
+from .divergence import TokenWeights, divergence
 from .fused import add_rms_norm, add_scaled, norm_gate, norm_rope, rms_norm, silu_mul, split_heads
 from .lightning import alibi_slopes, lightning_attention, lightning_attention_slots
 from .linear import linear
@@ -22,10 +23,12 @@ __all__ = [
     "BlockSpec",
     "KVPages",
     "PageTable",
+    "TokenWeights",
     "add_rms_norm",
     "add_scaled",
     "alibi_slopes",
     "compress_keys",
+    "divergence",
     "exact_ties",
     "extend_compressed",
     "lightning_attention",

@@ -103,7 +103,7 @@ def test_the_log_says_how_fast_and_how_well(config, tmp_path):
     folder = convert(config, tmp_path / "run", quiet=True).parent
     found = lines(folder, "distill")
     assert [r["step"] for r in found if "valid" in r] == [3, 7, 11, 15, 19, 21]
-    assert set(found[3]["valid"]) == {"recall", "nll"} and found[3]["valid"] != found[21]["valid"]
+    assert set(found[3]["valid"]) == {"recall", "nll", "kl"} and found[3]["valid"] != found[21]["valid"]
     assert all(r["tokens_per_second"] > 0 and 0 < r["mfu"] < 1.5 for r in found)
 
 

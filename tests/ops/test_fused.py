@@ -118,6 +118,32 @@ def test_strided_inputs(backend):
     )
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 100), (2, 2048)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_silu_mul_equals_naive(backend, shape):
+    generator = torch.Generator().manual_seed(sum(shape))
+    gate, up = (3 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    wanted = gradients(lambda a, b: silu_mul(a, b, backend="naive"), gate, up)
+    backend.compare(
+        lambda a, b: gradients(lambda a, b: silu_mul(a, b, backend=backend.name), a, b), wanted, gate, up
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_of_float32_may_come_out_rounded(backend):
+    """As under autocast: stream, weight and the gradients by them in float32, all else in bfloat16."""
+    x, weight, _, _, gate = draw((2, 7, 3, 60), torch.float32)
+    leaves = [t.to(backend.device).requires_grad_() for t in (x, weight, gate.bfloat16())]
+    out = norm_gate(*leaves, 1e-6, out_dtype=torch.bfloat16, backend=backend.name)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    exact = [t.detach().double().cpu().requires_grad_() for t in leaves]
+    wanted = norm_gate(*exact, 1e-6, backend="naive")
+    assert out.dtype == torch.bfloat16 and [g.dtype for g in grads] == [t.dtype for t in leaves]
+    assert_close(out, wanted.detach(), 2**-8)
+    for a, b in zip(grads, torch.autograd.grad(wanted, exact, torch.ones_like(wanted)), strict=True):
+        assert_close(a, b, 2**-7)
+
+
 @pytest.mark.parametrize("width", [100, 16384])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gate_of_any_width(backend, width):

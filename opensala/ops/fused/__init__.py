@@ -76,7 +76,13 @@ def norm_rope(
 
 
 def norm_gate(
-    x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, *, backend: Backend | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """RMSNorm over the last dimension, times sigmoid(gate); either may be left out.
 
@@ -85,9 +91,10 @@ def norm_gate(
         weight (Tensor): `[W]`, or None for no norm.
         gate (Tensor): logits of the gate, shaped like x, or None.
         eps: added to the mean square.
+        out_dtype: x's dtype if None.
 
     Returns:
-        x's shape and dtype; computed in float32 (float64 for float64). Gradients flow to x, weight and gate.
+        x's shape; computed in float32 (float64 for float64). Gradients flow to x, weight and gate.
 
     Raises:
         ValueError: shapes that do not fit together, or an unavailable backend.
@@ -103,9 +110,9 @@ def norm_gate(
     if name == "triton":
         from .triton import triton_norm_gate
 
-        return triton_norm_gate(x, weight, gate, eps)
+        return triton_norm_gate(x, weight, gate, eps, out_dtype or x.dtype)
     run = {"naive": naive_norm_gate, "torch": plain_norm_gate, "cpp": cpp_norm_gate}[name]
-    return run(x, weight, gate, eps).to(x.dtype)
+    return run(x, weight, gate, eps).to(out_dtype or x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend | None = None) -> Tensor:
@@ -199,8 +206,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, backend: Backend | None = None) -> Ten
         gate, up (Tensor): `[..., W]`; with `triton`, parts of wider rows are read where they lie.
 
     Returns:
-        gate's shape and dtype; computed in float32 (float64 for float64). Gradients flow to both,
-        but not with `triton`, which is for inference.
+        gate's shape and dtype; computed in float32 (float64 for float64). Gradients flow to both.
 
     Raises:
         ValueError: shapes that differ, or an unavailable backend.
@@ -209,8 +215,11 @@ def silu_mul(gate: Tensor, up: Tensor, *, backend: Backend | None = None) -> Ten
     """
     if gate.shape != up.shape:
         raise ValueError(f"up must have gate's shape {list(gate.shape)}, got {list(up.shape)}")
-    limit = _beyond_triton(gate, up, widest=None)
-    name = choose_backend("silu_mul", gate, backend, {"cpp": None, "triton": limit})
+    name = choose_backend("silu_mul", gate, backend, {"cpp": None, "triton": None})
+    if name == "triton" and _beyond_triton(gate, up, widest=None):
+        from .triton import triton_silu_mul_learning
+
+        return triton_silu_mul_learning(gate, up)
     if name == "triton":
         from .triton_inference import triton_silu_mul
 

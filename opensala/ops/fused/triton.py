@@ -8,9 +8,17 @@ from torch import Tensor
 
 from ..backends import triton_interpreted
 from ..triton_common import CompileCase, CompileCases, cdiv, computable, on_device
-from .triton_kernels import norm_gate_grad_kernel, norm_gate_kernel, norm_rope_grad_kernel, norm_rope_kernel
+from .triton_kernels import (
+    norm_gate_grad_kernel,
+    norm_gate_kernel,
+    norm_rope_grad_kernel,
+    norm_rope_kernel,
+    silu_mul_flat_kernel,
+    silu_mul_grad_kernel,
+)
 
 ROPE_TILE, GATE_TILE = 4096, 8192  # bytes of x that a program holds at a time
+ELEMENTS = 1024  # that a program of an elementwise kernel takes
 PROGRAMS = 512  # of a backward launch: about four for each multiprocessor of an H200
 
 
@@ -86,9 +94,16 @@ def _rope_arguments(x: Tensor, cos: Tensor | None) -> dict[str, int | bool]:
     return {"rows": batch * length * heads, "table_rows": length, "H": heads, "REPEATED": repeated}
 
 
-def _gated(x: Tensor, weight: Tensor | None, gate: Tensor | None, gate_row: int, eps: float) -> Tensor:
-    """The result for contiguous x; rows of the gate begin `gate_row` elements apart."""
-    out = torch.empty_like(x)
+def _gated(
+    x: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    gate_row: int,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The result for contiguous x in a dtype; rows of the gate begin `gate_row` elements apart."""
+    out = torch.empty_like(x, dtype=dtype)
     config = _gate_config(x.shape[-1], x.element_size())
     rows = x.numel() // x.shape[-1]
     norm_gate_kernel[(cdiv(rows, config["ROWS"]),)](x, weight, gate, out, rows, gate_row, eps, **config)
@@ -97,8 +112,15 @@ def _gated(x: Tensor, weight: Tensor | None, gate: Tensor | None, gate_row: int,
 
 class _NormGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
-        out = _gated(x, weight, gate, x.shape[-1], eps)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        gate: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out = _gated(x, weight, gate, x.shape[-1], eps, dtype)
         ctx.save_for_backward(x, weight, gate)
         ctx.eps = eps
         return out
@@ -116,7 +138,28 @@ class _NormGate(torch.autograd.Function):
             norm_gate_grad_kernel[(programs,)](
                 x, weight, gate, grads[0].contiguous(), dx, partial, dgate, rows, ctx.eps, **config
             )
-        return dx, _total(partial, weight), dgate, None
+        return dx, _total(partial, weight), dgate, None, None
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        out = torch.empty_like(gate)
+        grid = (cdiv(gate.numel(), ELEMENTS),)
+        silu_mul_flat_kernel[grid](gate, up, out, gate.numel(), BLOCK=ELEMENTS, num_warps=4)
+        ctx.save_for_backward(gate, up)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        grid = (cdiv(gate.numel(), ELEMENTS),)
+        with on_device(gate):
+            silu_mul_grad_kernel[grid](
+                gate, up, grads[0].contiguous(), dgate, dup, gate.numel(), BLOCK=ELEMENTS, num_warps=4
+            )
+        return dgate, dup
 
 
 def _total(partial: Tensor | None, weight: Tensor | None) -> Tensor | None:
@@ -142,17 +185,26 @@ def triton_norm_rope(
         ).to(out_dtype)
 
 
-def triton_norm_gate(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float) -> Tensor:
+def triton_norm_gate(
+    x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> Tensor:
     """See `norm_gate`; gradients flow to x, weight and gate, once. Without them, the gate may be part of
     wider rows."""
+    stored = _storable(out_dtype)
     with on_device(x):
         if not torch.is_grad_enabled() and gate is not None:
             rows = computable(gate)
             rows = rows if rows.dim() == 2 else rows.reshape(-1, rows.shape[-1])
             rows = rows if rows.stride(-1) == 1 else rows.contiguous()
             plain = computable(x).contiguous()
-            return _gated(plain, _ready(weight), rows, rows.stride(0), eps).to(x.dtype)
-        return _NormGate.apply(_ready(x), _ready(weight), _ready(gate), eps).to(x.dtype)
+            return _gated(plain, _ready(weight), rows, rows.stride(0), eps, stored).to(out_dtype)
+        return _NormGate.apply(_ready(x), _ready(weight), _ready(gate), eps, stored).to(out_dtype)
+
+
+def triton_silu_mul_learning(gate: Tensor, up: Tensor) -> Tensor:
+    """See `silu_mul`; gradients flow to both, once."""
+    with on_device(gate):
+        return _SiluMul.apply(_ready(gate), _ready(up.to(gate.dtype))).to(gate.dtype)
 
 
 def compile_cases(arch: int) -> CompileCases:
@@ -198,3 +250,12 @@ def compile_cases(arch: int) -> CompileCases:
             config,
             options,
         )
+    elementwise = dict.fromkeys(("gate", "up", "out"), "*bf16")
+    block, options = {"BLOCK": ELEMENTS}, {"num_warps": 4}
+    yield CompileCase(
+        "silu_mul bf16", silu_mul_flat_kernel, {**elementwise, "elements": "i32"}, block, options
+    )
+    grads = dict.fromkeys(("gate", "up", "grad", "dgate", "dup"), "*bf16")
+    yield CompileCase(
+        "silu_mul grad bf16", silu_mul_grad_kernel, {**grads, "elements": "i32"}, block, options
+    )

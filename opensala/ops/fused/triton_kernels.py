@@ -33,6 +33,29 @@ def _angles(
     return _load(cos, cells, mask), _load(sin, cells, mask)
 
 
+@triton.jit
+def silu_mul_flat_kernel(gate, up, out, elements, BLOCK: tl.constexpr):
+    """out = silu(gate) * up, elements of any shape."""
+    cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = cells < elements
+    g = _load(gate, cells, inside)
+    y = g * tl.sigmoid(g) * _load(up, cells, inside)
+    tl.store(out + cells, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_mul_grad_kernel(gate, up, grad, dgate, dup, elements, BLOCK: tl.constexpr):
+    """dgate and dup from grad."""
+    cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = cells < elements
+    g, d = _load(gate, cells, inside), _load(grad, cells, inside)
+    share = tl.sigmoid(g)
+    up_part = d * _load(up, cells, inside)
+    dg = up_part * share * (1.0 + g * (1.0 - share))
+    tl.store(dgate + cells, dg.to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dup + cells, (d * g * share).to(dup.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=_COUNTS)
 def norm_rope_kernel(
     x,
