@@ -13,6 +13,7 @@ import typer
 from .. import __version__
 from .convert import app as convert_app
 from .eval import evals
+from .models import models, pull
 from .options import Device, EngineOptions, Json, Model, Quiet, SamplingOptions, Seed, with_options
 from .train import app as train_app
 
@@ -33,6 +34,8 @@ app.add_typer(benches, name="bench")
 app.add_typer(evals, name="eval")
 app.add_typer(convert_app, name="convert")
 app.add_typer(train_app, name="train")
+app.command()(pull)
+app.command()(models)
 
 
 @app.command()
