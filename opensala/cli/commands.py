@@ -15,6 +15,7 @@ from .contexts import add_commands
 from .contexts import app as contexts_app
 from .convert import app as convert_app
 from .eval import evals
+from .models import models, pull
 from .notes import show_cost, show_skipped
 from .options import Device, EngineOptions, Json, Model, Quiet, SamplingOptions, Seed, with_options
 from .train import app as train_app
@@ -35,6 +36,8 @@ app.add_typer(evals, name="eval")
 app.add_typer(convert_app, name="convert")
 app.add_typer(train_app, name="train")
 app.add_typer(contexts_app, name="contexts")
+app.command()(pull)
+app.command()(models)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import ROPE_SCALINGS, SPARSE
 
@@ -120,6 +121,8 @@ def _rope(given: dict[str, Any]) -> dict[str, Any]:
     rope = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
     theta = rope.pop("rope_theta", None) or given.get("rope_theta") or 10000.0
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "longrope":
+        return {"rope_theta": theta, **_static_longrope(rope, given)}
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in ROPE_SCALINGS:
@@ -132,6 +135,29 @@ def _rope(given: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": {"rope_type": kind, **{key: rope[key] for key in ROPE_SCALINGS[kind] if key in rope}},
     }
+
+
+def _static_longrope(rope: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """longrope whose factors do not depend on the length, as our configuration has it.
+
+    MiniCPM4 publishes equal short and long factors and an original length equal to the maximum: then every
+    frequency is divided by its factor and nothing else changes. Raises ValueError for any other.
+    """
+    short, long = rope.get("short_factor"), rope.get("long_factor")
+    longest = given.get("max_position_embeddings")
+    original = rope.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+    if not short or short != long or original != longest:
+        raise ValueError(
+            "teacher: rope_scaling 'longrope' must have equal short_factor and long_factor, and "
+            f"original_max_position_embeddings equal to max_position_embeddings ({longest}), got "
+            f"{'equal' if short and short == long else 'different'} factors and {original}: otherwise it "
+            "changes with the length, which the rotary positions of MiniCPM-SALA cannot"
+        )
+    for key in ("attention_factor", "factor"):
+        if rope.get(key) not in (None, 1):
+            raise ValueError(f"teacher: rope_scaling.{key} must be 1, got {rope[key]!r}: it scales attention")
+    keys = ROPE_SCALINGS["longrope"]
+    return {"rope_scaling": {"rope_type": "longrope", **{key: {**given, **rope}[key] for key in keys}}}
 
 
 def check_vocabulary(tokenizer: Any, config: MiniCPMSALAConfig, whose: str) -> None:
@@ -154,6 +180,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
     Raises ValueError for a folder without one, or that is not there.
     """
+    path = checkpoint_folder(path)
     check_place("teacher", path)
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"teacher: {path} holds no config.json: give the folder or hub name of a checkpoint")
@@ -173,9 +200,14 @@ def load_teacher(
 ) -> MiniCPMSALAForCausalLM:
     """Load a Transformer as an always dense, frozen model of our class; strict, safetensors only.
 
+    Args:
+        path: folder or hub name of a checkpoint, name of a pulled model, or a GGUF file, which is unpacked
+            once.
+
     Raises:
         ValueError: an unsupported family, a field that cannot be expressed, or tensors that do not fit.
     """
+    path = checkpoint_folder(path)
     config = teacher_config(read_config(path))
     model = MiniCPMSALAForCausalLM.from_pretrained(path, config=config, dtype=dtype)
     return model.to(device).eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from ..ops import BlockSpec
 from ..ops.sparse import LSE_KINDS, REGIONS, SEARCHES
 from ..ops.sparse.spec import REGION
-from .fields import RULES, SPARSE_RULES, Rule, check_choice, number
+from .fields import RULES, SPARSE_RULES, Rule, check_choice, number, numbers
 
 SPARSE = "minicpm4"
 LIGHTNING = "lightning-attn"
@@ -44,6 +44,12 @@ ROPE_SCALINGS: dict[str, dict[str, Rule]] = {  # the kinds that change frequenci
         "factor": number(1e-3, 1e6),
         "low_freq_factor": number(1e-3, 1e6),
         "high_freq_factor": number(1e-3, 1e6),
+        "original_max_position_embeddings": number(1, 2**40),
+    },
+    # static only: equal factors, which divide the frequencies one by one (MiniCPM4)
+    "longrope": {
+        "short_factor": numbers,
+        "long_factor": numbers,
         "original_max_position_embeddings": number(1, 2**40),
     },
 }
@@ -195,12 +201,29 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             )
         for key, rule in ROPE_SCALINGS[kind].items():
             rule(f"rope_scaling.{key}", self.rope_scaling.get(key))
+        if kind == "longrope":
+            self._check_longrope(self.rope_scaling)
         if kind == "llama3":
             low, high = self.rope_scaling["low_freq_factor"], self.rope_scaling["high_freq_factor"]
             if not low < high:
                 raise ValueError(
                     f"rope_scaling.high_freq_factor must be above low_freq_factor = {low}, got {high}"
                 )
+
+    def _check_longrope(self, scaling: dict[str, Any]) -> None:
+        short, original = scaling["short_factor"], scaling["original_max_position_embeddings"]
+        if short != scaling["long_factor"] or original < self.max_position_embeddings:
+            raise ValueError(
+                "rope_scaling of type longrope must have equal short_factor and long_factor, and "
+                "original_max_position_embeddings not below max_position_embeddings = "
+                f"{self.max_position_embeddings}, got {original}: else it depends on the length"
+            )
+        assert self.head_dim, "filled in __post_init__"
+        if len(short) != self.head_dim // 2:
+            raise ValueError(
+                f"rope_scaling.short_factor must have {self.head_dim // 2} numbers, half of head_dim, got "
+                f"{len(short)}"
+            )
 
     @staticmethod
     def _divides(name: str, value: int, by_name: str, by: int | None) -> None:

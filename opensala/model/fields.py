@@ -71,6 +71,12 @@ def names(field: str, value: Any) -> None:
         raise ValueError(f"{field} must be a list of names, got {_shown(value)}")
 
 
+def numbers(field: str, value: Any) -> None:
+    """A rule: a list of positive numbers."""
+    if not isinstance(value, (list, tuple)) or not all(_is_number(one) and one > 0 for one in value):
+        raise ValueError(f"{field} must be a list of numbers above 0, got {_shown(value)}")
+
+
 def mapping(field: str, value: Any) -> None:
     """A rule: an object of JSON."""
     if not isinstance(value, Mapping):

@@ -73,13 +73,17 @@ def rotary_frequencies(
 
     `linear` divides every frequency by `factor`. `llama3` does so for wavelengths above
     original_max_position_embeddings / low_freq_factor tokens, leaves those below
-    original_max_position_embeddings / high_freq_factor alone, and blends between.
+    original_max_position_embeddings / high_freq_factor alone, and blends between. `longrope` (static: equal
+    factors) divides each frequency by its own.
     """
     frequencies = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
     if scaling is None:
         return frequencies
-    if scaling.get("rope_type", scaling.get("type")) == "linear":
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "linear":
         return frequencies / scaling["factor"]
+    if kind == "longrope":
+        return frequencies / torch.tensor(scaling["short_factor"], device=device, dtype=torch.float64)
     turns = (
         scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     )  # in the original context

@@ -33,6 +33,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.3, 1.9, 2.8, 4.0, 6.5, 9.0],
+    "long_factor": [1.0, 1.1, 1.3, 1.9, 2.8, 4.0, 6.5, 9.0],
+    "original_max_position_embeddings": 512,
+}
 TEACHERS = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "llama, bias": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True}),
@@ -51,6 +58,11 @@ TEACHERS = {
         LlamaForCausalLM,
         LlamaConfig,
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "llama, static longrope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"rope_parameters": LONGROPE, "head_dim": 16},
     ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
     "qwen3, tied, bias": (
@@ -261,6 +273,15 @@ def test_what_cannot_be_converted_is_refused(tmp_path):
     for changes, message in (
         ({"mlp_bias": True}, "mlp_bias must be False, got True"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "got 'yarn'"),
+        (
+            {"rope_parameters": {**LONGROPE, "long_factor": [2.0] * 8}},
+            "got different factors and 512: otherwise it changes with the length",
+        ),
+        (
+            {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 256}},
+            r"max_position_embeddings \(512\), got equal factors and 256",
+        ),
+        ({"rope_parameters": {**LONGROPE, "attention_factor": 1.2}}, "attention_factor must be 1, got 1.2"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
     ):
         with pytest.raises(ValueError, match=message):
