@@ -20,6 +20,7 @@ from ..engine.documents import join_documents
 from ..engine.progress import token_progress
 from ..engine.request import Sequence
 from ..engine.scheduler import Hold
+from .backing import DiskBacking
 from .folder import ContextFolder, link_files
 from .identity import check_identity, identity
 from .manifest import MANIFEST, Manifest, Turn
@@ -113,17 +114,26 @@ class Context:
         return context
 
     @classmethod
-    def open(cls, engine: Engine, path: str | Path, *, write: bool = False) -> "Context":
+    def open(
+        cls, engine: Engine, path: str | Path, *, write: bool = False, host_memory: int | None = None
+    ) -> "Context":
         """Put a kept context at hand, for asking; with `write` also for changing it on disk.
+
+        `host_memory` bounds the bytes of keys and values that the engine has in memory from all its contexts
+        on disk; what is wanted beyond it is read again when it is wanted.
 
         Raises:
             ValueError: it is no context, damaged, in use by another process (`write`), of another model (what
                 differs is named), or too long for the engine's memory.
         """
+        if host_memory is not None and host_memory < 1:
+            raise ValueError(f"host_memory must be at least 1 byte, got {host_memory}")
         folder = ContextFolder.open(path, write=write)
         try:
             check_identity(folder.path, folder.manifest.identity, identity(engine))
             context = cls(engine, folder.manifest, folder)
+            if host_memory is not None:
+                DiskBacking.of(engine).budget = host_memory
             if folder.manifest.segments:
                 context._hold = load(engine, folder)
                 context.tokens = context._hold.tokens[:]

@@ -65,7 +65,7 @@ def pages_of(engine: Engine, pages: Sequence[int], last: int) -> dict[int, Part]
     """Pages of all sparse layers, on the CPU; the last of them holds `last` tokens, what lies behind them is
     zeroed."""
     if engine.storage.backing is not None:
-        engine.storage.backing.bring(pages)
+        engine.storage.backing.begin(pages)
     spec = engine.config.block_spec
     strides = (1, 1, spec.kernel_stride, spec.coarse_stride)
     parts = {}

@@ -188,6 +188,7 @@ class SegmentFile:
             self.close()
             raise
         self._sums: dict[int, np.ndarray] = {}
+        self._places: dict[int, tuple[int, int]] = {}
 
     def _read_header(self) -> dict[str, tuple[torch.dtype, list[int], int]]:
         """Dtype, shape and place of each tensor."""
@@ -257,8 +258,10 @@ class SegmentFile:
 
     def _page_place(self, layer: int, index: int) -> tuple[int, int]:
         """Where the page's keys and values lie, and how many bytes they are."""
-        dtype, shape, place = self._tensors[f"kv.{layer}"]
-        size = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        if layer not in self._places:
+            dtype, shape, place = self._tensors[f"kv.{layer}"]
+            self._places[layer] = place, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        place, size = self._places[layer]
         return place + index * size, size
 
     def hint(self, layer: int, index: int) -> None:

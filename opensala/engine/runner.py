@@ -82,14 +82,15 @@ class Runner:
         backing = self.storage.backing
         if backing is None:
             return False
-        backing.bring([source for source, _ in step.copies])
+        pages = [source for source, _ in step.copies]
         spec = self.model.config.block_spec
-        back = -(-4 * spec.kernel_size // spec.block_size)
+        back = -(-spec.coarse_size // spec.block_size)
         lacking = False
         for work in step.works:
-            pages, start = work.sequence.pages, work.sequence.num_cached // spec.block_size
-            backing.bring(pages[max(0, start - back) : start + 1])
-            lacking = lacking or backing.is_needed(pages[:start])
+            mine, start = work.sequence.pages, work.sequence.num_cached // spec.block_size
+            pages += mine[max(0, start - back) : start + 1]
+            lacking = lacking or backing.is_needed(mine[:start])
+        backing.begin(pages)
         return lacking
 
     @torch.inference_mode()

@@ -48,8 +48,9 @@ class Backing(Protocol):
     def is_needed(self, pages: Sequence[int] | np.ndarray) -> bool:
         """Whether any of these pages lacks something."""
 
-    def bring(self, pages: Sequence[int] | np.ndarray, layer: int | None = None) -> None:
-        """Fill these pages, of one layer or of all."""
+    def begin(self, pages: Sequence[int] | np.ndarray) -> None:
+        """A step begins, in which every layer may read these pages: fill them, and keep them until the
+        next."""
 
     def bring_selected(self, layer: int, table: PageTable, blocks: Tensor | None) -> None:
         """Fill what a layer is about to attend to: the blocks `[T, Hkv, K]` chosen, or all of a dense

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opensala.contexts import Context
+from opensala.contexts import Context, backing
 from opensala.engine import Document, ask
 
 from .tools import DENSE_LEN, PAGE, PARAMS, documents, engine, model, outcome
@@ -11,9 +11,9 @@ QUESTIONS = ("what is the code?", "who?", "where are the red falcons near the ol
 LENGTHS = sorted({n + d for n in (DENSE_LEN, 10 * PAGE, 300) for d in (-40, -1, 0, 1, 7)} | {3, 20, 900})
 
 
-def fresh(of, docs, question):
+def fresh(of, docs, question, **changes):
     """The answer of an engine that reads everything for it."""
-    return ask(engine(of), docs, question, PARAMS, quiet=True)
+    return ask(engine(of, **changes), docs, question, PARAMS, quiet=True)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -111,4 +111,46 @@ def test_a_conversation_that_was_saved_goes_on(length, chat, tmp_path):
     assert context.tokens == whole
     context.save()
     context.close()
+    running.check_integrity()
+
+
+def test_far_less_memory_than_the_context(tmp_path, monkeypatch):
+    """Selected blocks come and go; the answer is that of an engine with room for everything."""
+    monkeypatch.setattr(backing, "give_back", lambda memory: memory.fill_(float("nan")))
+    of, docs = model(), documents(6000)
+    Context.ingest(engine(of, max_cached_tokens=8000), docs, tmp_path / "a.ctx").close()
+    wanted = fresh(of, docs, QUESTIONS[2], max_cached_tokens=8000)
+    running = engine(of, max_cached_tokens=8000)
+    pages = 2 * (wanted.prompt_tokens // PAGE)  # in both sparse layers
+    budget = pages * 2 * PAGE * 2 * 8 * 4 // 8
+    with Context.open(running, tmp_path / "a.ctx", host_memory=budget) as context:
+        disk = running.storage.backing
+        for _ in range(2):
+            assert outcome(context.ask(QUESTIONS[2], PARAMS)) == outcome(wanted)
+        assert disk.traffic.evictions > 50 and 0 < disk.traffic.hit_rate < 1
+        # what one layer attended to in the chunk that read the question may pass the budget
+        assert disk.resident_bytes <= max(budget, 60 * disk.page_bytes)
+        running.check_integrity()
+    with pytest.raises(ValueError, match="host_memory must be at least 1 byte, got 0"):
+        Context.open(running, tmp_path / "a.ctx", host_memory=0)
+
+
+@pytest.mark.parametrize("budget", [1, 9, 40])
+def test_several_sequences_in_too_little_memory(budget, tmp_path, monkeypatch):
+    """No sequence of a step makes room with what another needs, nor a layer with what another reads."""
+    monkeypatch.setattr(backing, "give_back", lambda memory: memory.fill_(float("nan")))
+    of = model()
+    running, apart = (engine(of, max_cached_tokens=9000) for _ in range(2))
+    contexts, prompts = [], []
+    for seed in range(3):
+        path = tmp_path / f"{seed}.ctx"
+        Context.ingest(engine(of), documents(1500 + seed, seed), path).close()
+        contexts.append(Context.open(running, path, host_memory=budget * 2 * PAGE * 2 * 8 * 4))
+        prompts.append(list(contexts[-1]._prompt(QUESTIONS[seed])))
+    found, wanted = running.generate(prompts, PARAMS), apart.generate(prompts, PARAMS)
+    assert [(c.tokens, c.logprobs) for c in found] == [(c.tokens, c.logprobs) for c in wanted]
+    assert [c.reuse.reused for c in found] == [len(c.tokens) for c in contexts]
+    assert running.storage.backing.traffic.evictions > 0
+    for pool in running.storage.kv.values():  # windows reach back into pages that came from disk
+        assert not pool.k1.isnan().any() and not pool.k2.isnan().any()
     running.check_integrity()
