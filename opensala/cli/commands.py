@@ -14,6 +14,7 @@ from .. import __version__
 from .convert import app as convert_app
 from .eval import evals
 from .options import Device, EngineOptions, Json, Model, Quiet, SamplingOptions, Seed, with_options
+from .serve import app as serve_app
 from .train import app as train_app
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ app.add_typer(benches, name="bench")
 app.add_typer(evals, name="eval")
 app.add_typer(convert_app, name="convert")
 app.add_typer(train_app, name="train")
+app.add_typer(serve_app, name="serve")
 
 
 @app.command()

@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..engine import Engine, SamplingParams
+    from ..engine import EngineOptions as Bounds
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[
@@ -56,8 +57,9 @@ class EngineOptions:
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
     device: Device = "auto"
 
-    def load(self, model: str | None, quiet: bool) -> "Engine":
-        """The engine of a checkpoint (None: the small one); without progress bars and notes if `quiet`."""
+    def load(self, model: str | None, quiet: bool, options: "Bounds | None" = None) -> "Engine":
+        """The engine of a checkpoint (None: the small one) with these bounds; without progress bars and notes
+        if `quiet`."""
         from huggingface_hub.utils import disable_progress_bars
 
         from ..engine import load_engine
@@ -73,6 +75,7 @@ class EngineOptions:
             dtype=self.dtype,
             attention_mode=self.attention_mode,
             block_search=self.block_search,
+            options=options,
         )
 
 

@@ -47,7 +47,7 @@ class ServerOptions:
     def __post_init__(self) -> None:
         for name, least in (("requests_per_minute", 0), ("max_prompt_tokens", 1), ("grace_seconds", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in ("max_body_bytes", "max_new_tokens", "default_new_tokens", "max_requests"):
             if getattr(self, name) < 1:
