@@ -63,6 +63,9 @@ def run(
     grace: Annotated[
         float, typer.Option(help="Seconds for requests under way when the server stops.")
     ] = 10.0,
+    stall: Annotated[
+        float, typer.Option(help="Times that a long prompt may slow down running streams; 0 for no limit.")
+    ] = 2.5,
     speculate: Annotated[int, typer.Option(help="Tokens to draft at most by prompt lookup; 0 for none.")] = 8,
     stable_prefix: Annotated[
         bool,
@@ -91,6 +94,7 @@ def run(
         requests_per_minute=requests_per_minute,
         request_seconds=timeout,
         grace_seconds=grace,
+        stall=stall,
         stable_prefix=stable_prefix,
     )
     bounds = Bounds(
