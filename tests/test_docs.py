@@ -1,5 +1,6 @@
 """Every command, Python example and link in README and docs works."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,10 +17,12 @@ from opensala.engine import shipped_model
 
 from .convert.test_transfer import make_teacher
 from .lm_eval_tasks import answer_task
+from .serving import serving
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 HUB_NAME = "openbmb/MiniCPM-SALA"
+SERVER = "http://localhost:8000"
 
 
 def blocks(page, language):
@@ -127,6 +130,12 @@ ANSWERS = {"report.txt": "48213", "src/": "512", "server.log": "90417"}
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, folder, monkeypatch, capsys):
     words = shlex.split(command)
+    if words[:2] == ["opensala", "serve"]:
+        pytest.importorskip("fastapi", reason="the extra serve is not installed")
+        make_keys(folder, words)
+        if words[2:3] != ["keys"]:
+            with serving(words[2:]):
+                return
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return
@@ -173,6 +182,31 @@ def test_python_example(code, folder):
         pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
     code = code.replace(f'"{HUB_NAME}"', repr(str(shipped_model()))).replace(', device_map="auto"', "")
     code = code.replace("torch.bfloat16", "torch.float32")
+    with served(code) as code:
+        run_example(code)
+
+
+@contextlib.contextmanager
+def served(code):
+    """With a server, if the example speaks to one."""
+    if SERVER not in code:
+        yield code
+        return
+    for name in ("fastapi", "openai", "anthropic"):
+        pytest.importorskip(name, reason="the extra serve, or a client for it, is not installed")
+    with serving(["--max-cached-tokens", "40000"]) as url:
+        yield code.replace(SERVER, url)
+
+
+def make_keys(folder, words):
+    """The key file that a command speaks of."""
+    from opensala.server import new_key
+
+    if "--keys" in words or "revoke" in words or "list" in words:
+        new_key(folder / "keys.json", "ada")
+
+
+def run_example(code):
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=offline

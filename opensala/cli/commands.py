@@ -18,6 +18,7 @@ from .eval import evals
 from .models import models, pull
 from .notes import show_cost, show_skipped
 from .options import Device, EngineOptions, Json, Model, Quiet, SamplingOptions, Seed, with_options
+from .serve import app as serve_app
 from .train import app as train_app
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(contexts_app, name="contexts")
 app.command()(pull)
 app.command()(models)
+app.add_typer(serve_app, name="serve")
 
 
 @app.command()

@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..engine import Engine, SamplingParams
+    from ..engine import EngineOptions as Bounds
 
 Contexts = Annotated[list[str], typer.Argument(metavar="CTX...", help="Folders of contexts.")]
 Context = Annotated[str, typer.Argument(metavar="CTX", help="Folder of a context.")]
@@ -70,8 +71,9 @@ class EngineOptions:
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
     device: Device = "auto"
 
-    def load(self, model: str | None, quiet: bool) -> "Engine":
-        """The engine of a checkpoint (None: the small one); without progress bars and notes if `quiet`."""
+    def load(self, model: str | None, quiet: bool, options: "Bounds | None" = None) -> "Engine":
+        """The engine of a checkpoint (None: the small one) with these bounds; without progress bars and notes
+        if `quiet`."""
         from huggingface_hub.utils import disable_progress_bars
 
         from ..engine import load_engine
@@ -87,6 +89,7 @@ class EngineOptions:
             dtype=self.dtype,
             attention_mode=self.attention_mode,
             block_search=self.block_search,
+            options=options,
         )
 
 

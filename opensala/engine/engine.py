@@ -10,7 +10,7 @@ import itertools
 from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -318,6 +318,13 @@ class Engine:
         return min(sequence.num_cached, sequence.num_prompt)
 
     # --- a step ---
+
+    def limit_step(self, tokens: int | None) -> None:
+        """Compute at most so many tokens in each step from now on; None for `max_batch_tokens`."""
+        most = self.options.max_batch_tokens
+        tokens = most if tokens is None else max(1, min(tokens, most))
+        if tokens != self.scheduler.limits.max_batch_tokens:
+            self.scheduler.limits = replace(self.scheduler.limits, max_batch_tokens=tokens)
 
     def step(self) -> list[TokenEvent]:
         """Compute one step for all requests; returns what there is to say, in the order of their arrival.

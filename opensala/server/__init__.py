@@ -7,7 +7,7 @@ from .app import create_app
 from .keys import Key, KeyFile, list_keys, new_key, revoke_key
 from .limits import ServerOptions
 from .loop import EngineLoop, Job, Ticket
-from .run import Server, build_server, check_port, is_loopback
+from .run import Server, build_server, check_bind, is_loopback
 from .service import Service
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "Service",
     "Ticket",
     "build_server",
-    "check_port",
+    "check_bind",
     "create_app",
     "is_loopback",
     "list_keys",

@@ -49,7 +49,13 @@ def create_app(service: Service, hosts: frozenset[str] | None = None) -> FastAPI
         finally:
             await service.close()
 
-    app = FastAPI(title="OpenSALA", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="OpenSALA",
+        lifespan=lifespan,
+        docs_url=None,  # these load their scripts from elsewhere
+        redoc_url=None,
+        telemetry={"auto_configure": False},  # nothing is exported, whatever the environment says
+    )
     app.state.service = service
     for path, handler, schema in _POSTS:
         app.add_api_route(

@@ -60,8 +60,8 @@ class Guard:
             if status:  # in the middle of an answer
                 await _cut(scope)
             else:
-                error = ApiError(500, "the server failed on this request; its log says how")
-                await _refuse(error, scope, receive, answer)
+                defect = ApiError(500, "the server failed on this request; its log says how")
+                await _refuse(defect, scope, receive, answer)
         finally:
             route = scope.get("route")
             path = getattr(route, "path", "other")

@@ -26,6 +26,8 @@ class ServerOptions:
         write_seconds: for a client to take what it was sent, before it is cut off.
         ping_seconds: between signs of life on a stream while a long prompt is read.
         grace_seconds: for requests under way when the server is told to stop.
+        stall: how many times as long a step may take that reads a prompt beside streams, than one without; 0
+            for no limit (see `Pace`).
         stable_prefix: lines of a system prompt that change from call to call are left out or moved behind the
             documents (see `engine.chat`).
     """
@@ -42,12 +44,18 @@ class ServerOptions:
     write_seconds: float = 30.0
     ping_seconds: float = 10.0
     grace_seconds: float = 10.0
+    stall: float = 2.5
     stable_prefix: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("requests_per_minute", 0), ("max_prompt_tokens", 1), ("grace_seconds", 0)):
+        for name, least in (
+            ("requests_per_minute", 0),
+            ("max_prompt_tokens", 1),
+            ("grace_seconds", 0),
+            ("stall", 0),
+        ):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in ("max_body_bytes", "max_new_tokens", "default_new_tokens", "max_requests"):
             if getattr(self, name) < 1:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from ..engine import Completion, Engine, FinishReason, SamplingParams, TokenEvent
 from ..engine.request import as_token_ids
 from .fairness import FairQueue
+from .pace import Pace
 
 _log = logging.getLogger("opensala.server")
 
@@ -100,10 +101,12 @@ class EngineLoop:
 
     Args:
         engine: nobody else may use it from `start` to `close`.
+        stall: see `Pace`.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, stall: float = 2.5) -> None:
         self.engine = engine
+        self.pace = Pace(stall, engine.options.max_batch_tokens)
         self.stats = LoopStats()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: FairQueue[tuple[Ticket, int]] = FairQueue()
@@ -223,12 +226,16 @@ class EngineLoop:
             self._reading.add(request_id)
 
     def _step(self) -> None:
+        decoding, reading = self._load()
+        self.engine.limit_step(self.pace.limit(decoding, reading))
+        began = time.perf_counter()
         try:
             events = self.engine.step()
         except (RuntimeError, MemoryError) as error:  # out of memory on a device is a RuntimeError too
             _log.exception("a step failed; the requests in it end")
             self._end_running(f"the engine failed: {type(error).__name__}")
             return
+        self.pace.note(decoding, reading, time.perf_counter() - began)
         self._steps += 1
         for event in events:
             ticket, index = self._running[event.request_id]
@@ -240,6 +247,13 @@ class EngineLoop:
             ticket, index = self._running[request_id]
             if index == 0:
                 ticket.read = self.engine.tokens_read(request_id)
+
+    def _load(self) -> tuple[int, bool]:
+        """Tokens that the next step decodes at most, drafts included, and whether it reads prompts too."""
+        scheduler, drafts = self.engine.scheduler, self.engine.options.speculate
+        decoding = sum(not sequence.is_reading for sequence in scheduler.running)
+        reading = decoding < len(scheduler.running) or len(scheduler.waiting) > 0
+        return decoding * (1 + drafts), reading
 
     def _end(self, ticket: Ticket) -> None:
         """Abort the jobs of a ticket."""

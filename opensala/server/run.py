@@ -7,12 +7,14 @@ import asyncio
 import ipaddress
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import create_app
+from .keys import KeyFile
 from .service import Service
 
 _log = logging.getLogger("opensala.server")
@@ -51,12 +53,26 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
+        self.announce: Callable[[str, str, int], None] | None = None  # called with URL, model and context
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.announce is not None and self.started:
+            self.announce(self.url, self.service.name, self.service.context)
+
+    @property
+    def url(self) -> str:
+        """Where the server is, once it has started."""
+        host = self.config.host
+        port = self.servers[0].sockets[0].getsockname()[1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()  # no new connections, while those under way come to their end
         await self.service.close()
         await super().shutdown(sockets)
+        self._captured_signals.clear()  # to stop is what they asked for; uvicorn would raise them once more
 
 
 def is_loopback(host: str) -> bool:
@@ -75,15 +91,8 @@ def build_server(service: Service, host: str = "127.0.0.1", port: int = 8000) ->
     Raises:
         ValueError: the host can be reached by others and there are no keys; a port out of range.
     """
-    if not 0 <= port < 65536:
-        raise ValueError(f"port must be from 0 to 65535, got {port}")
-    local = is_loopback(host)
-    if service.keys is None and not local:
-        raise ValueError(
-            f"host {host!r} can be reached from other machines and there are no API keys: make some with "
-            "`opensala serve keys new` and give --keys, or bind to 127.0.0.1"
-        )
-    hosts = _LOCAL_NAMES | {host.lower()} if local and service.keys is None else None
+    _check_exposure(host, port, service.keys)
+    hosts = None if service.keys is not None else _LOCAL_NAMES | {host.lower()}
     config = uvicorn.Config(
         create_app(service, hosts),
         host=host.strip("[]"),
@@ -100,12 +109,27 @@ def build_server(service: Service, host: str = "127.0.0.1", port: int = 8000) ->
     return Server(config, service)
 
 
-def check_port(host: str, port: int) -> None:
-    """Refuse a port in use before the model is loaded.
+def _check_exposure(host: str, port: int, keys: KeyFile | None) -> None:
+    if not 0 <= port < 65536:
+        raise ValueError(f"port must be from 0 to 65535, got {port}")
+    if keys is None and not is_loopback(host):
+        raise ValueError(
+            f"host {host!r} can be reached from other machines and there are no API keys: make some with "
+            "`opensala serve keys new NAME` and give --keys, or bind to 127.0.0.1"
+        )
+    if keys is not None and not keys.keys():
+        raise ValueError(
+            f"{keys.path} has no keys, so nobody could ask: make one with `opensala serve keys new NAME`"
+        )
+
+
+def check_bind(host: str, port: int, keys: KeyFile | None) -> None:
+    """Refuse an address before the model is loaded.
 
     Raises:
-        ValueError: it cannot be bound.
+        ValueError: see `build_server`; it cannot be bound.
     """
+    _check_exposure(host, port, keys)
     bare = host.strip("[]")
     try:
         family = socket.getaddrinfo(bare, port, type=socket.SOCK_STREAM)[0][0]

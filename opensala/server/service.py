@@ -56,7 +56,7 @@ class Service:
             raise ValueError("a server needs an engine with a tokenizer")
         self.engine, self.name, self.keys = engine, name, keys
         self.options = options or ServerOptions()
-        self.loop = EngineLoop(engine)
+        self.loop = EngineLoop(engine, self.options.stall)
         self.gate = Gate(self.options)
         self.metrics = Metrics(lambda: self.loop.stats)
         self.created = int(time.time())

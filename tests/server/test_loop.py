@@ -8,6 +8,7 @@ import pytest
 from opensala.engine import Engine, EngineOptions, FinishReason, SamplingParams
 from opensala.server.fairness import FairQueue
 from opensala.server.loop import Closed, EngineLoop, Job
+from opensala.server.pace import Pace
 
 from ..conftest import tiny_model
 
@@ -232,3 +233,43 @@ def test_a_fair_queue():
     assert [line.pop() for _ in range(3)] == ["a3", "b2", "c2"] and not len(line)
     with pytest.raises(IndexError):
         line.pop()
+
+
+def simulate(pace, alone, per_token, steps=200):
+    """Seconds of mixed steps on a machine that needs so much for decoding and for each token read."""
+    for _ in range(20):
+        assert pace.limit(4, False) is None
+        pace.note(4, False, alone)
+    times = []
+    for _ in range(steps):
+        tokens = pace.limit(4, True) - 4
+        times.append(alone + per_token * tokens)
+        pace.note(4, True, times[-1])
+    return times
+
+
+@pytest.mark.parametrize(("alone", "per_token"), [(4e-3, 2e-4), (4e-3, 2e-6), (1.0, 1e-5)])
+def test_reading_slows_streams_down_by_so_much(alone, per_token):
+    pace = Pace(2.5, 4096)
+    times = simulate(pace, alone, per_token)
+    assert all(t <= 2.6 * alone for t in times[20:])
+    assert min(times[20:]) >= 2.4 * alone or pace.share == 4096  # no slower than it has to be
+
+
+def test_reading_goes_on_however_slow_it_is():
+    assert simulate(Pace(2.5, 4096), 1e-3, 1.0)[-1] == pytest.approx(16.001)
+    assert Pace(0.0, 4096).limit(4, True) is None and Pace(2.5, 4096).limit(0, True) is None
+
+
+def test_a_stream_goes_on_while_a_long_prompt_is_read():
+    async def scenario(loop):
+        stream = loop.submit("a", [Job(ids(9), ENDLESS)])
+        for _ in range(30):
+            await stream.next()
+        (done,) = await loop.submit("b", [job(5000, tokens=1)]).completions()
+        assert done.tokens and loop.pace.share < 5000
+        between = loop.stats.steps
+        assert between > 30
+        stream.cancel()
+
+    run(scenario, max_batch_tokens=5000)
