@@ -8,9 +8,9 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ def backend_everywhere(name: Backend | str | None) -> Iterator[None]:
                 del os.environ[VARIABLE]
             else:
                 os.environ[VARIABLE] = before
+
+
+def outside_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Within the block, PyTorch's products keep the dtypes that an op chose for them: autocast would round
+    what is computed in float32 on purpose, and its backward pass runs without autocast."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def choose_backend(

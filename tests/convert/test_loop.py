@@ -19,6 +19,7 @@ from opensala.convert.teacher import load_teacher
 from opensala.convert.tokens import Sample
 from opensala.convert.transfer import assemble, lightning_mixers, student_config
 from opensala.engine import shipped_model
+from opensala.ops.backends import backend_everywhere
 
 from .test_run import losses, same_weights
 from .test_transfer import make_teacher
@@ -243,3 +244,26 @@ def test_budgets_in_tokens():
     message = r"distill.tokens must be at least a batch of 64 sequences .* 65,536, got 65,535"
     with pytest.raises(ValueError, match=message):
         phase.for_tokens(65_535, 512, "distill")
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_autocast_leaves_the_attentions_in_their_own_precision(tmp_path, backend, mode):
+    """What ops compute in float32 on purpose stays so, in the backward pass too, whatever runs them."""
+    make_teacher(tmp_path, "llama", num_attention_heads=8, hidden_size=80)
+    teacher = load_teacher(tmp_path)
+    sizes = {"dense_len": 16, "topk": 2, "window_size": 16, "block_size": 16}
+    config = student_config(teacher.config, [0, 3], lightning_nkv=2, sparse_config=sizes)
+    student = assemble(teacher, config)
+    student.set_attention_mode(mode)
+    found = {}
+    for compute in ("float32", "bfloat16"):
+        distillation = Distillation(
+            student, "all", live_targets(teacher), teacher.lm_head.weight, PHASE, compute=compute
+        )
+        with backend_everywhere(backend):
+            distillation.step(0, sample(length=64), 5)
+        found[compute] = torch.cat([p.grad.flatten() for p in distillation.parameters])
+        distillation.forget()
+    exact, low = found["float32"], found["bfloat16"]
+    assert 0 < (low - exact).norm() < 0.1 * exact.norm()

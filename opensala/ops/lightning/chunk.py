@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import outside_autocast
+
 CHUNK = 128  # tokens
 SEGMENT_ELEMENTS = 1 << 24  # elements of the C x C products alive at once (64 MB in float32)
 _MIN_EXPONENT = -80.0  # below this a decay factor is 0: smaller ones turn into slow denormal numbers
@@ -201,7 +203,8 @@ def chunk_lightning_attention(
         state = torch.zeros(sequences, q.shape[2], q.shape[3], v.shape[3], dtype=compute, device=q.device)
     else:
         state = initial_state.to(compute)
-    o, final = _ChunkLightning.apply(
-        q.to(compute) * scale, k.to(compute), v.to(compute), decay.to(compute), state, bounds
-    )
+    with outside_autocast(q):
+        o, final = _ChunkLightning.apply(
+            q.to(compute) * scale, k.to(compute), v.to(compute), decay.to(compute), state, bounds
+        )
     return o.to(v.dtype), final

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..backends import Backend, choose_backend
+from ..backends import Backend, choose_backend, outside_autocast
 from ..checks import check_boundaries, head_dim_limit
 from .attend import attend_sequence
 from .cpp import cpp_select_by_regions, cpp_select_sequence, cpp_sparse_attention
@@ -159,7 +159,7 @@ def select_blocks(
     name = choose_backend(
         "select_blocks" if search == "exact" else "select_blocks by regions", q, backend, special
     )
-    with torch.no_grad():
+    with torch.no_grad(), outside_autocast(q):
         if name == "triton":
             from .triton import triton_select_blocks
 
@@ -258,7 +258,8 @@ def sparse_attention(
         return torch.cat(parts, 1)
     run = {"naive": naive_sparse_attention, "torch": attend_sequence, "cpp": cpp_sparse_attention}[name]
     pieces = zip(q, k, v, blocks, _row_lengths(lengths, q, k), strict=True)
-    return torch.stack([run(a, b[:n], c[:n], chosen, block_size, scale) for a, b, c, chosen, n in pieces])
+    with outside_autocast(q):
+        return torch.stack([run(a, b[:n], c[:n], chosen, block_size, scale) for a, b, c, chosen, n in pieces])
 
 
 def _row_lengths(lengths: Tensor | int | None, q: Tensor, k: Tensor | None) -> list[int]:
