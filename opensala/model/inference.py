@@ -116,7 +116,7 @@ class MergedLayers:
     """
 
     def __init__(self, model: "MiniCPMSALAModel", device: torch.device) -> None:
-        self.model, self.device = model, device
+        self.model = model
         modules = [*model.layers.modules(), model.norm]
         known = (*_OURS, nn.ModuleList, *{type(layer) for layer in model.layers})
         for m in modules:
@@ -128,6 +128,7 @@ class MergedLayers:
                 self.layers.append(MergedLayer(layer, device))  # type: ignore[arg-type]  # see `modeling`
                 if device.type == "cuda":  # what the parts took is no room for the next whole
                     torch.cuda.empty_cache()
+        self.device = self.layers[0].gate_up.weight.device  # `cuda` has become `cuda:0`
         # Looked at before every step, so kept as plain dictionaries.
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]

@@ -268,7 +268,8 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         """
         device = device or self.embed_tokens.weight.device
         old = self._merged
-        if old is not None and old.device == device and old.is_current and old.disturbed() is None:
+        here = old is not None and (old.device == device or device == torch.device(old.device.type))
+        if old is not None and here and old.is_current and old.disturbed() is None:
             return
         try:
             self._merged = MergedLayers(self, device)

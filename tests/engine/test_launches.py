@@ -92,6 +92,19 @@ def test_lightning_gets_bf16_and_keeps_float32_states(count):
                 assert inputs == {torch.bfloat16} and kinds["states"] == torch.float32
 
 
+@pytest.mark.parametrize("device", [None, "cuda", "cuda:0"])
+def test_merging_happens_once(device):
+    """As `load_engine` calls it, and then the engine."""
+    with fake_gpu() as gpu:
+        model = on_fake_gpu(MiniCPMSALAConfig(**SHORT))
+        model.model.merge_projections(None if device is None else torch.device(device))
+        merged, held = model.model._merged, gpu.allocated
+        running = Engine(model, None, EngineOptions(**LEAST))
+        assert model.model._merged is merged
+        assert model.model.merged_layers(model.model.embed_tokens.weight) is merged
+        assert gpu.allocated - held < running.storage.num_bytes + (4 << 20)
+
+
 SITUATIONS = {
     "a million tokens": [(0, MILLION - 4096, 4096, True)],
     "a short prompt": [(0, 0, 4096, False)],
