@@ -28,6 +28,7 @@ from triton.runtime import JITFunction  # noqa: E402
 
 import opensala.ops  # noqa: E402
 from opensala.ops.triton_common import CompileCase, shared_memory  # noqa: E402
+from tests.ops import machine_code  # noqa: E402
 
 MAIN = 90  # every case is compiled for it; for other GPUs the first of each kernel
 
@@ -89,14 +90,28 @@ def compile_case(case: CompileCase, arch: int) -> dict[str, Any]:
             options=dict(case.options),
         )
         usage = resources(compiled.asm["cubin"])
+        code = facts_of(compiled.asm["cubin"]) if "*bf16" in case.types.values() else {}
     except Exception as problem:  # whatever a compiler raises is this test's finding
         return report | {"error": f"{type(problem).__name__}: {problem}"[-1500:]}
     return report | {
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
+        "together": together(usage["REG"], compiled.metadata.shared, compiled.metadata.num_warps, arch),
+        **code,
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def facts_of(cubin: bytes) -> dict[str, Any]:
+    return machine_code.facts(machine_code.listing(cubin))
+
+
+def together(registers: int, shared: int, warps: int, arch: int) -> int:
+    """Programs that fit one multiprocessor at once."""
+    of_warp = -(-registers * 32 // 256) * 256
+    memory, most_warps = {80: (164, 64), 90: (228, 64), 120: (100, 48)}[arch]
+    return min(65536 // (of_warp * warps), memory * 1024 // (shared + 1024), most_warps // warps)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -24,18 +24,22 @@ class Instruction(NamedTuple):
 
 
 def listing(cubin: bytes) -> list[Instruction]:
-    """The instructions of the one kernel in a cubin, up to the padding behind its last jump to itself."""
+    """The instructions of the one kernel in a cubin, the padding at its end among them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parse(text)
+
+
+def parse(text: str) -> list[Instruction]:
     found = (LINE.match(line) for line in text.splitlines())
     return [Instruction(int(m[1], 16), m[2], m[3]) for m in found if m]
 
 
 def loops(code: list[Instruction]) -> list[tuple[int, int]]:
-    """First and last address of each innermost loop that multiplies matrices, in order."""
+    """First and last address of each innermost loop, in order: where a jump goes back."""
     spans = []
     for one in code:
         targets = re.findall(r"0x([0-9a-f]+)", one.operands)
@@ -45,9 +49,8 @@ def loops(code: list[Instruction]) -> list[tuple[int, int]]:
     return sorted(inner)
 
 
-def facts(cubin: bytes) -> dict[str, Any]:
+def facts(code: list[Instruction]) -> dict[str, Any]:
     """Instructions in all, tensor-core and local ones, and the instructions of each loop with a product."""
-    code = listing(cubin)
     spans = []
     for lo, hi in loops(code):
         body = [x for x in code if lo <= x.address <= hi]

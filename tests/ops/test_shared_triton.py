@@ -104,17 +104,17 @@ def test_blocks_that_tiles_of_pages_share():
 
 
 @pytest.mark.parametrize(
-    ("heads", "size", "part_bytes"),
-    [(2, 16, 1), (8, 24, 1 << 30), (32, 16, 1)],
-    ids=["32 queries, chunks of 64", "32 queries", "8 queries, chunks of 64"],
+    ("heads", "size", "part_bytes", "mark_bytes"),
+    [(2, 16, 1, 1 << 26), (8, 24, 1 << 30, 1 << 26), (32, 16, 1, 1)],
+    ids=["pairs in chunks", "at once", "all in chunks"],
 )
-def test_shared_blocks_and_pairs_make_the_whole(heads, size, part_bytes, monkeypatch):
+def test_shared_blocks_and_pairs_make_the_whole(heads, size, part_bytes, mark_bytes, monkeypatch):
     """In the tiles of a GPU; both ways have work to do, and every block of a list goes one of them."""
     for module in (triton_attend, triton_band, triton_pairs):
         monkeypatch.setattr(module, "triton_interpreted", lambda: False)
     monkeypatch.setattr(triton, "shared_enough", lambda *_: True)
     monkeypatch.setattr(triton_pairs, "PART_BYTES", part_bytes)
-    monkeypatch.setattr(triton_pairs, "MARK_BYTES", part_bytes)
+    monkeypatch.setattr(triton_pairs, "MARK_BYTES", mark_bytes)
     q, k, v = draw(330, 70, heads, 2, 16)
     blocks = lists(list(range(260, 330)), size, 11)[None]
     args = [x.to(TRITON_DEVICE, torch.float16) for x in (q, k, v)]

@@ -94,8 +94,12 @@ def triton_lightning_slots(
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """The released heads as the model calls it (q and k in float32), and the widest ones."""
-    for name, dim, kinds in (("released", 128, ("fp32", "fp32", "bf16")), ("wide", 256, ("fp16",) * 3)):
+    """The released heads with q and k in bfloat16 and in float32, and the widest ones."""
+    for name, dim, kinds in (
+        ("released", 128, ("bf16",) * 3),
+        ("released float", 128, ("fp32", "fp32", "bf16")),
+        ("wide", 256, ("fp16",) * 3),
+    ):
         config = _config(dim, dim)
         options = {"num_warps": config.pop("num_warps")}
         types = {

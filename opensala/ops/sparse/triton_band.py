@@ -177,7 +177,7 @@ def tile_config(
         "DP": wide,
         "EP": deep,
         "BN": 64 if itemsize == 2 and widest <= 128 and arch == 90 else 32,
-        "num_warps": 8 if queries * heads > 32 or itemsize == 4 else 4,
+        "num_warps": 8 if queries * heads > (64 if widest <= 128 else 32) or itemsize == 4 else 4,
         "num_stages": 3 if itemsize == 2 and widest <= 128 else 2,
     }
 

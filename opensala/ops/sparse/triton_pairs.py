@@ -70,7 +70,7 @@ def pair_kernel(
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
     e = tl.arange(0, EP)
-    q_cells = g[:, None] * q_h + d[None, :]
+    q_cells = g.to(tl.int64)[:, None] * q_h + d[None, :]  # heads may be far apart
     out_cells = g[:, None] * E + e[None, :]
     origin = begin - b.to(tl.int32) * count
     for i in range(first_pair, last_pair, PQ):
