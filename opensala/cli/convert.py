@@ -60,6 +60,45 @@ def merge(
     print(merge_outcome(teacher, outcome, output))
 
 
+@app.command()
+def pack(
+    tokenizer: Annotated[
+        str, typer.Argument(help="Whose tokenizer: a checkpoint's folder or hub name, or a pulled model.")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA...",
+            help="Files, folders or patterns of JSONL, Parquet or text, each with a share or none: "
+            "web=0.7 books.jsonl=0.3.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the packed tokens.")],
+    tokens: Annotated[int | None, typer.Option(help="To train on at most. Default: all there are.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of documents.")] = 0,
+    skip_bad_data: Annotated[
+        bool, typer.Option("--skip-bad-data", help="Count malformed documents and leave them out.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tokenize documents once, streamed, into arrays to train on and held out; prints counts as JSON."""
+    from transformers import AutoTokenizer
+
+    from ..data.pack import pack as run
+    from ..data.pack import parse_sources
+    from ..hub import checkpoint_folder
+    from ..runs.progress import counter
+
+    sources, folder = parse_sources(data), checkpoint_folder(tokenizer)
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{tokenizer}: there is no tokenizer that can be read ({error})") from error
+    with counter("tokens", quiet) as advance:
+        made = run(sources, loaded, output, tokens=tokens, seed=seed, skip_bad=skip_bad_data, advance=advance)
+    print(json.dumps({key: made.record[key] for key in ("tokens", "held_out", "repeated", "skipped")}))
+
+
 @app.command(hidden=True)
 def run(
     teacher: Annotated[
@@ -144,8 +183,8 @@ def run(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text file or folder to train on; may be repeated. Default: this Python installation's "
-            "texts."
+            help="File, folder or pattern (JSONL, Parquet, text) to train on, or a folder that convert pack "
+            "made; may be repeated. Default: this Python installation's texts."
         ),
     ] = None,
     tokens: Annotated[

@@ -4,17 +4,18 @@ apart."""
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.documents import read_documents
 from ..data.haystack import Haystack
+from ..data.pack import Packed, is_packed
 from ..data.packing import PackedText
 from ..data.retrieval import training_sequence
-from ..data.text import KINDS, documents, read_text
+from ..data.text import KINDS, documents
 from .config import ConvertConfig
 from .tokens import PackedTokens, Sample
 
@@ -30,15 +31,23 @@ def facts_for(length: int) -> int:
 
 
 def user_texts(paths: Sequence[str]) -> list[str]:
-    """The UTF-8 files among and below the paths, long ones in pieces. Raises ValueError for a path that holds
-    none."""
-    texts = []
-    for name in paths:
-        path = Path(name)
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        found = [text for text in map(read_text, files) if text]
+    """Texts of the documents of files, folders and patterns (JSONL, Parquet, text), long ones in pieces.
+
+    Raises:
+        ValueError: a path without documents, a malformed line (file and line), documents without text, or
+            more text than is read into memory here.
+    """
+    texts, total = [], 0
+    for path in paths:
+        found = [document.text for document in read_documents(path) if document.text]
         if not found:
-            raise ValueError(f"data: {name} holds no UTF-8 text")
+            raise ValueError(f"data: {path} holds no texts")
+        total += sum(map(len, found))
+        if total > 3 * _CHARACTERS:
+            raise ValueError(
+                f"data: {', '.join(paths)} hold more than the {3 * _CHARACTERS:,} characters that are read "
+                "into memory: pack them (opensala convert pack) and give the folder as data"
+            )
         texts += [text[i : i + _PIECE] for text in found for i in range(0, len(text), _PIECE)]
     return texts
 
@@ -51,7 +60,10 @@ class Batches:
 
     def __init__(self, tokenizer: Any, config: ConvertConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.packed = PackedTokens(config.tokens, len(tokenizer)) if config.tokens else None
+        packed = config.tokens or (config.data if len(config.data) == 1 and is_packed(config.data[0]) else ())
+        for folder in filter(is_packed, packed):
+            Packed(folder).check_tokenizer(tokenizer)
+        self.packed = PackedTokens(packed, len(tokenizer)) if packed else None
         if self.packed is not None:
             train, held = self._decoded(self.packed)
         elif config.data:

@@ -4,7 +4,8 @@ tokenizer.
 A file is a NumPy array of token ids (`.npy`, integers of any width). One of one dimension is text:
 documents behind one another with an end-of-text after each, cut here into sequences of any length. One of
 two dimensions holds whole tasks, `[N, length]`; beside `NAME.npy` lies `NAME.answers.npy`, `[N, length]`,
-which marks the tokens of the answers. Files are mapped, not read.
+which marks the tokens of the answers. Files are mapped, not read. A folder that `data.pack` made has text to
+train on, and text held out by document.
 
 Shapes: N sequences, T tokens each.
 """
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..data.pack import is_packed
 
 _HELD_OUT = 64  # of the text of every file, the last so-many-th is held out
 _ANSWERS = ".answers.npy"
@@ -74,7 +77,13 @@ class PackedTokens:
     """
 
     def __init__(self, paths: Sequence[str], vocabulary: int) -> None:
-        files = [file for name in paths for file in self._files(Path(name))]
+        folders, files = [Path(name) for name in paths if is_packed(name)], []
+        self.held_streams: list[np.ndarray] = []  # held out by document; without any, the ends of the streams
+        for name in paths:
+            files += self._files(Path(name) / "train" if is_packed(name) else Path(name))
+        for folder in folders:
+            held = sorted((folder / "held_out").glob("*.npy"))
+            self.held_streams += [self._open(file, vocabulary) for file in held]
         self.streams: list[np.ndarray] = []
         self._tasks: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
         digest = hashlib.sha256()
@@ -129,10 +138,12 @@ class PackedTokens:
     def _parts(self, length: int, held_out: bool) -> list[np.ndarray]:
         """The text of each file as sequences `[N, length]`, those to train on or the last ones."""
         parts = []
-        for stream in self.streams:
+        for stream in self.held_streams if held_out and self.held_streams else self.streams:
             rows = stream[: len(stream) // length * length].reshape(-1, length)
-            kept = len(rows) - max(1, len(rows) // _HELD_OUT)
-            parts.append(rows[kept:] if held_out else rows[:kept])
+            if not self.held_streams:
+                kept = len(rows) - max(1, len(rows) // _HELD_OUT)
+                rows = rows[kept:] if held_out else rows[:kept]
+            parts.append(rows)
         return parts
 
     def _draw(self, kind: str, parts: list[np.ndarray], seed: int, position: int, number: int) -> np.ndarray:

@@ -77,11 +77,7 @@ def pool(path: str, characters: int) -> list[str]:
 
 def read_documents(path: str, skip_bad: bool = False) -> Iterator[TrainingDocument]:
     """All documents of a path once, in the order of the files; see `Files`."""
-    source = Files(path, "in order", skip_bad, shuffled=False)
-    while source.epoch == 0:
-        document = source.next()
-        if source.epoch == 0:
-            yield document
+    yield from Files(path, "in order", skip_bad, shuffled=False).once()
 
 
 class InstalledTexts:
@@ -203,6 +199,16 @@ class Files:
             self._fill()
         self.offset += 1
         return self._block[self.offset - 1]
+
+    def once(self) -> Iterator[TrainingDocument]:
+        """The documents of one epoch, from its beginning; the stream stands at the next one's afterwards."""
+        epoch = self.epoch
+        while True:
+            self._fill()
+            if self.epoch != epoch:
+                return
+            assert self._block is not None, "filled, or the epoch has ended"
+            yield from self._block
 
     def _now(self) -> tuple[int, int, int]:
         return self.rows, self.skipped, self._good

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .facts import Fact, format_question, random_facts
+from .written import written_facts
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class NeedleDocument:
     trials: list[Trial]
 
 
-def needle_document(tokenizer: Any, text: str, length: int, facts: int, rng: random.Random) -> NeedleDocument:
+def needle_document(
+    tokenizer: Any, text: str, length: int, facts: int, rng: random.Random, written: bool = False
+) -> NeedleDocument:
     """Hide `facts` facts at evenly spread, jittered depths of `text` and cut it to about `length` tokens.
 
     Facts are inserted as lines of their own at line ends (at spaces if the text has no lines there), and the
-    whole is tokenized as one text, as a user's document would be. Raises ValueError if the text is too short.
+    whole is tokenized as one text, as a user's document would be. With `written` their values are those of
+    `written`. Raises ValueError if the text is too short.
     """
     sample = text[:200_000]
     characters_per_token = len(sample) / len(tokenizer(sample, add_special_tokens=False)["input_ids"])
@@ -37,7 +41,7 @@ def needle_document(tokenizer: Any, text: str, length: int, facts: int, rng: ran
             f"the text has about {int(len(text) / characters_per_token):,} tokens, {length:,} are needed"
         )
     text = text[: int(length * characters_per_token)]
-    chosen = random_facts(rng, facts)
+    chosen = written_facts(rng, facts).facts if written else random_facts(rng, facts)
     spots = sorted(min(len(text) - 1, int((i + rng.random()) / facts * len(text))) for i in range(facts))
     parts, last, depths = [], 0, []
     for spot, fact in zip(spots, chosen, strict=True):

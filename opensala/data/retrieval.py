@@ -8,6 +8,7 @@ import numpy as np
 
 from .facts import Fact, format_question, random_facts
 from .haystack import Haystack
+from .written import WrittenFacts, written_facts
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,38 @@ def hide(tokenizer: Any, rng: random.Random, hay: np.ndarray, statements: list[s
     return np.concatenate([*parts, hay[last:]])
 
 
+def mixed_facts(
+    rng: random.Random, count: int, words: list[str], written: float = 0.0, absent: float = 0.0
+) -> tuple[list[Fact], list[Fact]]:
+    """`count` facts to hide, and questions without a fact (answer ABSENT).
+
+    Args:
+        written: chance of each fact to have a value as people write it (`written`), instead of a number or a
+            name.
+        absent: questions without a fact for each fact, on average.
+    """
+    prose = sum(rng.random() < written for _ in range(count)) if written else 0
+    missing = sum(rng.random() < absent for _ in range(count)) if absent else 0
+    made = written_facts(rng, prose, missing, words) if prose or missing else WrittenFacts([], [])
+    return [*random_facts(rng, count - prose, words), *made.facts], made.absent
+
+
 def training_sequence(
-    tokenizer: Any, haystack: Haystack, rng: random.Random, length: int, facts: int
+    tokenizer: Any,
+    haystack: Haystack,
+    rng: random.Random,
+    length: int,
+    facts: int,
+    written: float = 0.0,
+    absent: float = 0.0,
 ) -> Sequence:
     """A sequence of exactly `length` tokens: bos (if the tokenizer has one), a document with hidden facts,
-    then all questions answered.
+    then all questions answered; `written` and `absent` as in `mixed_facts`.
 
     Raises ValueError if the questions alone do not fit.
     """
-    chosen = random_facts(rng, facts, haystack.words)
-    asked = rng.sample(chosen, len(chosen))
+    chosen, missing = mixed_facts(rng, facts, haystack.words, written, absent)
+    asked = rng.sample([*chosen, *missing], len(chosen) + len(missing))
     prompts = tokenizer([format_question(f.question) for f in asked], add_special_tokens=False)["input_ids"]
     answers = tokenizer([" " + f.answer for f in asked], add_special_tokens=False)["input_ids"]
     tail, marks = [], []

@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -40,6 +40,17 @@ def progress_bar(label: str, total: int, done: int = 0, quiet: bool = False) -> 
     )
     with Progress(*columns, console=Console(file=sys.stderr), disable=quiet) as progress:
         yield Bar(progress, label, total, done)
+
+
+@contextmanager
+def counter(label: str, quiet: bool = False) -> Iterator[Callable[[int, str], None]]:
+    """Show a growing count on stderr while the block runs; call it with what was added and a note."""
+    columns = (TextColumn("{task.description}"), TextColumn("{task.completed:,.0f}"), TimeElapsedColumn())
+    with Progress(
+        *columns, TextColumn("{task.fields[note]}"), console=Console(file=sys.stderr), disable=quiet
+    ) as progress:
+        task = progress.add_task(label, total=None, note="")
+        yield lambda count, note: progress.update(task, advance=count, note=note)
 
 
 def require_matplotlib() -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..model.config import check_choice
-from .recipes import Recipe, Stage
+from .recipes import Halo, Recipe, Stage
 from .schedule import Schedule
 
 
@@ -79,16 +79,22 @@ def override(recipe: Recipe, setting: str) -> Recipe:
 
 
 def bind(recipe: Recipe, paths: dict[str, str]) -> Recipe:
-    """Give sources their paths by name, in every stage; ValueError for a name that no stage has."""
-    known = sorted({s.name for stage in recipe.stages if isinstance(stage, Stage) for s in stage.mixture})
+    """Give sources their paths by name, in every stage; `halo` names the conversion's texts. ValueError for a
+    name that no stage has."""
+    known = {s.name for stage in recipe.stages if isinstance(stage, Stage) for s in stage.mixture}
+    known |= {stage.name for stage in recipe.stages if isinstance(stage, Halo)}
     for name in paths:
-        check_choice("a source of --data", name, tuple(known))
+        check_choice("a source of --data", name, tuple(sorted(known)))
     return replace(
         recipe,
         stages=tuple(
             replace(stage, mixture=tuple(replace(s, path=paths.get(s.name, s.path)) for s in stage.mixture))
             if isinstance(stage, Stage)
-            else stage
+            else _fed(stage, paths.get(stage.name))
             for stage in recipe.stages
         ),
     )
+
+
+def _fed(stage: Halo, path: str | None) -> Halo:
+    return stage if path is None else replace(stage, config=replace(stage.config, data=(path,)))

