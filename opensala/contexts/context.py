@@ -231,7 +231,8 @@ class Context:
                 on_event(event)
 
         read = len(self._hold.tokens) if self._hold is not None else 0
-        result = answer_prompt(self.engine, list(ids), len(self.tokens), params, quiet=quiet, on_event=note)
+        before = min(len(self.tokens), len(ids) - 1)
+        result = answer_prompt(self.engine, list(ids), before, params, quiet=quiet, on_event=note)
         self._say(result, read, len(ids))
         if keep:
             begin, text = len(self.tokens), result.text
