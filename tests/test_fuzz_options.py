@@ -36,6 +36,15 @@ DEMO = {"--tokens": [*NOT_INTEGERS, "-1", "2047", HUGE], "--seed": ["x", "-1", H
 BENCH = {"--device": ["tpu", ""]}
 
 
+CONTEXTS = {"--output": [""], "--model": ["", "/nowhere"], "--dtype": ["int8"], "--device": ["tpu"]}
+CHAT = {**SHARED, "--max-new-tokens": [*NOT_INTEGERS, "0", "-1"]}
+PLAN = {
+    "--context": ["", "x", "0", "-1", "1e3", "K", "1G", "9" * 20],
+    "--device-memory": ["", "x", "GB", "32", "-1GB", "nanGB", "infGB", "1e99GB", "0GB", "1XB"],
+    "--dtype": ["", "int8", "float64"],
+}
+
+
 def cases(start, options):
     return [(start, option, value) for option, values in options.items() for value in values]
 
@@ -44,6 +53,9 @@ CASES = [
     *cases(["ask", "DOC", "-q", "x"], SHARED),
     *cases(["generate", "x"], SHARED),
     *cases(["eval", "--no-cache"], EVAL),
+    *cases(["ingest", "DOC", "-o", "a.ctx"], CONTEXTS),
+    *cases(["chat"], {**CHAT, "--host-memory": ["", "x", "0MB", "-1GB"]}),
+    *cases(["plan"], PLAN),
     *cases(["demo"], DEMO),
     *cases(["bench", "ops"], BENCH),
 ]

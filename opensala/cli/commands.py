@@ -17,8 +17,19 @@ from .convert import app as convert_app
 from .eval import evals
 from .models import models, pull
 from .notes import show_cost, show_skipped
-from .options import Device, EngineOptions, Json, Model, Quiet, SamplingOptions, Seed, with_options
+from .options import (
+    Device,
+    EngineOptions,
+    HostMemory,
+    Json,
+    Model,
+    Quiet,
+    SamplingOptions,
+    Seed,
+    with_options,
+)
 from .serve import app as serve_app
+from .sizes import byte_count
 from .train import app as train_app
 
 if TYPE_CHECKING:
@@ -56,6 +67,7 @@ def ask(
     engine: EngineOptions,
     sampling: SamplingOptions,
     model: Model = None,
+    host_memory: HostMemory = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -68,8 +80,13 @@ def ask(
     kept = [d for d in documents if is_context(d)]
     if kept and len(documents) > 1:
         raise ValueError(f"{kept[0]} is a context, which is asked alone: name it without other documents")
+    if host_memory is not None and not kept:
+        raise ValueError("--host-memory is for a context (opensala ingest makes one), not for documents")
     if kept:
-        reading, result = Reading(), _ask_context(engine, model, kept[0], question, chosen, quiet)
+        reading, result = (
+            Reading(),
+            _ask_context(engine, model, kept[0], question, chosen, host_memory, quiet),
+        )
     else:
         reading, result = _ask_documents(engine, model, documents, question, chosen, quiet, as_json)
     if as_json:
@@ -87,13 +104,22 @@ add_commands(app)
 
 
 def _ask_context(
-    engine: EngineOptions, model: str | None, path: str, question: str, params: "SamplingParams", quiet: bool
+    engine: EngineOptions,
+    model: str | None,
+    path: str,
+    question: str,
+    params: "SamplingParams",
+    host_memory: str | None,
+    quiet: bool,
 ) -> "Generation":
     from ..contexts import Context, read_manifest
 
+    budget = None if host_memory is None else byte_count(host_memory, "--host-memory")
     read_manifest(path)  # before seconds of loading
-    with Context.open(engine.load(model, quiet), path) as context:
-        return context.ask(question, params, quiet=quiet)
+    with Context.open(engine.load(model, quiet), path, host_memory=budget) as context:
+        result = context.ask(question, params, quiet=quiet)
+        result.notes += [] if budget is None else [context.traffic()]
+        return result
 
 
 def _ask_documents(

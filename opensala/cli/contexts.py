@@ -15,12 +15,14 @@ from .options import (
     Contexts,
     Documents,
     EngineOptions,
+    HostMemory,
     Json,
     Model,
     Quiet,
     SamplingOptions,
     with_options,
 )
+from .sizes import byte_count, token_count
 
 if TYPE_CHECKING:
     from ..engine import Document
@@ -66,6 +68,7 @@ def chat(
         str | None, typer.Argument(metavar="[CTX]", help="Context to talk about. Default: none.")
     ] = None,
     model: Model = None,
+    host_memory: HostMemory = None,
     quiet: Quiet = False,
 ) -> None:
     """Talk about a context, or about nothing; /help lists what can be done with the conversation."""
@@ -73,10 +76,11 @@ def chat(
     from .chat import Chat
 
     chosen = sampling.checked()
+    budget = None if host_memory is None else byte_count(host_memory, "--host-memory")
     if context is not None:
         read_manifest(context)  # before seconds of loading
     loaded = engine.load(model, quiet)
-    opened = Context.empty(loaded) if context is None else Context.open(loaded, context)
+    opened = Context.empty(loaded) if context is None else Context.open(loaded, context, host_memory=budget)
     with opened:
         Chat(opened, chosen, quiet).run()
 
@@ -234,7 +238,48 @@ def rm(contexts: Contexts) -> None:
         print(f"{context}: {store.remove(context):,} bytes removed")
 
 
+def plan(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder or hub name of a checkpoint. Default: the small model that ships here."),
+    ] = None,
+    context: Annotated[str, typer.Option("--context", help="Tokens, as 64K or 1M.")] = "1M",
+    device_memory: Annotated[
+        str | None, typer.Option(help="Of your card, as 32GB. Default: cards of 24 to 141 GB.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """What a context takes, part by part, and where it fits, before anything runs."""
+    from ..engine.load import DTYPES, checkpoint_config
+    from ..engine.plan import CARDS, plan_context
+
+    tokens = token_count(context, "--context")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r}")
+    cards = (
+        [byte_count(device_memory, "--device-memory")]
+        if device_memory is not None
+        else [n * 10**9 for n in CARDS]
+    )
+    found = plan_context(checkpoint_config(model), tokens, DTYPES[dtype])
+    print(f"{tokens:,} tokens in {dtype}:")
+    for name, size in (
+        ("weights", found.weights),
+        ("keys and values", found.keys_values),
+        ("compressed keys", found.compressed),
+        ("states (3 slots)", found.states),
+        ("activations of a chunk (estimate)", found.activations),
+        ("all", found.total),
+        ("without keys and values that no token attends to", found.resident),
+    ):
+        print(f"  {name:<50} {size / 1e9:>10,.3f} GB")
+    said = {"all": "fits", "resident": "fits if keys and values lie in slower memory", "no": "does not fit"}
+    for card in cards:
+        print(f"  {card / 1e9:,g} GB: {said[found.fits(card)]}")
+
+
 def add_commands(to: typer.Typer) -> None:
-    """Put `ingest` and `chat` among the commands."""
+    """Put `ingest`, `chat` and `plan` among the commands."""
+    to.command()(plan)
     to.command()(ingest)
     to.command()(chat)

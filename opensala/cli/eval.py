@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from .options import EngineOptions, Json, Quiet, with_options
+from .sizes import token_count
 
 
 class _RunByDefault(TyperGroup):
@@ -107,7 +108,7 @@ def run(
     from ..evaluate.suites import PRESETS, Options, build_suites, split_names
 
     ours, foreign = split_names(suite)
-    sizes = tuple(_length(part) for part in lengths.split(",")) if lengths else ()
+    sizes = tuple(token_count(part, "--lengths") for part in lengths.split(",")) if lengths else ()
     options = Options(
         sizes,
         samples,
@@ -207,16 +208,6 @@ def report(
     from ..evaluate.report import write_report
 
     print(write_report(folders, output))
-
-
-def _length(text: str) -> int:
-    """`4096`, `64K` or `1M`."""
-    number, factor = text.strip().upper(), 1
-    if number[-1:] in ("K", "M"):
-        number, factor = number[:-1], 1024 if number[-1] == "K" else 2**20
-    if not number.isdigit() or int(number) < 1:
-        raise ValueError(f"--lengths: must be whole numbers of tokens like 4096,64K,1M, got {text!r}")
-    return int(number) * factor
 
 
 def _load(

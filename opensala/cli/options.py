@@ -32,6 +32,13 @@ Documents = Annotated[
         metavar="DOC...", help="Files (text, source code, Markdown, PDF), directories, pipes, or - for stdin."
     ),
 ]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Bytes of a context's keys and values to have in memory at most, as 800MB; what is wanted "
+        "beyond is read from disk when it is wanted. Default: what was wanted stays."
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result and its measurements as one JSON object.")
 ]

@@ -175,6 +175,16 @@ class Context:
         what = f"{len(self.tokens):,} tokens of {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
         return what + ("" if self.is_whole else f", {self.manifest.planned:,} planned: not read to its end")
 
+    def traffic(self) -> str:
+        """One line: what of the engine's contexts was read from disk, and how often that was not needed."""
+        backing = DiskBacking.of(self.engine)
+        rate = backing.traffic.hit_rate
+        hits = "" if rate is None else f"; {rate:.0%} of what was attended to was in memory"
+        return (
+            f"{backing.counter.bytes:,} of the context's {self.manifest.num_bytes:,} bytes were read{hits}; "
+            f"{backing.resident_bytes:,} are in memory, {backing.traffic.evictions:,} times a page gave way"
+        )
+
     def _all_batches(self) -> list[list[Document]]:
         if self._batches is None:
             assert self.folder is not None, "documents are in memory or on disk"
@@ -221,7 +231,8 @@ class Context:
                 on_event(event)
 
         read = len(self._hold.tokens) if self._hold is not None else 0
-        result = answer_prompt(self.engine, list(ids), len(self.tokens), params, quiet=quiet, on_event=note)
+        before = min(len(self.tokens), len(ids) - 1)
+        result = answer_prompt(self.engine, list(ids), before, params, quiet=quiet, on_event=note)
         self._say(result, read, len(ids))
         if keep:
             begin, text = len(self.tokens), result.text

@@ -143,6 +143,8 @@ class ContextFolder:
             data = path.read_bytes()
         except FileNotFoundError:
             raise damaged(path, "the text", f"a file of {known.size:,} bytes", "none") from None
+        except OSError as error:
+            raise damaged(path, "the text", "a readable file", error.strerror or str(error)) from error
         if len(data) != known.size:
             raise damaged(path, "the length", f"{known.size:,} bytes", f"{len(data):,}")
         found = checksum(data).hex()

@@ -129,6 +129,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{folder}: no context: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: the manifest cannot be read: {error.strerror or error}") from error
     try:
         record = json.loads(data)
     except ValueError as error:
@@ -152,11 +154,12 @@ def _checked(path: Path, data: bytes, record: dict[str, Any]) -> Manifest:
         kept["turns"] = [Turn(**t) for t in record["turns"]]
         manifest = Manifest(**kept)  # type: ignore[arg-type]  # checked by what it writes
         same = manifest.text() == data
-    except (KeyError, TypeError, AttributeError) as error:
+        if same:
+            _check_order(path, manifest)
+    except (KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError) as error:
         raise damaged(path, "the manifest", "the fields of a context", f"others ({error})") from error
     if not same:
         raise damaged(path, "the manifest", "the text that its checksum is of", "another one")
-    _check_order(path, manifest)
     return manifest
 
 

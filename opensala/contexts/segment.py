@@ -179,6 +179,8 @@ class SegmentFile:
             self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise damaged(path, "the segment", f"a file of {known.size:,} bytes", "none") from None
+        except OSError as error:
+            raise damaged(path, "the segment", "a readable file", error.strerror or str(error)) from error
         try:
             size = os.fstat(self._handle).st_size
             if size != known.size:
@@ -199,10 +201,13 @@ class SegmentFile:
         found = checksum(header).hex()
         if found != self.known.header:
             raise damaged(self.path, "the header", f"checksum {self.known.header}", found)
-        return {
-            name: (_DTYPES[entry["dtype"]], entry["shape"], 8 + length + entry["data_offsets"][0])
-            for name, entry in json.loads(header[8:]).items()
-        }
+        try:
+            return {
+                name: (_DTYPES[entry["dtype"]], entry["shape"], 8 + length + entry["data_offsets"][0])
+                for name, entry in json.loads(header[8:]).items()
+            }
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise damaged(self.path, "the header", "that of a safetensors file", repr(error)) from error
 
     def close(self) -> None:
         if self._handle >= 0:

@@ -208,10 +208,10 @@ class Engine:
             return [f"the prompt and its answer take {total:,} tokens; the model was made for {limit:,}"]
         return []
 
-    def _check_room(self, ids: array, new_tokens: int) -> None:
+    def _check_room(self, ids: array, new_tokens: int, namespace: str) -> None:
         if not self.scheduler.holds:
             return
-        room = self.scheduler.room(ids, self.config.attends_sparsely(len(ids)))
+        room = self.scheduler.room(ids, self.config.attends_sparsely(len(ids)), namespace)
         if len(ids) + new_tokens > room:
             raise ValueError(
                 f"a prompt of {len(ids):,} tokens and an answer of up to {new_tokens:,} do not fit beside "
@@ -271,7 +271,7 @@ class Engine:
                 )
             targets, ids = ids[1:], ids[:-1]  # the last token is only predicted
         self.check_prompt(len(ids), params.max_tokens)
-        self._check_room(ids, params.max_tokens)
+        self._check_room(ids, params.max_tokens, namespace)
         sequence = Sequence(
             request_id, ids, len(ids), params, self.config.attention_rule, next(self._numbers), namespace
         )

@@ -62,6 +62,15 @@ def load_engine(
     return Engine(weights.to(where), tokenizer, options, name=name)
 
 
+def checkpoint_config(model: str | None) -> MiniCPMSALAConfig:
+    """The configuration of a checkpoint by its folder or hub name; None for the shipped one.
+
+    Raises:
+        ValueError: a checkpoint that is missing, or of another kind.
+    """
+    return _config(str(shipped_model()) if model is None else model)
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 

@@ -10,7 +10,7 @@ Integers only: no tensors, no model.
 
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -154,7 +154,7 @@ class Scheduler:
         match = self.tree.match(tokens, sparse, len(tokens))
         if match.length < len(tokens) or match.slot is None:
             return None
-        self._check_hold()
+        self._check_hold(match.pages)
         self.pages.share(match.pages)
         self.slots.share([match.slot])
         self.holds.append(Hold(tokens, sparse, match.pages, match.slot))
@@ -168,7 +168,7 @@ class Scheduler:
             ValueError: there is not so much memory beside what is in use.
         """
         pages = -(-len(tokens) // self.page_size)
-        self._check_hold()
+        self._check_hold(range(-pages, 0))
         if not self._room_without_preemption(pages, 1):
             raise ValueError(
                 f"{len(tokens):,} tokens need {pages:,} pages and a state slot; {self.pages.num_free:,} of "
@@ -191,21 +191,32 @@ class Scheduler:
         self.pages.release(hold.pages)
         self.slots.release([hold.slot])
 
-    def room(self, tokens: array, sparse: bool) -> int:
+    def room(self, tokens: array, sparse: bool, namespace: str = "") -> int:
         """Tokens that a prompt which begins with these can come to, beside the texts that are held."""
         held = {page for hold in self.holds for page in hold.pages}
         shared = (
             len(h.tokens) // self.page_size
             for h in self.holds
-            if h.sparse == sparse and _common(h.tokens, tokens) == len(h.tokens) < len(tokens)
+            if not namespace
+            and h.sparse == sparse
+            and _common(h.tokens, tokens) == len(h.tokens) < len(tokens)
         )
         return (self.pages.size - 1 - len(held) + max(shared, default=0)) * self.page_size
 
-    def _check_hold(self) -> None:
+    def _check_hold(self, pages: Iterable[int]) -> None:
+        """Refuse to hold one text more, in these pages, if slots or what runs and waits would not fit
+        beside."""
         if len({h.slot for h in self.holds}) + 3 > self.slots.size:
             raise ValueError(
                 f"{len(self.holds)} contexts are open, and the {self.slots.size} state slots hold no more: "
                 "close one, or give the engine more max_snapshots"
+            )
+        held = {page for hold in self.holds for page in hold.pages} | set(pages)
+        longest = max((s.room for s in self.sequences()), default=0)
+        if longest and -(-longest // self.page_size) > self.pages.size - 1 - len(held):
+            raise ValueError(
+                f"a request of up to {longest:,} tokens is under way, which would not fit beside the open "
+                "contexts: wait for its end, close other contexts, or give the engine more memory"
             )
 
     # --- a step ---

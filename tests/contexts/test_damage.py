@@ -5,10 +5,11 @@ import os
 import random
 import shutil
 import struct
+from dataclasses import asdict
 
 import pytest
 
-from opensala.contexts import Context, DamagedContext, read_manifest
+from opensala.contexts import Context, DamagedContext, checks, read_manifest
 from opensala.contexts.store import unpack, verify
 
 from .tools import PARAMS, documents, engine, model, outcome
@@ -126,6 +127,15 @@ def rewritten(folder, **changes):
     (folder / "manifest.json").write_text(json.dumps({**record, **changes}))
 
 
+def forged(folder, **changes):
+    """A manifest that somebody made, checksum and all."""
+    record = {**json.loads((folder / "manifest.json").read_text()), **changes}
+    del record["checksum"]
+    lines = json.dumps(record, indent=1)
+    text = f'{lines[:-2]},\n "checksum": "{checks.checksum(lines.encode()).hex()}"\n}}\n'
+    (folder / "manifest.json").write_text(text)
+
+
 def test_what_is_no_context(kept, tmp_path):
     of, folder, files, _ = kept
     running, copy = engine(of), tmp_path / "a.ctx"
@@ -153,6 +163,25 @@ def test_what_is_no_context(kept, tmp_path):
     refused(copy, "the manifest is damaged")
     (copy / "manifest.json").write_bytes(files["manifest.json"])
     name = next(n for n in files if n.startswith("segment"))
+    for made_up in (
+        {"segments": [{}]},
+        {"segments": 3},
+        {"page_size": 0},
+        {"page_size": "x"},
+        {"turns": [[]]},
+    ):
+        forged(copy, **made_up)
+        refused(copy, "manifest.json")
+    manifest = read_manifest(folder)
+    for key, value in (("file", "../x"), ("end_token", "x"), ("pages", 1), ("size", 12), ("first_page", 7)):
+        segments = [{**asdict(s), key: value} for s in manifest.segments]
+        forged(copy, segments=segments)
+        refused(copy)
+    (copy / "manifest.json").unlink()
+    (copy / "manifest.json").mkdir()
+    refused(copy, "the manifest cannot be read")
+    (copy / "manifest.json").rmdir()
+    (copy / "manifest.json").write_bytes(files["manifest.json"])
     (copy / name).unlink()
     refused(copy, name, "found none")
 
@@ -190,6 +219,27 @@ def test_no_longer_than_memory(kept):
     with pytest.raises(ValueError, match=f"{tokens} tokens need .* pages"):
         Context.open(small, folder)
     small.check_integrity()
+    small = engine(of, max_cached_tokens=600)
+    small.add(list(range(3, 90)) * 4, PARAMS)
+    with pytest.raises(ValueError, match="a request of up to 360 tokens is under way"):
+        Context.open(small, folder)
+    while small.has_work:
+        small.step()
+    with Context.open(small, folder) as context:
+        with pytest.raises(ValueError, match="do not fit beside the open contexts, which leave room for"):
+            small.add(list(range(3, 90)) * 5, PARAMS)
+        assert context.ask(QUESTION, PARAMS).reused_tokens == tokens
+        small.check_integrity()
+    small.generate([list(range(3, 90)) * 5], PARAMS)
+    few = engine(of, max_running=1, max_snapshots=0)
+    opened = [Context.open(few, folder)]
+    with pytest.raises(ValueError, match="contexts are open, and the 4 state slots hold no more"):
+        for seed in range(4):
+            opened.append(Context.ingest(few, documents(60, seed + 5)))
+    assert len(opened) > 1
+    for context in opened:
+        context.close()
+    few.check_integrity()
 
 
 def test_an_imported_file_is_checked(kept, tmp_path):
