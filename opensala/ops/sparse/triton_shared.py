@@ -147,10 +147,10 @@ def share(blocks: Tensor, size: int, rows: Rows, begin: int, queries: int) -> Sh
     end = begin + count
     most = blocks_of(rows, size)
     words, room, tiles = cdiv(most * queries, 32), min(2 * chosen, most), rows.tiles(queries, begin, end)
-    ints = {"dtype": torch.int32, "device": device}
-    marks = torch.zeros(batch, tiles, heads, words, **ints)
-    numbers, members = (torch.empty(batch, tiles, heads, room, **ints) for _ in range(2))
-    limits = torch.empty(batch, tiles, heads, 3, **ints)
+    marks, numbers, members, limits = (
+        torch.empty(batch, tiles, heads, n, dtype=torch.int32, device=device) for n in (words, room, room, 3)
+    )
+    marks.zero_()
     common = {"HEADS": heads, "SIZE": size, "BQ": queries, "STEPS": rows.steps, "num_warps": 4}
     with on_device(blocks):
         mark_kernel[(tiles, heads, batch)](
