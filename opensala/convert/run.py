@@ -525,7 +525,11 @@ class Conversion:
                 lambda: self._validated(student),
                 (lambda step: self._fade(student, step)) if name == "distill" and config.hype_fade else None,
             )
-            loop.run(distillation)
+            try:
+                loop.run(distillation)
+            except Stopped:  # on a machine that is lent there may be no other time
+                self._save_outcome(student)
+                raise
             self._fade(student, None)
         student.eval()
         plot_distillation(self.folder.metrics("distill"), self.folder.path / "plots" / "distillation.png")
@@ -580,14 +584,26 @@ class Conversion:
             known[name] = self.prober.builtin(student).as_dict()
         write_json(self.folder.path / "result.json", known)
 
+    def _save_outcome(self, student: MiniCPMSALAForCausalLM) -> None:
+        """What was trained so far, where that is less than everything."""
+        if self.config.trainable == "all":
+            return
+        mode = student.config.attention_mode
+        student.set_attention_mode("auto")
+        partial, folder = self.folder.path / "outcome.partial", self.folder.path / "outcome"
+        shutil.rmtree(partial, ignore_errors=True)
+        save_outcome(self.teacher, student, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+        student.set_attention_mode(mode)
+
     def export(self, student: MiniCPMSALAForCausalLM, kept: list[int]) -> None:
         """Measure the hybrid, and write it in the teacher's dtype, with tokenizer and generation settings."""
         distilled = self.config.distill.steps or (self.config.long is not None and self.config.long.steps)
         self._measure_result("distilled" if distilled else "aligned", student)
         student.set_attention_mode("auto")
-        if distilled and self.config.trainable != "all":
-            shutil.rmtree(self.folder.path / "outcome", ignore_errors=True)
-            save_outcome(self.teacher, student, self.folder.path / "outcome")
+        if distilled:
+            self._save_outcome(student)
         merge_lora(student)
         student.requires_grad_(False).to(self.teacher.dtype)
         student.generation_config = self.teacher.generation_config

@@ -125,3 +125,37 @@ def test_convert_plans_and_refuses(monkeypatch, capsys, config, tmp_path):
         "-o",
         str(tmp_path / "other"),
     )
+
+
+def test_kept_layers_budgets_and_machines_on_the_command_line(monkeypatch, capsys, config, tmp_path):
+    """What is typed reaches the conversion; what cannot be is refused in one line."""
+    seen = {}
+
+    def convert(config, output, **rest):
+        seen.update(config=config, **rest)
+        return output
+
+    monkeypatch.setattr("opensala.convert.convert", convert)
+    start = ["convert", config.teacher, "-o", str(tmp_path / "run"), "--recipe", "smollm2_135m"]
+    options = "--keep 0,3,7 --align-tokens 1M --distill-tokens 2.5M --distill-seconds 60 --long-steps 3"
+    options += (
+        " --micro-tokens 16K --seconds 500 --backend torch --task-share 0.5 --hype-fade 1M --compute float32"
+    )
+    code, out, _ = run(monkeypatch, capsys, *start, *options.split())
+    assert code == 0 and out == ""
+    found, execution = seen["config"], seen["execution"]
+    assert (found.layers, found.keep, found.hype_fade) == ((0, 3, 7), None, 1_000_000)
+    assert (found.align.steps, found.distill.steps, found.long.steps) == (30, 38, 3)
+    assert found.distill.seconds == 60 and found.lightning_nkv == 3
+    assert found.sparse_config["dense_len"] == 4096 and found.compute == "float32"
+    assert found.task_share == 0.5 and all(p.task_share is None for p in found.phases().values())
+    assert (execution.micro_tokens, execution.seconds, execution.backend) == (16_000, 500, "torch")
+    run(monkeypatch, capsys, *start, "--keep", "5", "--sparse-config", '{"topk": 16}')
+    assert (seen["config"].layers, seen["config"].keep) == (None, 5)
+    assert seen["config"].sparse_config == {"topk": 16}
+    refuse(monkeypatch, capsys, "at least a batch of 64 sequences", *start, "--distill-tokens", "60K")
+    refuse(monkeypatch, capsys, "must be a number of tokens as 300000", *start, "--align-tokens", "much")
+    refuse(monkeypatch, capsys, "--keep must be numbers as 0,5,11", *start, "--keep", "a,b")
+    refuse(monkeypatch, capsys, "drop one of the two", *start, "--keep", "3", "--layers", "0,1")
+    tiny = [*start[:-1], "tiny"]
+    refuse(monkeypatch, capsys, "this recipe has no such phase", *tiny, "--long-steps", "3")

@@ -225,6 +225,7 @@ def test_stages_are_resumed_between_and_within(smollm2, tmp_path):
     folder, results = tmp_path / "run", []
     for begun in (False, True, True, True):  # behind the first step of each phase, then to the end
         results.append(convert(short, folder, resume=begun, quiet=True, execution=Execution(seconds=1e-6)))
+        assert (folder / "outcome" / "outcome.json").exists() == (len(results) > 1)  # of a stopped one too
     assert results == [folder] * 3 + [folder / "model"]
     assert losses(folder) == losses(whole)
     same_weights(folder, whole)
