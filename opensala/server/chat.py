@@ -121,7 +121,7 @@ class _Answer:
             "choices": choices,
             "usage": self.run.usage.openai(),
             "service_tier": "default",
-            "system_fingerprint": None,
+            "system_fingerprint": self.service.fingerprint,
         }
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -160,7 +160,7 @@ class _Answer:
         frame = {
             **self.head,
             "object": "chat.completion.chunk",
-            "system_fingerprint": None,
+            "system_fingerprint": self.service.fingerprint,
             "choices": choices,
         }
         return {**frame, "usage": usage} if self._wants_usage else frame

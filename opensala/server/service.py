@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,8 @@ class Service:
         self.gate = Gate(self.options)
         self.metrics = Metrics(lambda: self.loop.stats)
         self.created = int(time.time())
+        described = engine.config.to_json_string(use_diff=False) + str(engine.dtype)
+        self.fingerprint = f"fp_{hashlib.sha256(described.encode()).hexdigest()[:10]}"
         self.context = min(engine.capacity, engine.config.max_position_embeddings)
         self._tokenizer = copy.deepcopy(engine.tokenizer)  # the engine's is used in its thread
         self.tokens = TokenTexts(copy.deepcopy(engine.tokenizer), engine.end_ids)
