@@ -12,7 +12,7 @@ from ..engine import SamplingParams
 from ..engine.chat import ChatPrompt
 from .errors import ApiError, bad_request
 from .http import COMMENT, EventStream, event, read_json, while_connected
-from .openai_schema import ChatRequest, _Sampling
+from .openai_schema import ChatRequest, SamplingRequest
 from .output import openai_finish
 from .service import Run, Service
 
@@ -45,7 +45,7 @@ def _limit(asked: ChatRequest) -> tuple[int | None, str]:
 
 
 def sampling(
-    service: Service, asked: _Sampling, prompt: ChatPrompt, new: int, field: str, logprobs: int
+    service: Service, asked: SamplingRequest, prompt: ChatPrompt, new: int, field: str, logprobs: int
 ) -> list[SamplingParams]:
     """The parameters of each choice: alike but for the seed, which counts on."""
     seeds = [None if asked.seed is None else (asked.seed + i) % (1 << 63) for i in range(asked.n)]

@@ -76,6 +76,9 @@ def test_streams_say_the_same(client):
     assert reasons == ["stop", "stop"]
     assert tokens == [c.logprobs.content for c in whole.choices]
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert (
+        whole.usage.prompt_tokens_details.cached_tokens < whole.usage.prompt_tokens
+    )  # once, not for each choice
     assert all(chunk.usage is None for chunk in chat(client, stream=True))
 
 
