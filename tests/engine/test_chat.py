@@ -107,6 +107,14 @@ def test_a_billing_or_date_line_does_not_end_the_prefix(which, one, two, request
         assert whole.index("A text.") < whole.index(one.strip())  # the model still sees it
 
 
+@pytest.mark.parametrize("which", ["plain", "chatty"])
+def test_a_date_line_stands_once_and_late(which, request):
+    tokenizer, day = request.getfixturevalue(which), "Today's date is 2026-11-26."
+    turns = [("system", f"Be brief.\n{day}"), ("user", "Text one.\n\nWho?"), ("assistant", "Ada")]
+    whole = text(tokenizer, *turns, ("user", "Text two.\n\nWhen?"))
+    assert whole.count(day) == 1 and whole.index("Text two.") < whole.index(day)
+
+
 def test_lines_that_only_look_like_dates_stay(plain):
     kept = "Date: 2026-11-26\nThe current debate is 20 years old.\nToday we learn\nDue today: nothing"
     assert text(plain, ("system", kept), ("user", "Who?")).startswith(kept)
