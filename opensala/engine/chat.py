@@ -6,7 +6,8 @@ first, then a question, then the answer:
 - System messages and the documents in user messages stand as they are, with a blank line between them.
 - Of a user message the question is the last part, if it came in several parts, else its last paragraph; what
   comes before it is a document.
-- Earlier questions stand with their answers where they were asked.
+- Earlier questions stand with their answers where they were asked; an assistant's message that answers none
+  stands as it is.
 
 Lines of a system message that change from call to call would make everything behind them new text. So lines
 that are addressed to a provider's billing are left out, and lines that say what day or time it is move to the
@@ -171,12 +172,10 @@ def _plain(messages: Sequence[Message], late: str) -> _Text:
     asked = False
     for number, message in enumerate(messages):
         if message.role == "assistant":
-            if not asked:
-                raise ValueError(
-                    f"messages[{number}] answers no question: this model has no chat template, so an "
-                    "assistant's message must follow a user's"
-                )
-            made.text += f" {message.text.strip()}" if message.text.strip() else ""
+            if asked:
+                made.text += f" {message.text.strip()}" if message.text.strip() else ""
+            else:
+                made.paragraph(message.text)
             asked = False
         elif message.role == "system":
             made.paragraph(message.text)

@@ -63,7 +63,7 @@ def create_app(service: Service, hosts: frozenset[str] | None = None) -> FastAPI
             _route(service, handler),
             methods=["POST"],
             name=handler.__name__,
-            openapi_extra=_body(schema),
+            openapi_extra=_body(schema, service.name),
             responses=_REFUSALS,
         )
     _add_gets(app, service)
@@ -113,8 +113,9 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def _body(schema: type[ApiRequest]) -> dict[str, Any]:
+def _body(schema: type[ApiRequest], model: str) -> dict[str, Any]:
     described = schema.model_json_schema(ref_template="#/components/schemas/{model}")
+    described["properties"]["model"] = {"type": "string", "enum": [model]}
     content = {"application/json": {"schema": _inline(described, described.pop("$defs", {}))}}
     return {"requestBody": {"required": True, "content": content}}
 

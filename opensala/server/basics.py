@@ -1,5 +1,6 @@
 """Routes that generate nothing: models, tokens of a text, health, metrics."""
 
+from datetime import UTC, datetime
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -48,8 +49,6 @@ def model(service: Service) -> dict[str, object]:
 
 
 def _iso(seconds: int) -> str:
-    from datetime import UTC, datetime
-
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

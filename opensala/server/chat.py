@@ -12,7 +12,7 @@ from ..engine import SamplingParams
 from ..engine.chat import ChatPrompt
 from .errors import ApiError, bad_request
 from .http import COMMENT, EventStream, event, read_json, while_connected
-from .openai_schema import ChatRequest, _Sampling
+from .openai_schema import ChatRequest, SamplingRequest
 from .output import openai_finish
 from .service import Run, Service
 
@@ -45,7 +45,7 @@ def _limit(asked: ChatRequest) -> tuple[int | None, str]:
 
 
 def sampling(
-    service: Service, asked: _Sampling, prompt: ChatPrompt, new: int, field: str, logprobs: int
+    service: Service, asked: SamplingRequest, prompt: ChatPrompt, new: int, field: str, logprobs: int
 ) -> list[SamplingParams]:
     """The parameters of each choice: alike but for the seed, which counts on."""
     seeds = [None if asked.seed is None else (asked.seed + i) % (1 << 63) for i in range(asked.n)]
@@ -121,7 +121,7 @@ class _Answer:
             "choices": choices,
             "usage": self.run.usage.openai(),
             "service_tier": "default",
-            "system_fingerprint": None,
+            "system_fingerprint": self.service.fingerprint,
         }
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -160,7 +160,7 @@ class _Answer:
         frame = {
             **self.head,
             "object": "chat.completion.chunk",
-            "system_fingerprint": None,
+            "system_fingerprint": self.service.fingerprint,
             "choices": choices,
         }
         return {**frame, "usage": usage} if self._wants_usage else frame

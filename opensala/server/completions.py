@@ -54,7 +54,7 @@ class _Answer:
             "object": "text_completion",
             "created": int(time.time()),
             "model": service.name,
-            "system_fingerprint": None,
+            "system_fingerprint": service.fingerprint,
         }
 
     async def _echo(self, index: int) -> str:

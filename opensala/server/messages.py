@@ -70,6 +70,8 @@ class _Answer:
             "content": content,
             "stop_reason": reason,
             "stop_sequence": sequence,
+            "stop_details": None,
+            "container": None,
             "usage": self.run.usage.anthropic(),
         }
 
@@ -87,11 +89,11 @@ class _Answer:
         async for piece in self.service.pieces(self.run):
             if piece is not None:
                 text, done = text + piece.text, piece.completion
-        return self._message([{"type": "text", "text": text}] if text else [], done)
+        return self._message([_block(text)] if text else [], done)
 
     async def events(self) -> AsyncIterator[bytes]:
         yield _event("message_start", message=self._message([], None))
-        yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        yield _event("content_block_start", index=0, content_block=_block(""))
         yield _event("ping")
         done = None
         async for piece in self.service.pieces(self.run):
@@ -109,6 +111,10 @@ class _Answer:
 
     def error(self, error: ApiError) -> bytes:
         return event(error.body("anthropic", self.request_id), "error")
+
+
+def _block(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, "citations": None}
 
 
 def _event(name: str, **data: Any) -> bytes:

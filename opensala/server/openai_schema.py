@@ -41,7 +41,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False
 
 
-class _Sampling(ApiRequest):
+class SamplingRequest(ApiRequest):
     """How to sample: OpenAI's fields, and those that other servers add to them."""
 
     model: str
@@ -96,7 +96,7 @@ class ChatMessage(Strict):
         return Message(role, texts(self.content or [], place))
 
 
-class ChatRequest(_Sampling):
+class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     ignored: ClassVar = _WITHOUT_EFFECT | {"reasoning_effort", "verbosity", "prediction"}
@@ -146,7 +146,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionRequest(_Sampling):
+class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
     ignored: ClassVar = _WITHOUT_EFFECT

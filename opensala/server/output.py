@@ -94,8 +94,13 @@ class Usage:
         return {
             "input_tokens": self.prompt - self.cached,
             "cache_creation_input_tokens": 0,
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
             "cache_read_input_tokens": self.cached,
             "output_tokens": self.new,
+            "output_tokens_details": None,
+            "server_tool_use": None,
+            "service_tier": "standard",
+            "inference_geo": None,
             **({"opensala": self.extension} if self.why else {}),  # not before it is known
         }
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import hashlib
+import queue
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from .metrics import Metrics
 from .output import Piece, TokenTexts, Trimmer, Usage
 
 T = TypeVar("T")
+_ENCODERS = 2  # a very long text keeps one of them busy for seconds
 
 
 @dataclass
@@ -60,10 +63,14 @@ class Service:
         self.gate = Gate(self.options)
         self.metrics = Metrics(lambda: self.loop.stats)
         self.created = int(time.time())
+        described = engine.config.to_json_string(use_diff=False) + str(engine.dtype)
+        self.fingerprint = f"fp_{hashlib.sha256(described.encode()).hexdigest()[:10]}"
         self.context = min(engine.capacity, engine.config.max_position_embeddings)
-        self._tokenizer = copy.deepcopy(engine.tokenizer)  # the engine's is used in its thread
+        self._tokenizers: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the engine's is used in its thread
+        for _ in range(_ENCODERS):
+            self._tokenizers.put(copy.deepcopy(engine.tokenizer))
         self.tokens = TokenTexts(copy.deepcopy(engine.tokenizer), engine.end_ids)
-        self._encoder = ThreadPoolExecutor(1, "encoder")  # so that a long text stops no stream
+        self._encoder = ThreadPoolExecutor(_ENCODERS, "encoder")  # so that a long text stops no stream
         self.temperature, self.top_p = _defaults(engine)
 
     def start(self) -> None:
@@ -88,8 +95,16 @@ class Service:
 
     async def aside(self, work: Callable[[Any], T]) -> T:
         """Run `work(tokenizer)` beside the event loop; its refusals are the caller's fault."""
+
+        def with_tokenizer() -> T:
+            tokenizer = self._tokenizers.get()
+            try:
+                return work(tokenizer)
+            finally:
+                self._tokenizers.put(tokenizer)
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, work, self._tokenizer)
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, with_tokenizer)
         except ValueError as error:
             raise from_value_error(error, {}) from None
 

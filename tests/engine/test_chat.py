@@ -60,6 +60,8 @@ def test_without_a_template_turns_stand_where_they_were(plain):
         "Text one.\n\nQuestion: Who?\nAnswer: Ada\n\nMore text.\n\nQuestion: When?\nAnswer:"
     )
     assert text(plain, ("user", "Who?")) == "Question: Who?\nAnswer:"
+    unasked = [("assistant", "Hello."), ("assistant", "Ask."), ("user", "Who?")]
+    assert text(plain, *unasked) == "Hello.\n\nAsk.\n\nQuestion: Who?\nAnswer:"
     begun = [("user", "Who?"), ("assistant", "It is A")]
     assert text(plain, *begun, continue_final=True) == "Question: Who?\nAnswer: It is A"
 
@@ -105,6 +107,14 @@ def test_a_billing_or_date_line_does_not_end_the_prefix(which, one, two, request
         assert whole.index("A text.") < whole.index(one.strip())  # the model still sees it
 
 
+@pytest.mark.parametrize("which", ["plain", "chatty"])
+def test_a_date_line_stands_once_and_late(which, request):
+    tokenizer, day = request.getfixturevalue(which), "Today's date is 2026-11-26."
+    turns = [("system", f"Be brief.\n{day}"), ("user", "Text one.\n\nWho?"), ("assistant", "Ada")]
+    whole = text(tokenizer, *turns, ("user", "Text two.\n\nWhen?"))
+    assert whole.count(day) == 1 and whole.index("Text two.") < whole.index(day)
+
+
 def test_lines_that_only_look_like_dates_stay(plain):
     kept = "Date: 2026-11-26\nThe current debate is 20 years old.\nToday we learn\nDue today: nothing"
     assert text(plain, ("system", kept), ("user", "Who?")).startswith(kept)
@@ -124,7 +134,6 @@ def test_lines_that_only_look_like_dates_stay(plain):
             r"messages\[0\].role must be one of system, user, assistant, got 'tool'",
         ),
         ([("user", "\ud800")], r"messages\[0\] is not valid UTF-8"),
-        ([("assistant", "a"), ("user", "b")], r"messages\[0\] answers no question"),
         ([("user", "b"), ("system", "a")], "must end with the user's question"),
     ],
 )

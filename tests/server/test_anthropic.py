@@ -3,6 +3,10 @@
 import anthropic
 import pytest
 
+from opensala.engine import Completion, FinishReason
+from opensala.server.anthropic_schema import MessagesRequest
+from opensala.server.messages import _Answer
+
 from .conftest import DOCUMENT, QUESTION
 
 ASK = [{"role": "user", "content": f"{DOCUMENT}\n\n{QUESTION}"}]
@@ -52,6 +56,21 @@ def test_why_it_ended(client):
     assert (done.stop_reason, done.stop_sequence, done.content[0].text) == ("stop_sequence", "21", "48")
     done = create(client, max_tokens=3)
     assert (done.stop_reason, done.content[0].text, done.usage.output_tokens) == ("max_tokens", "48", 3)
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason", "told"),
+    [
+        ("21", FinishReason.STOP, ("stop_sequence", "21")),
+        ("\nQuestion:", FinishReason.STOP, ("end_turn", None)),  # the form's own, which nobody asked for
+        (None, FinishReason.STOP, ("end_turn", None)),
+        (None, FinishReason.LENGTH, ("max_tokens", None)),
+    ],
+)
+def test_only_stop_sequences_that_were_asked_for_are_told(stop, reason, told):
+    body = {"model": "small", "max_tokens": 5, "messages": ASK, "stop_sequences": ["21"]}
+    answer = _Answer(None, MessagesRequest.parse(body), None, "req_1")
+    assert answer._stop(Completion("", finish_reason=reason, stop=stop)) == told
 
 
 def test_an_answer_that_was_begun_is_continued(client):

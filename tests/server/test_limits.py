@@ -170,6 +170,23 @@ def test_long_prompts_and_long_requests(start):
     live.wait(lambda: not live.service.loop.stats.running)
 
 
+def test_a_stream_shows_life_while_a_long_prompt_is_read(start):
+    live = start(ServerOptions(ping_seconds=0.05, **QUICK))
+    text = "Nothing of note happened that day. " * 500 + "\n\nWho?"
+    asked = {
+        "model": "small",
+        "stream": True,
+        "max_tokens": 2,
+        "messages": [{"role": "user", "content": text}],
+    }
+    for path, life in (("/v1/chat/completions", ": still at work"), ("/v1/messages", "event: ping")):
+        changed = json.loads(json.dumps(asked).replace("Nothing", f"Nothing {path}"))
+        with httpx2.stream("POST", live.url + path, json=changed, timeout=60) as answer:
+            lines = list(answer.iter_lines())
+        assert lines.count(life) > 2, path
+        assert lines[-2] == ("data: [DONE]" if "chat" in path else 'data: {"type":"message_stop"}')
+
+
 def test_a_client_that_goes_away_frees_its_memory(live):
     sent = request({**LONG, **LONG["extra_body"], "extra_body": None})
     live.wait_until_idle()

@@ -266,10 +266,9 @@ def test_a_stream_goes_on_while_a_long_prompt_is_read():
         stream = loop.submit("a", [Job(ids(9), ENDLESS)])
         for _ in range(30):
             await stream.next()
+        before = loop.stats.steps
         (done,) = await loop.submit("b", [job(5000, tokens=1)]).completions()
-        assert done.tokens and loop.pace.share < 5000
-        between = loop.stats.steps
-        assert between > 30
+        assert done.tokens and loop.stats.steps - before >= 5  # without a limit it is one step
         stream.cancel()
 
     run(scenario, max_batch_tokens=5000)

@@ -76,6 +76,8 @@ def test_streams_say_the_same(client):
     assert reasons == ["stop", "stop"]
     assert tokens == [c.logprobs.content for c in whole.choices]
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    cached = chunks[-1].usage.prompt_tokens_details.cached_tokens  # counted once, not for each choice
+    assert 0.9 * whole.usage.prompt_tokens < cached < whole.usage.prompt_tokens
     assert all(chunk.usage is None for chunk in chat(client, stream=True))
 
 

@@ -1,0 +1,110 @@
+"""Many clients that ask, cancel and vanish at random, and whether the server is afterwards as it was before.
+
+    opensala serve --port 8000 --max-cached-tokens 60000
+    python scripts/soak_server.py --url http://127.0.0.1:8000 --clients 64 --seconds 300
+
+Prints how often each outcome came and what /metrics says before and after; the last line on stdout is JSON.
+Exit code 1 if something failed but for stated limits (429), or if something is still held.
+"""
+
+import json
+import random
+import re
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import httpx2
+import typer
+
+HELD = ("requests_running", "requests_waiting")
+GAUGES = (*HELD, "pages", "pages_free", "state_slots", "state_slots_free", "snapshots")
+WORDS = ["north", "gate", "barn", "code", "owner", "unit", "mill", "captain", "heron", "nothing", "happened"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The server and how to ask it."""
+
+    url: str
+    key: str
+    name: str = ""
+
+
+def main(
+    url: str = "http://127.0.0.1:8000",
+    key: Annotated[str, typer.Option(help="API key, if the server has keys.")] = "none",
+    clients: int = 64,
+    seconds: float = 300,
+    seed: int = 0,
+) -> None:
+    """Run the clients and say what became of their requests."""
+    http = httpx2.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=120)
+    name = http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+    target = Target(url, key, name)
+    before, outcomes, until = gauges(http), Counter[str](), time.monotonic() + seconds
+    threads = [
+        threading.Thread(target=client, args=(target, random.Random(seed + n), until, outcomes))
+        for n in range(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(10)
+        print(f"{max(0.0, until - time.monotonic()):.0f} s left: {dict(outcomes)}", file=sys.stderr)
+    after = settled(http)
+    bad = [o for o in outcomes if not re.fullmatch(r"(whole|stream|cancelled|vanished) (200|429)", o)]
+    held = {gauge: after[gauge] for gauge in HELD if after[gauge]}
+    print(json.dumps({"outcomes": outcomes, "before": before, "after": after, "failed": bad, "held": held}))
+    sys.exit(1 if bad or held else 0)
+
+
+def client(target: Target, rng: random.Random, until: float, outcomes: "Counter[str]") -> None:
+    """One client: whole answers, streams, streams that are cancelled, connections that are dropped."""
+    headers = {"authorization": f"Bearer {target.key}"}
+    while time.monotonic() < until:
+        what = rng.choice(["whole", "stream", "cancelled", "vanished"])
+        body: dict[str, Any] = {
+            "model": target.name,
+            "max_tokens": rng.randint(1, 60),
+            "stream": what in ("stream", "cancelled"),
+        }
+        text = " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 1500)))
+        body["messages"] = [{"role": "user", "content": f"{text}\n\nWhat is the code?"}]
+        wait = rng.uniform(0.01, 1.0) if what == "vanished" else 120
+        try:
+            with (
+                httpx2.Client(base_url=target.url, headers=headers, timeout=wait) as http,
+                http.stream("POST", "/v1/chat/completions", json=body) as answer,
+            ):
+                for seen, _ in enumerate(answer.iter_lines()):
+                    if what == "cancelled" and seen > body["max_tokens"] // 4:
+                        break
+                outcomes[f"{what} {answer.status_code}"] += 1
+        except httpx2.TimeoutException:
+            outcomes["vanished 200" if what == "vanished" else f"{what} timeout"] += 1
+        except httpx2.TransportError as error:
+            outcomes[f"{what} {type(error).__name__}"] += 1
+
+
+def gauges(http: httpx2.Client) -> dict[str, float]:
+    text = http.get("/metrics").raise_for_status().text
+    found = re.findall(r"^opensala_(\w+) ([\d.e+]+)$", text, re.M)
+    return {name: float(value) for name, value in found if name in GAUGES}
+
+
+def settled(http: httpx2.Client) -> dict[str, float]:
+    """What is held when nothing runs any more, or after half a minute."""
+    for _ in range(300):
+        now = gauges(http)
+        if not any(now[gauge] for gauge in HELD):
+            return now
+        time.sleep(0.1)
+    return gauges(http)
+
+
+if __name__ == "__main__":
+    typer.run(main)
