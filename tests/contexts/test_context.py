@@ -2,9 +2,10 @@
 
 import pytest
 
-from opensala.contexts import Context, backing
-from opensala.engine import Document, ask
+from opensala.contexts import Context, backing, context
+from opensala.engine import Document, Engine, ask
 
+from .files import content
 from .tools import DENSE_LEN, PAGE, PARAMS, documents, engine, model, outcome
 
 QUESTIONS = ("what is the code?", "who?", "where are the red falcons near the old mill tower?")
@@ -154,3 +155,61 @@ def test_several_sequences_in_too_little_memory(budget, tmp_path, monkeypatch):
     for pool in running.storage.kv.values():  # windows reach back into pages that came from disk
         assert not pool.k1.isnan().any() and not pool.k2.isnan().any()
     running.check_integrity()
+
+
+def early():
+    """A model whose sparse attention leaves blocks out from its first sparse token on."""
+    return model(sparse_config={**model().config.sparse_config, "dense_len": 150, "topk": 2})
+
+
+@pytest.mark.parametrize(("stopped", "pages"), [(False, 8), (True, 8), (False, 1000)])
+def test_an_extension_across_dense_len_reads_everything_sparsely(stopped, pages, tmp_path, monkeypatch):
+    """What was read densely stays no part of it, on disk neither; also if it was interrupted."""
+    monkeypatch.setattr(context, "SEGMENT_PAGES", pages)
+    of, first, second = early(), documents(140), documents(900, 5, "more.txt")
+    joined = [Document("book.txt", f"{first[0].text}\n\n=== more.txt ===\n{second[0].text}")]
+    kept = Context.ingest(engine(of), first, tmp_path / "a.ctx")
+    assert not kept.manifest.sparse and len(kept.tokens) < 150
+    if stopped:
+        real, steps = Engine.step, iter(range(100))
+
+        def step(self):
+            if next(steps) == 7:
+                raise KeyboardInterrupt
+            return real(self)
+
+        monkeypatch.setattr(Engine, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            kept.extend(second)
+        monkeypatch.setattr(Engine, "step", real)
+        kept.close()
+        kept = Context.open(engine(of), tmp_path / "a.ctx", write=True)
+        assert kept.manifest.sparse and len(kept.tokens) == 350 and not kept.is_whole
+    kept.extend(second)
+    kept.close()
+    with Context.open(engine(of), tmp_path / "a.ctx") as kept:
+        assert kept.manifest.sparse and kept.is_whole
+        for question in QUESTIONS:
+            assert outcome(kept.ask(question, PARAMS)) == outcome(fresh(of, joined, question))
+    Context.ingest(engine(of), joined, tmp_path / "b.ctx").close()
+    assert content(tmp_path / "a.ctx")[:3] == content(tmp_path / "b.ctx")[:3]
+
+
+def test_another_question_after_an_undo(tmp_path):
+    """What was saved of the question that was taken back is replaced."""
+    of, answers = early(), {}
+    for path in ("a.ctx", "b.ctx"):
+        with Context.ingest(engine(of), documents(300), tmp_path / path) as kept:
+            if path == "a.ctx":
+                for question in QUESTIONS:
+                    kept.ask(question, PARAMS, keep=True)
+                    kept.save()
+                kept.undo(2)
+            else:
+                kept.ask(QUESTIONS[0], PARAMS, keep=True)
+            kept.ask("what of the blue otters by the tower of the north?", PARAMS, keep=True)
+            kept.save()
+        with Context.open(engine(of), tmp_path / path) as kept:
+            answers[path] = kept.tokens, kept.turns, outcome(kept.ask("who?", PARAMS))
+    assert answers["a.ctx"] == answers["b.ctx"]
+    assert content(tmp_path / "a.ctx") == content(tmp_path / "b.ctx")
