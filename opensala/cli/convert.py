@@ -20,7 +20,7 @@ app = typer.Typer(
 
 Seed = Annotated[int, typer.Option(help="Seed of data order and of the rule random.")]
 FixEnds = Annotated[bool, typer.Option(help="Keep the first and the last layer whatever their scores.")]
-Rule = Annotated[str, typer.Option(help="halo, recall, kl, uniform, first-last-heavy or random.")]
+Rule = Annotated[str, typer.Option(help="halo, recall, kl, retrieval, uniform, first-last-heavy or random.")]
 
 
 @app.command()
@@ -126,7 +126,9 @@ def run(
     ] = None,
     rule: Annotated[
         str | None,
-        typer.Option(help="How layers are chosen: halo, recall, kl, uniform, first-last-heavy or random."),
+        typer.Option(
+            help="How layers are chosen: halo, recall, kl, retrieval, uniform, first-last-heavy or random."
+        ),
     ] = None,
     fix_ends: Annotated[
         bool | None, typer.Option(help="Keep the first and the last layer whatever their scores.")

@@ -37,6 +37,7 @@ from .outcome import load_outcome, save_outcome
 from .plan import Planned, measure_alignment, measure_distillation, timed
 from .probes import Prober, replaced
 from .report import plot_alignment, plot_distillation, plot_importance, print_plan
+from .retrieval import retrieval_scores
 from .selection import Scores, default_keep, importance, select_layers
 from .teacher import check_vocabulary, load_teacher, read_config, teacher_config
 from .tokens import Sample
@@ -244,9 +245,8 @@ class Conversion:
             probe = config.probes
             seconds = timed(lambda: self.prober.score_some(self.teacher), self.device)
             batches = -(-probe.sequences // probe.batch)
-            rows.append(
-                Planned("sweep", layers + 1, 2 * probe.sequences * probe.length, seconds * batches, 0)
-            )
+            passes = 1 if config.rule == "retrieval" else layers + 1
+            rows.append(Planned("sweep", passes, 2 * probe.sequences * probe.length, seconds * batches, 0))
         for name, phase in list(config.phases().items())[1:]:
             state = self.folder.load_state(name)
             if not phase.steps or _over(state):
@@ -388,12 +388,13 @@ class Conversion:
         for folder in (self.folder.path, *([Path(self.config.reuse)] if self.config.reuse else [])):
             known, scores = read_json(folder / "config.json"), read_json(folder / "scores.json")
             same = known is None or known["probes"] == self.config.as_dict()["probes"]
-            if scores and same and ("kl" in scores if self.config.rule == "kl" else "general" in scores):
+            needed = {"kl": "kl", "retrieval": "retrieval"}.get(self.config.rule, "general")
+            if scores and same and needed in scores:
                 return True
         return False
 
     def _needs_scores(self) -> bool:
-        return self.config.layers is None and self.config.rule in ("halo", "recall", "kl")
+        return self.config.layers is None and self.config.rule in ("halo", "recall", "kl", "retrieval")
 
     def choose(self) -> list[int]:
         """The kept layers: as told, or by the rule from the scores of the sweep."""
@@ -401,16 +402,19 @@ class Conversion:
         if config.layers is not None:
             kept = sorted(config.layers)
         else:
-            scores = self.sweep() if self._needs_scores() else None
+            scores = None
+            if self._needs_scores():
+                scores = self.watch_copying() if config.rule == "retrieval" else self.sweep()
             kept = select_layers(
                 scores, self.keep, layers=layers, fix_ends=config.fix_ends, rule=config.rule, seed=config.seed
             )
-            if scores is not None and config.rule == "halo":
-                values = importance(scores.recall, scores.general)
+            if scores is not None and config.rule in ("halo", "retrieval"):
+                by_halo = config.rule == "halo"
+                values = importance(scores.recall, scores.general) if by_halo else list(scores.retrieval)
                 plot_importance(
                     values,
                     kept,
-                    "lost recall / lost general ability",
+                    "lost recall / lost general ability" if by_halo else "attention to what is copied",
                     self.folder.path / "plots" / "importance.png",
                 )
         write_json(
@@ -423,6 +427,16 @@ class Conversion:
         )
         logger.info("kept layers: %s", kept)
         return kept
+
+    def watch_copying(self) -> Scores:
+        """Score each layer by what its heads do while the teacher copies: one pass over the probes."""
+        file = self.folder.path / "scores.json"
+        record = read_json(file) or {"layers": []}
+        if "retrieval" not in record:
+            with self._measuring():
+                record["retrieval"] = retrieval_scores(self.teacher, *self.prober.facts)
+            write_json(file, record)
+        return Scores(retrieval=tuple(record["retrieval"]))
 
     def sweep(self) -> Scores:
         """Score the teacher, then the teacher with each layer replaced; saved after every layer."""

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from ..model.config import check_choice
 
 CAP = 50.0
-RULES = ("halo", "recall", "kl", "uniform", "first-last-heavy", "random")
-_NEEDS = {"halo": ("recall", "general"), "recall": ("recall",), "kl": ("kl",)}
+RULES = ("halo", "recall", "kl", "retrieval", "uniform", "first-last-heavy", "random")
+_NEEDS = {"halo": ("recall", "general"), "recall": ("recall",), "kl": ("kl",), "retrieval": ("retrieval",)}
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,17 @@ class Scores:
     recall, general: R_i and C_i, measured with layer i alone replaced by its Lightning mixer.
     kl: divergence from the teacher with layer i alone restored in a model whose other layers are all
         Lightning.
+    retrieval: attention of the layer's best head to what the teacher copies (`retrieval_scores`).
     """
 
     recall: tuple[float, ...] = ()
     general: tuple[float, ...] = ()
     kl: tuple[float, ...] = ()
+    retrieval: tuple[float, ...] = ()
 
     @classmethod
     def from_dict(cls, record: object) -> "Scores":
-        """From parsed JSON, `{"recall": [...], "general": [...]}` (and or instead `"kl"`).
+        """From parsed JSON, `{"recall": [...], "general": [...]}` (and or instead `kl`, `retrieval`).
 
         Raises ValueError for anything else: unknown keys, entries that are no finite numbers, different
             lengths.
@@ -41,7 +43,7 @@ class Scores:
                 f"scores must be an object with lists named recall and general, got {type(record).__name__}"
             )
         for name, values in record.items():
-            check_choice("a list of scores", name, ("recall", "general", "kl"))
+            check_choice("a list of scores", name, ("recall", "general", "kl", "retrieval"))
             if not isinstance(values, list):
                 raise ValueError(f"scores: {name} must be a list with one number per layer, got {values!r}")
             for i, value in enumerate(values):
@@ -54,7 +56,7 @@ class Scores:
 
     @property
     def layers(self) -> int:
-        return max(len(self.recall), len(self.general), len(self.kl))
+        return max(len(self.recall), len(self.general), len(self.kl), len(self.retrieval))
 
 
 def importance(recall: Sequence[float], general: Sequence[float]) -> list[float]:
@@ -98,13 +100,14 @@ def select_layers(
     """The layers that stay softmax attention, ascending.
 
     Args:
-        scores: what the rule needs: recall and general (`halo`), recall (`recall`), kl (`kl`), none of them
-            (the others).
+        scores: what the rule needs: recall and general (`halo`), recall (`recall`), kl (`kl`), retrieval
+            (`retrieval`), none of them (the others).
         keep: how many, ends included.
         layers: number of layers; needed without scores.
         fix_ends: keep the first and the last layer whatever their scores (SALA; HALO does not).
         rule: `halo` (the importance above), `recall` (drop in recall alone), `kl` (drop in divergence when
-            restored), `uniform` (even spacing), `first-last-heavy` (from both ends inwards), `random`.
+            restored), `retrieval` (attention to what is copied), `uniform` (even spacing),
+            `first-last-heavy` (from both ends inwards), `random`.
         seed: of `random`.
 
     Raises:
@@ -143,5 +146,6 @@ def _order(scores: Scores | None, layers: int, keep: int, fix_ends: bool, rule: 
         "halo": lambda: importance(scores.recall, scores.general),
         "recall": lambda: [-r for r in scores.recall],
         "kl": lambda: [-d for d in scores.kl],
+        "retrieval": lambda: list(scores.retrieval),
     }[rule]()
     return sorted(range(layers), key=lambda i: (-values[i], i))

@@ -120,4 +120,4 @@ def test_missing_scores_and_unknown_rules():
         select_layers(Scores.from_dict({"recall": [1, 2, 3]}), 2)
     with pytest.raises(ValueError, match="Did you mean 'halo'"):
         select_layers(SCORES, 3, rule="hallo")
-    assert set(RULES) == {"halo", "recall", "kl", "uniform", "first-last-heavy", "random"}
+    assert set(RULES) == {"halo", "recall", "kl", "retrieval", "uniform", "first-last-heavy", "random"}
