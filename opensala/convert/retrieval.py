@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..model import MiniCPMSALAForCausalLM
 from ..model.attention import SparseMixer
+from ..model.layout import SequenceLayout
 from .calibrate import dense_layout, watched_attentions
 
 
@@ -74,7 +75,9 @@ def retrieval_scores(teacher: MiniCPMSALAForCausalLM, ids: Tensor, marks: Tensor
         tokens = torch.tensor([row], device=teacher.device)
         layout = dense_layout(teacher, tokens)
 
-        def watch(n: int, x: Tensor, _output: Tensor, layout=layout, copies=copies) -> None:
+        def watch(
+            n: int, x: Tensor, _output: Tensor, layout: SequenceLayout = layout, copies: Copies = copies
+        ) -> None:
             mixer = teacher.model.layers[n].get_submodule("self_attn")
             assert isinstance(mixer, SparseMixer), "a teacher has no other mixer"
             q, k, _ = mixer.project(x.to(mixer.q_proj.weight.dtype), layout)
