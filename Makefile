@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= benchmarks
 TORCH := torch==2.13.0
-COMPATIBILITY := tests/model tests/engine tests/test_docs.py tests/test_cli.py tests/test_fuzz_options.py \
+COMPATIBILITY := -m 'not triton' tests/model tests/engine tests/test_docs.py tests/test_cli.py tests/test_fuzz_options.py \
 	tests/cli/test_entry.py::test_stderr_holds_what_we_print_and_nothing_else
 
 .PHONY: demo test test-oldest test-newest check lock gpu clean
