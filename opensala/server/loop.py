@@ -118,6 +118,7 @@ class EngineLoop:
         self._door = threading.Lock()  # no job comes in between the last look at the inbox and the end
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._note_stats()
 
     # --- called from asyncio ---
 

@@ -34,13 +34,14 @@ class _Protocol(H11Protocol):
             await inner(scope, receive, send)
 
         self.app = app
-        self._watch = self.loop.call_later(_HEADER_SECONDS, self._drop_if_idle)
+        self._watch = self.loop.call_later(_HEADER_SECONDS, self._drop_if_idle, None)
 
-    def _drop_if_idle(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+    def _drop_if_idle(self, last: object) -> None:
+        """Drop the connection if no request came since the last look, when `last` was its latest one."""
+        if self.cycle is last and (last is None or self.cycle.response_complete):
             self.transport.abort()
             return
-        self._watch = self.loop.call_later(_HEADER_SECONDS, self._drop_if_idle)
+        self._watch = self.loop.call_later(_HEADER_SECONDS, self._drop_if_idle, self.cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._watch.cancel()

@@ -1,8 +1,10 @@
 """Bad input over raw sockets and HTTP: refused in the shape of the API that was called, never a 500."""
 
+import contextlib
 import json
 import random
 import socket
+import time
 
 import httpx2
 import pytest
@@ -217,6 +219,21 @@ def test_half_closed_and_half_sent(live):
     assert not got.startswith(b"HTTP/1.1 2")
     live.wait(lambda: not live.service.gate.num_inside)
     live.wait_until_idle()
+
+
+def test_headers_that_come_too_slowly(start, monkeypatch):
+    """A connection that sends no whole request is dropped; one that is in use is not."""
+    monkeypatch.setattr("opensala.server.run._HEADER_SECONDS", 0.3)
+    live = start()
+    began = time.monotonic()
+    for sent in (b"", b"GET /health HTTP/1.1\r\nX: a"):
+        with contextlib.suppress(ConnectionResetError):
+            assert talk(live, sent) == b""
+    assert time.monotonic() - began < 10
+    with httpx2.Client(base_url=live.url, timeout=60) as http:
+        for _ in range(60):  # over one connection, in which a look often finds it between two requests
+            assert http.get("/health").status_code == 200
+            time.sleep(0.02)
 
 
 def test_a_body_that_comes_too_slowly(start):
