@@ -18,30 +18,34 @@ From = Annotated[
 
 def pull(name: Name, source: From = None, quiet: Quiet = False) -> None:
     """Install a published model, once; prints its checkpoint folder. No network is needed afterwards."""
-    from ..hub import pull as run
+    from ..convert.published import pull as run
 
     print(run(name, source, quiet))
 
 
 def models(as_json: Json = False) -> None:
     """List the models that can be pulled, and where those on this machine lie."""
-    from ..hub import CATALOG, installed
+    from ..hub import CATALOG, DELTAS, Delta, Entry, installed
 
+    known: list[Entry | Delta] = [*CATALOG.values(), *DELTAS.values()]
     rows = []
-    for entry in CATALOG.values():
-        folder = installed(entry.name)
-        where = str(folder) if folder else f"not on this machine: opensala pull {entry.name}"
-        size = f"{entry.size / 1e6:.0f} MB to download"
+    for model in known:
+        folder = installed(model.name)
+        base = CATALOG[model.base] if isinstance(model, Delta) else model
+        size = 0 if folder or installed(base.name) else base.size
         rows.append(
             {
-                "name": entry.name,
-                "about": entry.about,
-                "licence": entry.licence,
-                "download_bytes": entry.size,
+                "name": model.name,
+                "about": model.about,
+                "licence": model.licence,
+                "download_bytes": size,
                 "folder": None if folder is None else str(folder),
             }
         )
         if not as_json:
-            print(f"{entry.name}  {entry.about}, {entry.licence}, {size}\n    {where}")
+            where = (
+                folder or f"not on this machine: opensala pull {model.name} ({size / 1e6:.0f} MB to download)"
+            )
+            print(f"{model.name}  {model.about}, {model.licence}\n    {where}")
     if as_json:
         print(json.dumps(rows))

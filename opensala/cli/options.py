@@ -45,7 +45,8 @@ Json = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Folder or hub name of a MiniCPM-SALA checkpoint. Default: the small model that ships here."
+        help="Folder or hub name of a MiniCPM-SALA checkpoint, or name of a pulled one (opensala models). "
+        "Default: the small model that ships here."
     ),
 ]
 Plan = Annotated[bool, typer.Option("--plan", help="Print what would be run and stop.")]

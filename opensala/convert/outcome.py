@@ -1,12 +1,13 @@
 """What a conversion changed, without what it took from the teacher: small enough to send, and exact enough.
 
 outcome.json        the hybrid's configuration, and in which form each tensor lies in the files
-outcome-N.safetensors   the tensors: bfloat16, or (`int8`) whole numbers `NAME.q` with a float16
-                    scale for each group of 64 along a row, `NAME.s`; low-rank changes as `NAME.lora_a` and
-                    `NAME.lora_b`
+outcome-N.safetensors   the tensors: bfloat16, or (`bits` names them) whole numbers of 4, 5, 6 or 8 bits
+                    `NAME.q` with a float16 scale for each group of 64 along a row, `NAME.s`; low-rank changes
+                    as `NAME.lora_a` and `NAME.lora_b`
 
 A tensor with a `base` is a difference from what the teacher's weights become without any training, which is
-small, so that eight bits of it are finer than bfloat16 of the whole.
+small, so that eight bits of it are finer than bfloat16 of the whole. Outcomes of before `bits` list those in
+eight bits as `int8`.
 """
 
 import logging
@@ -14,62 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..runs import read_json, write_json
 from .lora import lora_parts
+from .moments import input_moments
 from .transfer import assemble
+from .widths import choose_widths, dequantise, power_of, quantise, size_of
 
 logger = logging.getLogger("opensala")
-GROUP = 64
 MIB = 2**20
 _HEADER = 200  # bytes of a tensor's entry in the head of a file, at most
-_NEW = ("o_proj.weight", "z_proj.weight", "o_gate.weight")  # solved or new: no base worth a difference
-
-
-def _forms(tensors: dict[str, Tensor], limit: int) -> dict[str, str]:
-    """`bfloat16` or `int8` for each tensor: the finest that stays within `limit` bytes."""
-    choices: list[dict[str, str]] = [
-        dict.fromkeys(tensors, "bfloat16"),
-        {
-            name: "int8" if x.dim() == 2 and not name.endswith(_NEW) and ".lora_" not in name else "bfloat16"
-            for name, x in tensors.items()
-        },
-        {
-            name: "int8" if x.dim() == 2 and ".lora_" not in name else "bfloat16"
-            for name, x in tensors.items()
-        },
-    ]
-    for forms in choices:
-        size = sum(
-            _HEADER + 2 * x.numel()
-            if forms[name] == "bfloat16"
-            else 2 * _HEADER + x.numel() + 2 * x.numel() // _group(x)
-            for name, x in tensors.items()
-        )
-        if size <= limit:
-            return forms
-    logger.warning("the outcome takes %.1f MiB even in eight bits, more than %.1f", size / MIB, limit / MIB)
-    return choices[-1]
-
-
-def _group(x: Tensor) -> int:
-    return GROUP if x.shape[1] % GROUP == 0 else x.shape[1]
-
-
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`[out, in]` -> int8 of the same shape, and float16 scales `[out, in / 64]` (one a row, if 64 does not
-    divide it)."""
-    groups = x.float().unflatten(1, (-1, _group(x)))
-    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=2.0**-24).half()
-    return (groups / scale.float()).round().clamp(-127, 127).to(torch.int8).flatten(1), scale[..., 0]
-
-
-def dequantise(q: Tensor, scale: Tensor) -> Tensor:
-    """The float32 matrix of `quantise`."""
-    return (q.float().unflatten(1, (scale.shape[1], -1)) * scale.float()[..., None]).flatten(1)
 
 
 @torch.no_grad()
@@ -86,39 +45,102 @@ def save_outcome(
     Args:
         student: as it was trained, low-rank changes not yet merged.
         folder: made here; nothing of an older outcome may be in it.
-        limit_mib: size of all files together; tensors are written in eight bits where they must be.
+        limit_mib: size of all files together; tensors are written in as few bits as that takes.
         file_mib: most of one file.
     """
-    folder.mkdir(parents=True)
-    base = assemble(teacher, student.config).state_dict()
-    tensors: dict[str, Tensor] = {}
-    based = set()
-    for name, parameter in student.named_parameters():
-        if not parameter.requires_grad or ".lora_" in name:
-            continue
-        value = parameter.detach().float().cpu()
-        if not name.endswith(_NEW):
-            value = value - base[name].float().cpu()
-            based.add(name)
-        tensors[name] = value
+    tensors = {
+        name: parameter.detach().float().cpu()
+        for name, parameter in student.named_parameters()
+        if parameter.requires_grad and ".lora_" not in name
+    }
     for name, (a, b) in lora_parts(student).items():
         tensors |= {f"{name}.lora_a": a.float().cpu(), f"{name}.lora_b": b.float().cpu()}
-    forms = _forms(tensors, int(limit_mib * MIB))
+    whole = _whole(teacher, student.config)
+    based = set()
+    for name, value in tensors.items():
+        if name in whole and (value - whole[name]).norm() < value.norm():
+            tensors[name] = value - whole[name]
+            based.add(name)
+    _write(folder, student.config.to_diff_dict(), tensors, based, whole, limit_mib, file_mib)
+
+
+def _whole(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig) -> dict[str, Tensor]:
+    """The weights of the hybrid before any training, float32."""
+    return {name: x.float().cpu() for name, x in assemble(teacher, config).state_dict().items()}
+
+
+@torch.no_grad()
+def shrink_outcome(
+    teacher: MiniCPMSALAForCausalLM,
+    outcome: str | Path,
+    folder: Path,
+    *,
+    limit_mib: float,
+    file_mib: float = 15.0,
+    tokens: Tensor | None = None,
+) -> None:
+    """Write an outcome again in fewer bytes; arguments as of `save_outcome`.
+
+    Args:
+        tokens: `[n, length]`, ids of a text: what the matrices are given when the hybrid reads it says which
+            of their errors count. None takes all inputs as alike.
+
+    Raises:
+        ValueError: what `load_outcome` refuses.
+    """
+    record, tensors = _read(Path(outcome))
+    whole = _whole(teacher, MiniCPMSALAConfig(**record["config"]))
+    based = set(record["base"])
+    for name, value in tensors.items():
+        if name not in based and name in whole and (value - whole[name]).norm() < value.norm():
+            tensors[name] = value - whole[name]
+            based.add(name)
+    moments = None if tokens is None else input_moments(load_outcome(teacher, outcome), set(tensors), tokens)
+    _write(folder, record["config"], tensors, based, whole, limit_mib, file_mib, moments)
+
+
+def _write(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    based: set[str],
+    whole: dict[str, Tensor],
+    limit_mib: float,
+    file_mib: float,
+    moments: dict[str, Tensor] | None = None,
+) -> None:
+    folder.mkdir(parents=True)
+    moments = moments or {}
+    limit = int(limit_mib * MIB)
+    widths = choose_widths(tensors, _weights(tensors, based, whole, moments), limit, _HEADER, moments)
+    size = sum(size_of(x, widths[name]) for name, x in tensors.items())
+    if size > limit:
+        logger.warning("the outcome takes %.1f MiB at its smallest, more than %.1f", size / MIB, limit_mib)
     written: dict[str, Tensor] = {}
     for name, x in tensors.items():
-        if forms[name] == "int8":
-            written[f"{name}.q"], written[f"{name}.s"] = quantise(x)
+        if widths[name] < 16:
+            written[f"{name}.q"], written[f"{name}.s"] = quantise(x, widths[name], moments.get(name))
         else:
             written[name] = x.bfloat16()
-    files = _shards(written, int(file_mib * MIB))
-    for n, part in enumerate(files):
+    for n, part in enumerate(_shards(written, int(file_mib * MIB))):
         save_file({k: v.contiguous() for k, v in part.items()}, folder / f"outcome-{n}.safetensors")
-    record = {
-        "config": student.config.to_diff_dict(),
-        "base": sorted(based),
-        "int8": sorted(name for name, form in forms.items() if form == "int8"),
-    }
-    write_json(folder / "outcome.json", record)
+    bits = {name: width for name, width in sorted(widths.items()) if width < 16}
+    write_json(folder / "outcome.json", {"config": config, "base": sorted(based), "bits": bits})
+
+
+def _weights(
+    tensors: dict[str, Tensor], based: set[str], whole: dict[str, Tensor], moments: dict[str, Tensor]
+) -> dict[str, float]:
+    """What a squared error of each tensor counts: errors are relative to the matrix they end up in."""
+    weights = {}
+    for name, x in tensors.items():
+        plain, _, factor = name.partition(".lora_")
+        target = x + whole[name] if name in based else whole[plain] if factor else x
+        weights[name] = 1 / max(power_of(target, moments.get(name)), 1e-30)
+        if factor:  # a relative error of a factor is one of the product
+            change = tensors[f"{plain}.lora_b"] @ tensors[f"{plain}.lora_a"]
+            weights[name] *= float(change.square().sum()) / max(float(x.square().sum()), 1e-30)
+    return weights
 
 
 def _shards(tensors: dict[str, Tensor], most: int) -> list[dict[str, Tensor]]:
@@ -142,23 +164,16 @@ def load_outcome(teacher: MiniCPMSALAForCausalLM, folder: str | Path) -> MiniCPM
     Raises:
         ValueError: a folder without an outcome, or one of another teacher's shape.
     """
-    record: dict[str, Any] | None = read_json(Path(folder) / "outcome.json")
-    if record is None:
-        raise ValueError(f"{folder} holds no outcome.json: give the outcome folder of a conversion")
+    record, tensors = _read(Path(folder))
     config = MiniCPMSALAConfig(**record["config"])
     student = assemble(teacher, config)
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(Path(folder).glob("outcome-*.safetensors")):
-        tensors |= load_file(file)
-    for name in record["int8"]:
-        tensors[name] = dequantise(tensors.pop(f"{name}.q"), tensors.pop(f"{name}.s"))
     own, based = dict(student.named_parameters()), set(record["base"])
     for name, x in tensors.items():
         if name.endswith(".lora_b"):
             continue
         if name.endswith(".lora_a"):
             name = name.removesuffix(".lora_a")
-            x = tensors[f"{name}.lora_b"].float() @ x.float()
+            x = _product(tensors[f"{name}.lora_b"], x)
         target: nn.Parameter | None = own.get(name)
         if target is None or target.shape != x.shape:
             raise ValueError(f"{folder}: {name} has no place in a hybrid of this teacher")
@@ -167,3 +182,31 @@ def load_outcome(teacher: MiniCPMSALAForCausalLM, folder: str | Path) -> MiniCPM
         else:
             target.copy_(x.to(target))
     return student
+
+
+def _product(b: Tensor, a: Tensor) -> Tensor:
+    """B A, summed in one order whatever the machine, so that an assembled model has one checksum."""
+    total = b[:, :1] * a[:1]
+    for n in range(1, a.shape[0]):
+        total = total + b[:, n : n + 1] * a[n : n + 1]
+    return total
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record of an outcome, and its tensors in float32."""
+    record: dict[str, Any] | None = read_json(folder / "outcome.json")
+    if record is None:
+        raise ValueError(f"{folder} holds no outcome.json: give the outcome folder of a conversion")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("outcome-*.safetensors")):
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} cannot be read ({error}): copy the outcome again") from error
+    bits = record.get("bits") or dict.fromkeys(record.get("int8", ()), 8)
+    missing = [name for name in bits if f"{name}.q" not in tensors or f"{name}.s" not in tensors]
+    if missing:
+        raise ValueError(f"{folder} lacks the tensor {missing[0]}: copy the outcome again")
+    for name, width in bits.items():
+        tensors[name] = dequantise(tensors.pop(f"{name}.q"), tensors.pop(f"{name}.s"), width)
+    return record, {name: x.float() for name, x in tensors.items()}

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
 
+from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.attention import SparseMixer
 from ..model.flops import forward_flops, matmul_flops_per_second
@@ -113,7 +114,7 @@ def _device(name: str) -> torch.device:
 
 def _tokenizer(path: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(checkpoint_folder(path))
     except OSError as error:
         raise ValueError(
             f"teacher: {path} has no tokenizer that can be read ({error}); save one beside the model"

@@ -41,7 +41,8 @@ class PromptFormat:
     def question(self, document: str, question: str) -> str:
         """The whole prompt: a document, then a question about it."""
         if self.uses_chat:
-            return self.messages([{"role": "user", "content": f"{document}\n\n{question}"}])
+            content = f"{document}\n\n{question}" if document else question
+            return self.messages([{"role": "user", "content": content}])
         return document + format_question(question)
 
     def messages(self, messages: list[dict[str, str]]) -> str:

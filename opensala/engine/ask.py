@@ -10,8 +10,9 @@ from .documents import Document, join_documents
 from .engine import Engine
 from .request import SamplingParams, TokenEvent
 
-# Of the shipped model's right answers 1% have a token less likely than this, of its wrong ones 74%
-# (scripts/measure_confidence.py, docs/small-model.md).
+# Of the small model's right answers 1% have a token less likely than this, of its wrong ones 74%
+# (scripts/measure_confidence.py, docs/small-model.md). It answers with a value; a
+# model with a chat template answers in sentences, which have unlikely words without being wrong.
 DOUBTFUL = 0.8
 
 
@@ -46,7 +47,8 @@ def ask(
 ) -> Generation:
     """Read the documents and answer the question. The answer ends where an invented next question begins.
 
-    An answer with a token less likely than `DOUBTFUL` comes with a note that the documents may not say it.
+    An answer with a token less likely than `DOUBTFUL` comes with a note that the documents may not say it
+    (not from a model with a chat template, for whose sentences that was not measured).
 
     Another question about the same documents, asked of the same engine, does not read them again.
 
@@ -79,7 +81,8 @@ def answer_prompt(
     label = f"reading {len(ids):,} tokens"
     result = generate(engine, ids, params, marks=marks, label=label, quiet=quiet, on_event=on_event)
     result.text = form.answer(result.text)
-    if result.least_confidence is not None and result.least_confidence < DOUBTFUL:
+    unlikely = result.least_confidence is not None and result.least_confidence < DOUBTFUL
+    if unlikely and not form.uses_chat:
         result.notes.append(
             "the documents may not say this: the least likely token of the answer has probability "
             f"{result.least_confidence:.2f} (answers that they give rarely have one below {DOUBTFUL})"

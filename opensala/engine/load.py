@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from .engine import Engine, EngineOptions
 
@@ -29,7 +30,8 @@ def load_engine(
     """Load a model with its tokenizer.
 
     Args:
-        model: folder or hub name of a MiniCPM-SALA checkpoint; None for the shipped one.
+        model: folder or hub name of a MiniCPM-SALA checkpoint, or name of a pulled model; None for the
+            shipped one.
         device: `auto`, `cpu`, `cuda`, ...; `auto` takes a CUDA GPU if there is one.
         dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU (half precision is
             many times slower there) and bfloat16 elsewhere.
@@ -43,18 +45,19 @@ def load_engine(
     name = str(shipped_model()) if model is None else model
     where = _device(device)
     kind = _dtype(dtype, where)
-    config = _config(name)
+    source = str(checkpoint_folder(name))
+    config = _config(source)
     if attention_mode is not None:
         config.attention_mode = attention_mode
     if block_search is not None:
         config.block_search = block_search
     config.check()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: no usable tokenizer ({_first_line(error)})") from error
     try:
-        weights = MiniCPMSALAForCausalLM.from_pretrained(name, config=config, dtype=kind)
+        weights = MiniCPMSALAForCausalLM.from_pretrained(source, config=config, dtype=kind)
     except OSError as error:
         raise ValueError(f"{name}: cannot be loaded ({_first_line(error)})") from error
     if where.type == "cuda":  # straight to where they stay, so that nothing lies there twice
@@ -63,12 +66,13 @@ def load_engine(
 
 
 def checkpoint_config(model: str | None) -> MiniCPMSALAConfig:
-    """The configuration of a checkpoint by its folder or hub name; None for the shipped one.
+    """The configuration of a checkpoint by its folder or hub name, or of a pulled model; None for the shipped
+    one.
 
     Raises:
         ValueError: a checkpoint that is missing, or of another kind.
     """
-    return _config(str(shipped_model()) if model is None else model)
+    return _config(str(shipped_model()) if model is None else str(checkpoint_folder(model)))
 
 
 def _first_line(error: BaseException) -> str:

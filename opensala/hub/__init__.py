@@ -4,8 +4,20 @@ become checkpoint folders.
 It knows files, hubs and registries, and nothing of what our models compute.
 """
 
-from .catalog import CATALOG, Entry
-from .install import installed, pull
-from .store import checkpoint_folder, models_folder
+from .catalog import CATALOG, DELTAS, Delta, Entry
+from .install import RECORD, installed, pull
+from .store import building, checkpoint_folder, models_folder, sha256_of
 
-__all__ = ["CATALOG", "Entry", "checkpoint_folder", "installed", "models_folder", "pull"]
+__all__ = [
+    "CATALOG",
+    "DELTAS",
+    "RECORD",
+    "Delta",
+    "Entry",
+    "building",
+    "checkpoint_folder",
+    "installed",
+    "models_folder",
+    "pull",
+    "sha256_of",
+]

@@ -2,10 +2,14 @@
 
 A model is one file with a checksum. It may be offered in several places; wherever it comes from, it is the
 same file, so that what is built on it (a delta, a conversion) fits.
+
+A hybrid that was made of such a model is a delta: what differs comes with this package, the rest is pulled.
 """
 
 import difflib
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,28 @@ class Entry:
     wheel: WheelFile
 
 
+@dataclass(frozen=True)
+class Delta:
+    """A hybrid of a model of the catalogue, as what differs from it.
+
+    Attributes:
+        name: what `opensala pull` calls it.
+        base: the model it is made of, by its name.
+        unpacked: bytes of the checkpoint folder at most.
+    """
+
+    name: str
+    about: str
+    licence: str
+    base: str
+    unpacked: int
+
+    @property
+    def folder(self) -> Path:
+        """Where its files lie in this package."""
+        return Path(str(resources.files("opensala") / "assets" / self.name))
+
+
 CATALOG = {
     entry.name: entry
     for entry in (
@@ -72,11 +98,25 @@ CATALOG = {
     )
 }
 
+DELTAS = {
+    delta.name: delta
+    for delta in (
+        Delta(
+            "smollm2-135m-sala",
+            "smollm2-135m as a MiniCPM-SALA hybrid, 8 of 30 layers sparse attention, the rest Lightning",
+            "Apache-2.0",
+            "smollm2-135m",
+            300_000_000,
+        ),
+    )
+}
+
 
 def entry_named(name: str) -> Entry:
     """The entry of a name. Raises ValueError naming what there is."""
     if name not in CATALOG:
-        near = difflib.get_close_matches(name, CATALOG, n=1)
+        names = [*CATALOG, *DELTAS]
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"there is no model {name!r} to pull, only {', '.join(map(repr, CATALOG))}.{hint}")
+        raise ValueError(f"there is no model {name!r} to pull, only {', '.join(map(repr, names))}.{hint}")
     return CATALOG[name]

@@ -20,7 +20,7 @@ from .store import building, models_folder, sha256_of
 
 logger = logging.getLogger("opensala")
 PLACES = ("hub", "pypi")
-_RECORD = "source.json"
+RECORD = "source.json"  # of an installed model: what it was made of
 _TIMEOUT = 10  # seconds for the hub's first answer
 
 
@@ -31,7 +31,7 @@ class Unreachable(Exception):
 def installed(name: str) -> Path | None:
     """The checkpoint folder of a pulled model, if it is there."""
     folder = models_folder() / name
-    return folder if (folder / _RECORD).is_file() else None
+    return folder if (folder / RECORD).is_file() else None
 
 
 def pull(name: str, source: str | None = None, quiet: bool = False) -> Path:
@@ -61,7 +61,7 @@ def pull(name: str, source: str | None = None, quiet: bool = False) -> Path:
             unpack(file, partial, bar.advance)
         shutil.rmtree(downloads)
         write_json(
-            partial / _RECORD, {"name": name, "sha256": entry.sha256, "licence": entry.licence, "from": place}
+            partial / RECORD, {"name": name, "sha256": entry.sha256, "licence": entry.licence, "from": place}
         )
     return folder
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..runs.lock import FolderLock
-from .catalog import CATALOG
+from .catalog import CATALOG, DELTAS
 
 _PARTIAL = ".partial-"
 _CHUNK = 1 << 20
@@ -39,7 +39,7 @@ def checkpoint_folder(name: str | Path) -> Path | str:
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
         return unpacked(path)
-    if str(name) in CATALOG and not path.exists():
+    if (str(name) in CATALOG or str(name) in DELTAS) and not path.exists():
         folder = models_folder() / str(name)
         if not (folder / "config.json").is_file():
             raise ValueError(f"the model {name} is not on this machine yet: opensala pull {name}")

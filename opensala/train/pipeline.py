@@ -334,14 +334,14 @@ class Pipeline:
         if stage.dense_start:
             torch.manual_seed(self.recipe.seed)
             return MiniCPMSALAForCausalLM(teacher_config(_minicpm(self.recipe)))
-        path = self.model_of(self.recipe.stages[index - 1]) if index else Path(self.start.init)
+        path = self.model_of(self.recipe.stages[index - 1]) if index else checkpoint_folder(self.start.init)
         return MiniCPMSALAForCausalLM.from_pretrained(path, dtype=torch.float32)
 
     def tokenizer(self, stage: Stage | Halo) -> Any:
         """The run's tokenizer, with a chat template from the first chat stage on."""
         source = self.start.init or self.start.teacher or SHIPPED
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(source))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{source} has no tokenizer that can be read ({error}); save one beside the model"

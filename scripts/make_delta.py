@@ -1,0 +1,100 @@
+"""Make the delta of a published model that ships with the package, from the run of its conversion.
+
+    python scripts/make_delta.py smollm2-135m-sala RUN --tokens corpus/packed/train.npy
+
+RUN is the folder of a conversion (`opensala convert run smollm2-135m ...`): its outcome, metrics.jsonl and
+config.json. The base must have been pulled. Texts say which errors of the few bits count (16 pieces of
+1,024 tokens, spread over the file).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from opensala.convert.outcome import shrink_outcome
+from opensala.convert.published import FORMAT, MANIFEST, assembled, weights_checksum
+from opensala.convert.teacher import load_teacher
+from opensala.hub import CATALOG, DELTAS, installed, sha256_of
+from opensala.runs import read_json, write_json
+
+DTYPE = "bfloat16"
+PIECES, LENGTH = 16, 1024
+NOTICE = """{name} is a derivative of SmolLM2-135M-Instruct (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),
+Copyright Hugging Face, licensed under the Apache License, Version 2.0 (http://www.apache.org/licenses/LICENSE-2.0).
+
+Changes: its self-attention was replaced by the mixers of MiniCPM-SALA (block-sparse attention without rotary
+positions in layers {kept}, Lightning attention in the others) and trained by distillation; feed-forward
+matrices were changed by low-rank additions. This folder holds the differences only, under the same licence.
+"""
+
+
+def pieces(file: Path) -> torch.Tensor:
+    """`[16, 1024]` ids."""
+    ids = np.load(file, mmap_mode="r")
+    starts = np.linspace(0, len(ids) - LENGTH, PIECES).astype(int)
+    return torch.from_numpy(np.stack([ids[s : s + LENGTH] for s in starts]).astype(np.int64))
+
+
+def trained(run: Path) -> dict[str, dict[str, int]]:
+    """Steps and tokens of each phase, from the last line each wrote."""
+    config = json.loads((run / "config.json").read_text())
+    steps = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        steps[record["phase"]] = record["step"] + 1
+    phases = {name: config[name] for name in steps}
+    return {
+        name: {
+            "steps": count,
+            "length": phases[name]["length"],
+            "tokens": count * phases[name]["batch"] * phases[name]["length"],
+        }
+        for name, count in steps.items()
+    }
+
+
+def main(
+    name: Annotated[str, typer.Argument(help="Of the delta in the catalogue.")],
+    run: Annotated[Path, typer.Argument(help="Folder of the conversion, its outcome in outcome/.")],
+    tokens: Annotated[Path, typer.Option(help="Array of ids of training texts (.npy).")],
+    limit_mb: Annotated[float, typer.Option(help="Size of the tensors' files, in 10^6 bytes.")] = 24.43,
+    outcome: Annotated[Path | None, typer.Option(help="Where the outcome lies, if elsewhere.")] = None,
+) -> None:
+    delta = DELTAS[name]
+    base = installed(delta.base)
+    if base is None:
+        raise typer.BadParameter(f"opensala pull {delta.base} first")
+    shutil.rmtree(delta.folder, ignore_errors=True)
+    source = outcome or run / "outcome"
+    shrink_outcome(
+        load_teacher(base), source, delta.folder, limit_mib=limit_mb * 1e6 / 2**20, tokens=pieces(tokens)
+    )
+    record = read_json(delta.folder / "outcome.json")
+    kinds = record["config"]["mixer_types"]
+    kept = [i for i, kind in enumerate(kinds) if kind == "minicpm4"]
+    (delta.folder / "NOTICE").write_text(NOTICE.format(name=name, kept=", ".join(map(str, kept))))
+    files = {file.name: sha256_of(file) for file in sorted(delta.folder.iterdir())}
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "licence": delta.licence,
+        "base": {"name": delta.base, "sha256": CATALOG[delta.base].sha256},
+        "files": files,
+        "dtype": DTYPE,
+        "weights": weights_checksum(assembled(base, delta.folder, getattr(torch, DTYPE))),
+        "method": "HALO: alignment, distillation at 1,024 tokens, then at 4,096 tokens with sparse attention",
+        "kept_layers": kept,
+        "trained": trained(run),
+        "result": read_json(run / "result.json"),
+    }
+    write_json(delta.folder / MANIFEST, manifest)
+    print(sum(file.stat().st_size for file in delta.folder.iterdir()), "bytes in", delta.folder)
+
+
+if __name__ == "__main__":
+    typer.run(main)
