@@ -8,10 +8,11 @@ from safetensors import safe_open
 from opensala.convert.config import Phase
 from opensala.convert.distill import Distillation, live_targets
 from opensala.convert.lora import LoRALinear, add_lora, lora_parts, merge_lora
-from opensala.convert.outcome import dequantise, load_outcome, quantise, save_outcome
+from opensala.convert.outcome import _weights, load_outcome, save_outcome
 from opensala.convert.teacher import load_teacher
 from opensala.convert.tokens import Sample
 from opensala.convert.transfer import assemble, student_config
+from opensala.convert.widths import dequantise, quantise
 
 from .test_transfer import make_teacher
 
@@ -120,6 +121,15 @@ def test_eight_bits_are_within_half_a_step():
     step = scale.float().repeat_interleave(64, 1)
     assert ((dequantise(q, scale) - x).abs() <= 0.5 * step + 0.01 * step).all()
     assert quantise(x[:, :100])[1].shape == (5, 1)
+
+
+def test_an_error_of_a_factor_counts_as_one_of_the_product():
+    a, b, w = (torch.randn(*shape) for shape in ((3, 16), (8, 3), (8, 16)))
+    tensors = {"w.lora_a": a, "w.lora_b": b}
+    found = _weights(tensors, set(), {"w": w}, {})
+    for name, x in tensors.items():
+        expected = (b @ a).square().sum() / w.square().sum() / x.square().sum()
+        assert found[name] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_an_outcome_of_another_teacher_is_refused(trained, teacher, tmp_path):

@@ -53,6 +53,12 @@ def test_the_searched_scale_is_better_than_the_largest_entry():
     assert error_of(x, 4) < 0.9 * plain
 
 
+def test_the_level_without_an_opposite_is_used_for_either_sign():
+    levels = torch.arange(-8, 8).repeat(4)[None].float()
+    for x in (0.25 * levels, -0.25 * levels):
+        assert torch.equal(dequantise(*quantise(x, 4), 4), x)
+
+
 def test_moments_lower_the_error_of_products():
     given = normal(4000, 16, seed=1) @ normal(16, 64, seed=2)  # correlated, as a model's inputs are
     given = given + 0.3 * normal(4000, 64, seed=3)
