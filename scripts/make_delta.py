@@ -25,7 +25,7 @@ from opensala.runs import read_json, write_json
 DTYPE = "bfloat16"
 PIECES, LENGTH = 16, 1024
 NOTICE = """{name} is a derivative of SmolLM2-135M-Instruct (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),
-Copyright Hugging Face, licensed under the Apache License, Version 2.0 (http://www.apache.org/licenses/LICENSE-2.0).
+by Hugging Face (HuggingFaceTB), licensed under the Apache License, Version 2.0 (http://www.apache.org/licenses/LICENSE-2.0).
 
 Changes: its self-attention was replaced by the mixers of MiniCPM-SALA (block-sparse attention without rotary
 positions in layers {kept}, Lightning attention in the others) and trained by distillation; feed-forward

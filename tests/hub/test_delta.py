@@ -214,3 +214,12 @@ def test_questions_go_through_the_chat_template(delta, home):
     assert build_prompt(engine, [Document("d", "abc")], "b?")[0] == served("abc", "b?")
     with Context.empty(engine) as context:
         assert list(context._prompt("b?")) == served("b?")
+
+
+def test_the_shipped_delta_is_whole_and_small():
+    delta = DELTAS[NAME]
+    record = published.read_manifest(delta)
+    assert record["base"] == {"name": BASE, "sha256": CATALOG[BASE].sha256}
+    assert {p.name for p in delta.folder.iterdir()} == {*record["files"], "delta.json"}
+    assert "Apache License" in (delta.folder / "NOTICE").read_text()
+    assert sum(p.stat().st_size for p in delta.folder.iterdir()) <= 24.5e6
