@@ -226,7 +226,7 @@ def served(code):
         return
     for name in ("fastapi", "openai", "anthropic"):
         pytest.importorskip(name, reason="the extra serve, or a client for it, is not installed")
-    with serving(["--max-cached-tokens", "40000"]) as url:
+    with serving(["--max-cached-tokens", "40000", "--contexts", "kept"]) as url:
         yield code.replace(SERVER, url)
 
 

@@ -45,6 +45,14 @@ def run(
     key_file: Annotated[
         Path | None, typer.Option("--keys", help="Key file; without one, whoever can connect may ask.")
     ] = None,
+    contexts: Annotated[
+        Path | None, typer.Option(help="Folder in which contexts of clients are kept. Default: none are.")
+    ] = None,
+    context_ttl: Annotated[
+        int, typer.Option(help="Seconds that a context is kept which does not say; 0 for no end.")
+    ] = 7 * 86_400,
+    max_contexts_per_key: Annotated[int, typer.Option(help="Contexts that one key may keep.")] = 64,
+    max_context_gib_per_key: Annotated[float, typer.Option(help="GiB of disk for them.")] = 16.0,
     max_running: Annotated[int, typer.Option(help="Sequences computed together; more wait.")] = 16,
     max_batch_tokens: Annotated[int, typer.Option(help="Tokens computed in one step at most.")] = 4096,
     max_cached_tokens: Annotated[
@@ -95,6 +103,9 @@ def run(
         request_seconds=timeout,
         grace_seconds=grace,
         stall=stall,
+        max_contexts_per_key=max_contexts_per_key,
+        max_context_bytes_per_key=int(max_context_gib_per_key * 2**30),
+        context_seconds=context_ttl,
         stable_prefix=stable_prefix,
     )
     bounds = Bounds(
@@ -107,7 +118,7 @@ def run(
     served = name or ("opensala-small" if model is None else Path(model).name)
     if not quiet:
         logging.getLogger("opensala.server").setLevel(logging.INFO)
-    server = build_server(Service(loaded, served, options, known), host, port)
+    server = build_server(Service(loaded, served, options, known, contexts), host, port)
     server.announce = None if quiet else _announce
     server.run()
 

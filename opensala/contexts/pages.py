@@ -84,8 +84,9 @@ def states_of(engine: Engine, slot: int) -> dict[int, Tensor]:
     return {layer: states[slot].cpu().clone() for layer, states in engine.storage.states.items()}
 
 
-def load(engine: Engine, folder: ContextFolder) -> Hold:
-    """Put a context at hand: its tokens, compressed keys and last states now, keys and values when wanted.
+def load(engine: Engine, folder: ContextFolder, namespace: str = "") -> Hold:
+    """Put a context at hand for prompts of a namespace: its tokens, compressed keys and last states now, keys
+    and values when wanted.
 
     Raises:
         ValueError: it does not fit into memory, or is damaged.
@@ -99,10 +100,10 @@ def load(engine: Engine, folder: ContextFolder) -> Hold:
         tokens.frombytes(file.tensor("tokens").numpy().tobytes())
     if len(tokens) != manifest.tokens or max(tokens) >= engine.config.vocab_size or min(tokens) < 0:
         raise damaged(folder.path, "tokens", f"{manifest.tokens:,} of the model's", f"{len(tokens):,} others")
-    found = engine.scheduler.hold(tokens, manifest.sparse)
+    found = engine.scheduler.hold(tokens, manifest.sparse, namespace)
     if found is not None:
         return found
-    hold = engine.scheduler.place(tokens, manifest.sparse)
+    hold = engine.scheduler.place(tokens, manifest.sparse, namespace)
     try:
         _fill(engine, backing, files, hold, manifest.page_sources())
         engine.scheduler.settle(hold)

@@ -84,9 +84,23 @@ class _Text:
     def paragraph(self, text: str) -> None:
         self.text += ("\n\n" if self.text and text else "") + text
 
+    def behind(self, start: int) -> "_Text":
+        """The same from a place on."""
+        return _Text(self.text[start:], [place - start for place in self.places if place > start])
+
+
+class OtherTokens(Exception):
+    """What follows a document changes the tokens at its end: the whole has to be cut anew."""
+
 
 def encode_chat(
-    tokenizer: Any, messages: Sequence[Message], *, continue_final: bool = False, stable: bool = True
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    continue_final: bool = False,
+    stable: bool = True,
+    document: str = "",
+    document_tokens: Sequence[int] = (),
 ) -> ChatPrompt:
     """Token ids of a conversation whose next turn is the model's.
 
@@ -95,20 +109,33 @@ def encode_chat(
         messages: at least one of them a user's.
         continue_final: the last message is the beginning of the model's answer.
         stable: leave out and move lines of system messages that change from call to call (see above).
+        document: text in front of the conversation, arranged as `ask` arranges it: before everything, or with
+            a chat template in the first user message, where the system messages before it follow.
+        document_tokens: if given, `document` is the end of a longer text whose last tokens these are: the ids
+            that come back begin with them.
 
     Raises:
         ValueError: an unknown role, no text to answer, an order of messages that the model's form does not
             have, text that is not valid Unicode.
+        OtherTokens: the conversation changes how the end of the document is cut into `document_tokens`.
     """
     _check(messages, continue_final)
     late = ""
     if stable:
         messages, late = _split_volatile(messages)
     form = PromptFormat(tokenizer)
-    made = _from_template(form, messages, late, continue_final) if form.uses_chat else _plain(messages, late)
+    if form.uses_chat:
+        made = _from_template(form, _in_first_user(messages, document), late, continue_final)
+    else:
+        made = _plain(messages, late, document)
+    begun = len(document_tokens) > 0
+    if begun:
+        made = made.behind(max(0, made.text.find(document)))
     options: dict[str, Any] = {"return_offsets_mapping": True} if tokenizer.is_fast else {}
-    found = tokenizer(made.text, add_special_tokens=not form.uses_chat, verbose=False, **options)
+    found = tokenizer(made.text, add_special_tokens=not (form.uses_chat or begun), verbose=False, **options)
     ids = found["input_ids"]
+    if ids[: len(document_tokens)] != list(document_tokens):
+        raise OtherTokens
     marks: set[int] = set()
     if tokenizer.is_fast:
         ends = [place[1] for place in found["offset_mapping"]]
@@ -160,9 +187,21 @@ def _stable_lines(text: str, late: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _plain(messages: Sequence[Message], late: str) -> _Text:
+def _in_first_user(messages: Sequence[Message], document: str) -> Sequence[Message]:
+    """The conversation with a document in front of the first user's text; system messages that come before
+    follow the document, so that it need not be read again when they change."""
+    if not document:
+        return messages
+    first = next(n for n, m in enumerate(messages) if m.role == "user")
+    before = [m.text for m in messages[:first] if m.role == "system"]
+    texts = [document, *before, messages[first].text.strip()]
+    user = Message("user", ("\n\n".join(text for text in texts if text),))
+    return [*(m for m in messages[:first] if m.role != "system"), user, *messages[first + 1 :]]
+
+
+def _plain(messages: Sequence[Message], late: str, document: str = "") -> _Text:
     """The form of `ask`, for a model without chat template."""
-    made = _Text()
+    made = _Text(document)
     last = max(n for n, m in enumerate(messages) if m.role == "user")
     if any(m.role == "system" for m in messages[last + 1 :]) or len(messages) > last + 2:
         raise ValueError(

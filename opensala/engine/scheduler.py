@@ -67,12 +67,13 @@ class Limits:
 @dataclass(eq=False)
 class Hold:
     """A text that stays at hand until it is let go: its tokens, the mode they were read in, the pages they
-    lie in and the slot of the states behind the last of them."""
+    lie in, the slot of the states behind the last of them, and the namespace whose prompts may find it."""
 
     tokens: array
     sparse: bool
     pages: list[int]
     slot: int
+    namespace: str = ""
 
 
 class Scheduler:
@@ -149,18 +150,18 @@ class Scheduler:
 
     # --- texts that are kept at hand ---
 
-    def hold(self, tokens: array, sparse: bool) -> Hold | None:
+    def hold(self, tokens: array, sparse: bool, namespace: str = "") -> Hold | None:
         """Keep a text that was read in this mode; None if it is not at hand to its end, with its states."""
-        match = self.tree.match(tokens, sparse, len(tokens))
+        match = self.tree.match(tokens, sparse, len(tokens), namespace)
         if match.length < len(tokens) or match.slot is None:
             return None
         self._check_hold(match.pages)
         self.pages.share(match.pages)
         self.slots.share([match.slot])
-        self.holds.append(Hold(tokens, sparse, match.pages, match.slot))
+        self.holds.append(Hold(tokens, sparse, match.pages, match.slot, namespace))
         return self.holds[-1]
 
-    def place(self, tokens: array, sparse: bool) -> Hold:
+    def place(self, tokens: array, sparse: bool, namespace: str = "") -> Hold:
         """Pages and a slot for a text that comes from elsewhere; `settle` makes it known once they are
         filled.
 
@@ -175,12 +176,12 @@ class Scheduler:
                 f"{self.pages.size:,} pages and {self.slots.num_free} of {self.slots.size} slots are free: "
                 "wait for running requests, close other contexts, or give the engine more memory"
             )
-        self.holds.append(Hold(tokens, sparse, self.pages.take(pages), self.slots.take()[0]))
+        self.holds.append(Hold(tokens, sparse, self.pages.take(pages), self.slots.take()[0], namespace))
         return self.holds[-1]
 
     def settle(self, hold: Hold) -> None:
         """Let prompts find a text whose pages and states have been filled."""
-        swapped = self.tree.insert(hold.tokens, hold.sparse, hold.pages, hold.slot)
+        swapped = self.tree.insert(hold.tokens, hold.sparse, hold.pages, hold.slot, hold.namespace)
         self.pages.share(swapped.values())
         self.pages.release(swapped)
         hold.pages = [swapped.get(page, page) for page in hold.pages]
@@ -197,7 +198,7 @@ class Scheduler:
         shared = (
             len(h.tokens) // self.page_size
             for h in self.holds
-            if not namespace
+            if h.namespace == namespace
             and h.sparse == sparse
             and _common(h.tokens, tokens) == len(h.tokens) < len(tokens)
         )

@@ -6,7 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from ..engine.chat import Message
 from .errors import bad_request
-from .schema import ApiRequest, Count, Parts, Probability, StopText, Strict, TextPart, texts
+from .schema import ApiRequest, ContextId, Count, Parts, Probability, StopText, Strict, TextPart, texts
 
 
 class DocumentSource(BaseModel):
@@ -64,6 +64,7 @@ class CountRequest(ApiRequest):
     model: str
     messages: Annotated[list[Turn], Field(min_length=1)]
     system: Parts = []
+    context: ContextId | None = None
 
     def conversation(self) -> list[Message]:
         system = texts(self.system, "system")

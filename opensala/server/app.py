@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from . import basics
+from . import basics, contexts
 from .anthropic_schema import CountRequest, MessagesRequest
 from .chat import chat_completions
 from .completions import completions
@@ -66,6 +66,7 @@ def create_app(service: Service, hosts: frozenset[str] | None = None) -> FastAPI
             openapi_extra=_body(schema, service.name),
             responses=_REFUSALS,
         )
+    _add_contexts(app, service)
     _add_gets(app, service)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -78,6 +79,31 @@ def _route(service: Service, handler: Handler) -> Callable[[Request], Awaitable[
         return await handler(service, request)
 
     return route
+
+
+_CONTEXTS: tuple[tuple[str, str, Handler, type[ApiRequest] | None], ...] = (
+    ("POST", "/v1/contexts", contexts.create_context, contexts.CreateRequest),
+    ("GET", "/v1/contexts", contexts.list_contexts, None),
+    ("GET", "/v1/contexts/{id}", contexts.get_context, None),
+    ("PATCH", "/v1/contexts/{id}", contexts.change_context, contexts.ChangeRequest),
+    ("DELETE", "/v1/contexts/{id}", contexts.delete_context, None),
+    ("POST", "/v1/contexts/{id}/extend", contexts.extend_context, contexts.ExtendRequest),
+    ("POST", "/v1/contexts/{id}/fork", contexts.fork_context, contexts.ForkRequest),
+)
+
+
+def _add_contexts(app: FastAPI, service: Service) -> None:
+    place = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    for method, path, handler, schema in _CONTEXTS:
+        described = {} if schema is None else _body(schema, service.name)
+        app.add_api_route(
+            path,
+            _route(service, handler),
+            methods=[method],
+            name=handler.__name__,
+            openapi_extra=described | ({"parameters": [place]} if "{id}" in path else {}),
+            responses=_REFUSALS,
+        )
 
 
 def _add_gets(app: FastAPI, service: Service) -> None:
@@ -115,7 +141,8 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
 
 def _body(schema: type[ApiRequest], model: str) -> dict[str, Any]:
     described = schema.model_json_schema(ref_template="#/components/schemas/{model}")
-    described["properties"]["model"] = {"type": "string", "enum": [model]}
+    if "model" in described["properties"]:
+        described["properties"]["model"] = {"type": "string", "enum": [model]}
     content = {"application/json": {"schema": _inline(described, described.pop("$defs", {}))}}
     return {"requestBody": {"required": True, "content": content}}
 

@@ -25,12 +25,13 @@ async def chat_completions(service: Service, request: Request) -> Response:
     asked.check_stream_options()
     if asked.top_logprobs is not None and not asked.logprobs:
         raise bad_request("Invalid 'top_logprobs': needs logprobs=true", "top_logprobs", "invalid_value")
-    prompt = await service.chat(asked.conversation())
+    kept = await service.kept(request.scope["owner"], asked.context)
+    prompt = await service.chat(asked.conversation(), kept=kept)
     limit, field = _limit(asked)
     new = service.room(len(prompt.ids), limit, service.options.default_new_tokens, field)
     top = asked.top_logprobs or 0
     run = service.submit(
-        request.scope["owner"], [prompt], sampling(service, asked, prompt, new, field, top), asked.n
+        request.scope["owner"], [prompt], sampling(service, asked, prompt, new, field, top), asked.n, kept
     )
     answer = _Answer(service, asked, run)
     if asked.stream:

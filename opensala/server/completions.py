@@ -30,12 +30,13 @@ async def completions(service: Service, request: Request) -> Response:
         raise bad_request(
             f"Invalid 'n': prompts times n must be at most {most}, got {asked.n * len(asked.prompt)}", "n"
         )
-    prompts = [await service.raw(prompt) for prompt in asked.prompt]
+    kept = await service.kept(request.scope["owner"], asked.context)
+    prompts = [await service.raw(prompt, kept) for prompt in asked.prompt]
     params = []
     for prompt in prompts:
         new = service.room(len(prompt.ids), asked.max_tokens, _DEFAULT_TOKENS, "prompt")
         params += sampling(service, asked, prompt, new, "max_tokens", asked.logprobs or 0)
-    run = service.submit(request.scope["owner"], prompts, params, asked.n)
+    run = service.submit(request.scope["owner"], prompts, params, asked.n, kept)
     answer = _Answer(service, asked, run)
     if asked.stream:
         return stream(service, run, answer.events())

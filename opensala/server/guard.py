@@ -71,7 +71,7 @@ class Guard:
         headers = Headers(scope=scope)
         self._check_host(headers)
         owner = scope["owner"] = self._owner(scope["path"], headers)
-        if scope["method"] != "POST":
+        if scope["method"] not in ("POST", "PATCH"):
             await self.app(scope, receive, send)
             return
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -28,6 +28,9 @@ class ServerOptions:
         grace_seconds: for requests under way when the server is told to stop.
         stall: how many times as long a step may take that reads a prompt beside streams, than one without; 0
             for no limit (see `Pace`).
+        max_contexts_per_key: kept for one key (see `Keeper`).
+        max_context_bytes_per_key: on disk, of the kept contexts of one key.
+        context_seconds: that a context is kept if its request does not say; 0 for until it is deleted.
         stable_prefix: lines of a system prompt that change from call to call are left out or moved behind the
             documents (see `engine.chat`).
     """
@@ -45,6 +48,9 @@ class ServerOptions:
     ping_seconds: float = 10.0
     grace_seconds: float = 10.0
     stall: float = 2.5
+    max_contexts_per_key: int = 64
+    max_context_bytes_per_key: int = 16 << 30
+    context_seconds: int = 7 * 86_400
     stable_prefix: bool = True
 
     def __post_init__(self) -> None:
@@ -53,6 +59,9 @@ class ServerOptions:
             ("max_prompt_tokens", 1),
             ("grace_seconds", 0),
             ("stall", 0),
+            ("context_seconds", 0),
+            ("max_contexts_per_key", 1),
+            ("max_context_bytes_per_key", 1),
         ):
             value = getattr(self, name)
             if value is not None and not value >= least:

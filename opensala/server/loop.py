@@ -14,12 +14,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from ..contexts import DamagedContext
+from ..contexts.kept import Kept
 from ..engine import Completion, Engine, FinishReason, SamplingParams, TokenEvent
 from ..engine.request import as_token_ids
 from .fairness import FairQueue
 from .pace import Pace
 
+T = TypeVar("T")
 _log = logging.getLogger("opensala.server")
 
 
@@ -29,11 +33,13 @@ class Closed(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt to continue. `marks` are places in it from which later prompts may continue."""
+    """One prompt to continue. `marks` are places in it from which later prompts may continue; `source` is
+    what it begins with."""
 
     prompt: Sequence[int]
     params: SamplingParams
     marks: tuple[int, ...] = ()
+    source: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,39 @@ class EngineLoop:
             self._inbox.put(lambda: self._enqueue(ticket))
         return ticket
 
+    async def call(self, work: Callable[[Engine], T]) -> T:
+        """Run `work` in the engine's thread between two steps; it should be short, for streams wait for it.
+
+        Raises:
+            Closed: the engine is not running any more.
+            Exception: what `work` raised.
+        """
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[T] = loop.create_future()
+
+        def settle(value: T | None, error: Exception | None) -> None:
+            if result.done():  # whoever asked was cancelled
+                return
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(value)  # type: ignore[arg-type]  # without an error there is a value
+
+        def run() -> None:
+            value, failure = None, None
+            try:
+                value = work(self.engine)
+            except Exception as error:
+                failure = error
+            with contextlib.suppress(RuntimeError):  # that loop is closed
+                loop.call_soon_threadsafe(settle, value, failure)
+
+        with self._door:
+            if not self._thread.is_alive() or self._stop:
+                raise Closed(self._closing or "the engine is not running")
+            self._inbox.put(run)
+        return await result
+
     async def close(self, grace: float = 0.0) -> None:
         """Take no more jobs, let those under way go on for `grace` seconds, end the others with an error that
         says so, and stop the thread."""
@@ -189,7 +228,7 @@ class EngineLoop:
             why = "the server is shutting down"
         finally:  # also if the thread dies: nobody may wait for ever
             with self._door:
-                self._closing = why
+                self._closing, self._stop = why, True
             while not self._inbox.empty():
                 self._inbox.get()()
             self._end_all(why)
@@ -217,6 +256,8 @@ class EngineLoop:
             ticket, index = self._waiting.pop()
             job, request_id = ticket.jobs[index], f"job-{next(self._numbers)}"
             try:
+                if job.source is not None:
+                    job.source.bring(self.engine, job.prompt, ticket.owner)
                 self.engine.add(
                     job.prompt, job.params, request_id=request_id, marks=job.marks, namespace=ticket.owner
                 )
@@ -232,9 +273,14 @@ class EngineLoop:
         began = time.perf_counter()
         try:
             events = self.engine.step()
-        except (RuntimeError, MemoryError) as error:  # out of memory on a device is a RuntimeError too
+        except (RuntimeError, MemoryError, DamagedContext) as error:  # out of memory on a device is the first
             _log.exception("a step failed; the requests in it end")
+            sources = [t.jobs[index].source for t, index in self._running.values()]
             self._end_running(f"the engine failed: {type(error).__name__}")
+            if isinstance(error, DamagedContext):  # nothing of it may be used again
+                self.engine.scheduler.tree.clear()
+                for source in filter(None, sources):
+                    source.distrusted = True
             return
         self.pace.note(decoding, reading, time.perf_counter() - began)
         self._steps += 1

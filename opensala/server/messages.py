@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..contexts.kept import Kept
 from ..engine import Completion, FinishReason
 from ..engine.chat import ChatPrompt
 from .anthropic_schema import CountRequest, MessagesRequest
@@ -18,14 +19,15 @@ from .service import Run, Service
 async def count_tokens(service: Service, request: Request) -> Response:
     asked = CountRequest.parse(await read_json(request, service.options))
     service.check_model(asked.model)
-    prompt = await _prompt(service, asked)
+    prompt = await _prompt(service, asked, await service.kept(request.scope["owner"], asked.context))
     return JSONResponse({"input_tokens": len(prompt.ids)})
 
 
 async def messages(service: Service, request: Request) -> Response:
     asked = MessagesRequest.parse(await read_json(request, service.options))
     service.check_model(asked.model)
-    prompt = await _prompt(service, asked)
+    kept = await service.kept(request.scope["owner"], asked.context)
+    prompt = await _prompt(service, asked, kept)
     new = service.room(len(prompt.ids), asked.max_tokens, asked.max_tokens, "max_tokens")
     params = service.params(
         {"stop": "stop_sequences"},
@@ -35,7 +37,7 @@ async def messages(service: Service, request: Request) -> Response:
         top_k=asked.top_k,
         stop=(*asked.stop_sequences, *prompt.stop),
     )
-    run = service.submit(request.scope["owner"], [prompt], [params])
+    run = service.submit(request.scope["owner"], [prompt], [params], kept=kept)
     answer = _Answer(service, asked, run, request.scope["request_id"])
     if not asked.stream:
         return JSONResponse(await while_connected(request, answer.whole()))
@@ -47,10 +49,10 @@ async def messages(service: Service, request: Request) -> Response:
     )
 
 
-async def _prompt(service: Service, asked: CountRequest) -> ChatPrompt:
+async def _prompt(service: Service, asked: CountRequest, kept: Kept | None) -> ChatPrompt:
     """A conversation that ends with the assistant's words is continued from there."""
     conversation = asked.conversation()
-    return await service.chat(conversation, conversation[-1].role == "assistant")
+    return await service.chat(conversation, conversation[-1].role == "assistant", kept)
 
 
 class _Answer:

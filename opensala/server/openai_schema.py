@@ -8,6 +8,7 @@ from ..engine.chat import Message
 from .errors import bad_request
 from .schema import (
     ApiRequest,
+    ContextId,
     Count,
     Parts,
     Penalty,
@@ -60,6 +61,7 @@ class SamplingRequest(ApiRequest):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     stop_token_ids: TokenIds = []
     ignore_eos: bool = False
+    context: ContextId | None = None
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -236,6 +238,7 @@ class ResponsesRequest(ApiRequest):
     include: list[str] = []
     metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
     stream: bool = False
+    context: ContextId | None = None
 
     def conversation(self) -> list[Message]:
         first = [Message("system", (self.instructions,))] if self.instructions else []

@@ -21,7 +21,8 @@ _LOGPROBS = "message.output_text.logprobs"
 async def responses(service: Service, request: Request) -> Response:
     asked = ResponsesRequest.parse(await read_json(request, service.options))
     service.check_model(asked.model)
-    prompt = await service.chat(asked.conversation())
+    kept = await service.kept(request.scope["owner"], asked.context)
+    prompt = await service.chat(asked.conversation(), kept=kept)
     new = service.room(
         len(prompt.ids), asked.max_output_tokens, service.options.default_new_tokens, "max_output_tokens"
     )
@@ -33,7 +34,7 @@ async def responses(service: Service, request: Request) -> Response:
         logprobs=asked.top_logprobs,
         stop=prompt.stop,
     )
-    run = service.submit(request.scope["owner"], [prompt], [params])
+    run = service.submit(request.scope["owner"], [prompt], [params], kept=kept)
     answer = _Answer(service, asked, run)
     if not asked.stream:
         return JSONResponse(await while_connected(request, answer.whole()))

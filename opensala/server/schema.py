@@ -146,6 +146,9 @@ Stops = Annotated[
         {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": 4}]}
     ),
 ]
+ContextId = Annotated[
+    str, Field(max_length=200, description="A context of POST /v1/contexts that the conversation is about.")
+]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]

@@ -5,14 +5,18 @@ import copy
 import hashlib
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
+from ..contexts.kept import Kept, identity
+from ..contexts.shelf import Shelf
 from ..engine import Engine, SamplingParams
 from ..engine.chat import ChatPrompt, Message, encode_chat
 from .errors import ApiError, bad_request, from_value_error
+from .keeping import Keeper
 from .keys import KeyFile
 from .limits import Gate, ServerOptions
 from .loop import Closed, EngineLoop, Job, Ticket
@@ -47,13 +51,19 @@ class Service:
         name: what clients call the model.
         options: limits.
         keys: who may use it; None for anybody who can connect.
+        contexts: the folder of kept contexts; None to keep none.
 
     Raises:
-        ValueError: an engine without a tokenizer.
+        ValueError: an engine without a tokenizer; a folder that cannot be written.
     """
 
     def __init__(
-        self, engine: Engine, name: str, options: ServerOptions | None = None, keys: KeyFile | None = None
+        self,
+        engine: Engine,
+        name: str,
+        options: ServerOptions | None = None,
+        keys: KeyFile | None = None,
+        contexts: str | Path | None = None,
     ) -> None:
         if engine.tokenizer is None:
             raise ValueError("a server needs an engine with a tokenizer")
@@ -72,13 +82,18 @@ class Service:
         self.tokens = TokenTexts(copy.deepcopy(engine.tokenizer), engine.end_ids)
         self._encoder = ThreadPoolExecutor(_ENCODERS, "encoder")  # so that a long text stops no stream
         self.temperature, self.top_p = _defaults(engine)
+        self.keeper = None if contexts is None else Keeper(self, Shelf(contexts), identity(engine))
 
     def start(self) -> None:
         self.loop.start()
+        if self.keeper is not None:
+            self.keeper.start()
 
     async def close(self) -> None:
         """End what is under way, after the grace that the options give it."""
         await self.loop.close(self.options.grace_seconds)
+        if self.keeper is not None:
+            await self.keeper.close()
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
     # --- the way of a request ---
@@ -92,6 +107,28 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    def contexts(self) -> Keeper:
+        """What keeps contexts.
+
+        Raises:
+            ApiError: 404, this server keeps none.
+        """
+        if self.keeper is None:
+            raise ApiError(
+                404,
+                "this server keeps no contexts: start it with opensala serve --contexts DIR",
+                code="contexts_disabled",
+            )
+        return self.keeper
+
+    async def kept(self, owner: str, context_id: str | None) -> Kept | None:
+        """The context that a request names, of the key that asks.
+
+        Raises:
+            ApiError: see `contexts` and `Keeper.open`.
+        """
+        return None if context_id is None else (await self.contexts().open(owner, context_id))[1]
 
     async def aside(self, work: Callable[[Any], T]) -> T:
         """Run `work(tokenizer)` beside the event loop; its refusals are the caller's fault."""
@@ -108,15 +145,22 @@ class Service:
         except ValueError as error:
             raise from_value_error(error, {}) from None
 
-    async def chat(self, messages: Sequence[Message], continue_final: bool = False) -> ChatPrompt:
-        """The prompt of a conversation."""
-        stable = self.options.stable_prefix
+    async def chat(
+        self, messages: Sequence[Message], continue_final: bool = False, kept: Kept | None = None
+    ) -> ChatPrompt:
+        """The prompt of a conversation, about a context if one is given."""
+        how: dict[str, Any] = {"continue_final": continue_final, "stable": self.options.stable_prefix}
         return await self.aside(
-            lambda tokenizer: encode_chat(tokenizer, messages, continue_final=continue_final, stable=stable)
+            lambda t: encode_chat(t, messages, **how) if kept is None else kept.chat(t, messages, **how)
         )
 
-    async def raw(self, prompt: str | list[int]) -> ChatPrompt:
-        """A prompt that is taken as it is."""
+    async def raw(self, prompt: str | list[int], kept: Kept | None = None) -> ChatPrompt:
+        """A prompt that is taken as it is, right behind the documents of a context if one is given."""
+        if kept is not None:
+            if not isinstance(prompt, str):
+                raise bad_request("Invalid 'prompt': with 'context' it must be text, not token ids", "prompt")
+            text = prompt
+            return await self.aside(lambda t: kept.raw(t, text))
         ids = await self.aside(lambda t: t(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
         return ChatPrompt(ids, (), (), False)
 
@@ -170,18 +214,24 @@ class Service:
             raise from_value_error(error, names) from None
 
     def submit(
-        self, owner: str, prompts: Sequence[ChatPrompt], params: Sequence[SamplingParams], count: int = 1
+        self,
+        owner: str,
+        prompts: Sequence[ChatPrompt],
+        params: Sequence[SamplingParams],
+        count: int = 1,
+        kept: Kept | None = None,
     ) -> Run:
         """Hand prompts to the engine, `count` times each.
 
         Args:
             params: of each choice, those of the first prompt first.
+            kept: what the prompts are about; it is put at hand for them.
 
         Raises:
             ApiError: the engine cannot take them (400), or takes nothing any more (503).
         """
         every = [prompt for prompt in prompts for _ in range(count)]
-        jobs = [Job(p.ids, one, p.marks) for p, one in zip(every, params, strict=True)]
+        jobs = [Job(p.ids, one, p.marks, kept) for p, one in zip(every, params, strict=True)]
         try:
             ticket = self.loop.submit(owner, jobs)
         except ValueError as error:
@@ -191,9 +241,9 @@ class Service:
         usage = Usage(prompt=sum(len(p.ids) for p in prompts))
         return Run(ticket, [Trimmer(p.trims) for p in every], range(0, len(jobs), count), usage)
 
-    async def pieces(self, run: Run) -> AsyncIterator[Piece | None]:
+    async def pieces(self, run: Run, every: float | None = None) -> AsyncGenerator[Piece | None, None]:
         """What the jobs of a request have to say, as it comes; None where there was nothing to say for
-        `ping_seconds`. Whoever stops listening ends the jobs.
+        `every` seconds (by default the options' `ping_seconds`). Whoever stops listening ends the jobs.
 
         Raises:
             ApiError: the request took too long (504), or its engine failed (500, 503).
@@ -204,7 +254,7 @@ class Service:
             while run.ticket.is_open:
                 pending = pending or asyncio.ensure_future(run.ticket.next())
                 left = run.started + self.options.request_seconds - time.monotonic()
-                await asyncio.wait({pending}, timeout=max(0.0, min(left, self.options.ping_seconds)))
+                await asyncio.wait({pending}, timeout=max(0.0, min(left, every or self.options.ping_seconds)))
                 if not pending.done():
                     if left <= 0:
                         most = self.options.request_seconds

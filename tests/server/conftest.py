@@ -22,8 +22,8 @@ QUESTION = "What is the access code for the north gate?"
 class Live:
     """A server in a thread of this process."""
 
-    def __init__(self, engine, options=None, keys=None):
-        self.service = Service(engine, "small", options or ServerOptions(grace_seconds=0.5), keys)
+    def __init__(self, engine, options=None, keys=None, contexts=None):
+        self.service = Service(engine, "small", options or ServerOptions(grace_seconds=0.5), keys, contexts)
         self.server = build_server(self.service, port=0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -59,8 +59,8 @@ def start(model):
 
     started = []
 
-    def one(options=None, keys=None, engine=OPTIONS):
-        started.append(Live(Engine(model.model, model.tokenizer, engine), options, keys))
+    def one(options=None, keys=None, engine=OPTIONS, contexts=None):
+        started.append(Live(Engine(model.model, model.tokenizer, engine), options, keys, contexts))
         return started[-1]
 
     yield one

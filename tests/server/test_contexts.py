@@ -1,0 +1,402 @@
+"""Contexts over HTTP: uploaded once, kept, asked through every API, extended, forked, expired, deleted."""
+
+import json
+import re
+import socket
+import time
+
+import anthropic
+import httpx2
+import openai
+import pytest
+
+from opensala.contexts.folder import ContextFolder
+from opensala.contexts.kept import Kept
+from opensala.contexts.shelf import Shelf
+from opensala.engine import Document, Engine, EngineOptions, SamplingParams, ask
+from opensala.engine.ask import build_prompt
+from opensala.engine.chat import Message
+from opensala.server import KeyFile, ServerOptions, new_key
+
+from .conftest import DOCUMENT, FILLER, QUESTION
+
+NOTES = "The captain of Silver Heron is Orla Brandt.\n"
+CAPTAIN = "Who is the captain of Silver Heron?"
+REPORT = {"name": "report", "text": DOCUMENT}
+QUICK = {"grace_seconds": 0}
+
+
+class Client:
+    """Plain requests to a server, as one key."""
+
+    def __init__(self, live, key="none"):
+        self.live, self.key = live, key
+        self.http = httpx2.Client(
+            base_url=live.url, headers={"authorization": f"Bearer {key}"}, timeout=60, trust_env=False
+        )
+
+    def send(self, method, path="", body=None, status=200):
+        answer = self.http.request(method, f"/v1/contexts{path}", json=body)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    def create(self, *documents, status=200, **fields):
+        body = {"model": "small", "documents": list(documents) or [REPORT], **fields}
+        return self.send("POST", "", body, status)
+
+    def refused(self, method, path="", body=None, status=404):
+        error = self.send(method, path, body, status)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return error
+
+    def ask(self, context, question=QUESTION, **fields):
+        with openai.OpenAI(base_url=f"{self.live.url}/v1", api_key=self.key, max_retries=0) as client:
+            done = client.chat.completions.create(
+                model="small",
+                messages=[{"role": "user", "content": question}],
+                extra_body={"context": context, **fields},
+            )
+        return done.choices[0].message.content, done.usage
+
+
+@pytest.fixture
+def kept(start, tmp_path):
+    return Client(start(contexts=tmp_path / "kept"))
+
+
+@pytest.fixture(scope="module")
+def shared(live_with_contexts):
+    return Client(live_with_contexts)
+
+
+@pytest.fixture(scope="module")
+def live_with_contexts(model, tmp_path_factory):
+    from .conftest import OPTIONS, Live
+
+    engine = Engine(model.model, model.tokenizer, OPTIONS)
+    server = Live(engine, contexts=tmp_path_factory.mktemp("contexts") / "kept")
+    yield server
+    server.stop()
+    engine.check_integrity()
+
+
+def names(live):
+    return sorted(path.name for path in live.service.keeper.shelf.root.iterdir())
+
+
+def test_what_is_uploaded_once_is_asked_through_every_api(shared):
+    made = shared.create(REPORT, {"name": "notes", "text": NOTES})
+    assert re.fullmatch("ctx_[0-9a-f]{32}", made["id"]) and made["documents"] == ["report", "notes"]
+    assert made["expires_at"] == made["created_at"] + made["ttl"] and made["bytes"] > 0
+    assert shared.send("GET", f"/{made['id']}") == made and made in shared.send("GET")["data"]
+
+    text, usage = shared.ask(made["id"], CAPTAIN)
+    assert text == "Orla Brandt" and usage.prompt_tokens_details.cached_tokens == made["tokens"]
+    extra = {"context": made["id"]}
+    with openai.OpenAI(base_url=f"{shared.live.url}/v1", api_key="none", max_retries=0) as client:
+        said = client.responses.create(model="small", input=QUESTION, extra_body=extra)
+        assert said.output_text == "48213"
+        raw = client.completions.create(
+            model="small", prompt=f"\n\nQuestion: {CAPTAIN}\nAnswer:", stop="\n", extra_body=extra
+        )
+        assert raw.choices[0].text.strip() == "Orla Brandt"
+        assert raw.usage.prompt_tokens == usage.prompt_tokens
+        with pytest.raises(openai.BadRequestError, match="token ids"):
+            client.completions.create(model="small", prompt=[1, 2], extra_body=extra)
+    with anthropic.Anthropic(base_url=shared.live.url, api_key="none", max_retries=0) as client:
+        question = [{"role": "user", "content": CAPTAIN}]
+        done = client.messages.create(model="small", max_tokens=9, messages=question, extra_body=extra)
+        assert done.content[0].text == "Orla Brandt"
+        count = client.messages.count_tokens(model="small", messages=question, extra_body=extra)
+        assert count.input_tokens == usage.prompt_tokens
+
+
+def test_prompts_have_the_tokens_of_the_command_line(shared, model):
+    texts = [DOCUMENT, DOCUMENT.rstrip(), "Short.", "ends in space \n\n "]
+    for number, text in enumerate(texts):
+        documents = [Document("a", text), *([Document("b", NOTES)] if number % 2 else [])]
+        made = shared.create(*({"name": d.name, "text": d.text} for d in documents))
+        keeper = shared.live.service.keeper
+        kept = Kept(keeper.shelf.folder(made["id"]), keeper.identity, made["id"])
+        for question in (QUESTION, f"  {CAPTAIN} ", "why", "1?"):
+            wanted, _ = build_prompt(model, documents, question)
+            assert kept.chat(model.tokenizer, [Message("user", (question,))]).ids == wanted
+        prompt = f"\n\nQuestion: {CAPTAIN}\nAnswer:"
+        assert kept.raw(model.tokenizer, prompt).ids == build_prompt(model, documents, CAPTAIN)[0]
+
+
+def test_an_answer_is_that_of_the_command_line(shared, model):
+    made = shared.create()
+    engine = Engine(model.model, model.tokenizer, EngineOptions(max_cached_tokens=8192))
+    question = "What happened that day, and to whom?"
+    wanted = ask(engine, [Document("report", DOCUMENT)], question, SamplingParams(max_tokens=12), quiet=True)
+    text, _ = shared.ask(made["id"], question, max_tokens=12)
+    assert text.strip() == wanted.text
+
+
+def test_a_conversation_goes_on_behind_the_documents(shared):
+    made = shared.create()
+    with openai.OpenAI(base_url=f"{shared.live.url}/v1", api_key="none", max_retries=0) as client:
+        messages = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": QUESTION}]
+        messages += [{"role": "assistant", "content": "48213"}, {"role": "user", "content": QUESTION}]
+        done = client.chat.completions.create(
+            model="small", messages=messages, extra_body={"context": made["id"]}
+        )
+    assert done.choices[0].message.content == "48213"
+    assert done.usage.prompt_tokens_details.cached_tokens >= made["tokens"]
+
+
+def test_reading_is_watched_by_events(shared):
+    body = {"model": "small", "documents": [{"text": FILLER * 1500}], "stream": True}
+    with shared.http.stream("POST", "/v1/contexts", json=body) as answer:
+        data = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    assert data.pop() == "[DONE]"
+    *steps, made = [json.loads(line) for line in data]
+    assert made["object"] == "context" and {step["id"] for step in steps} == {made["id"]}
+    read = [step["read_tokens"] for step in steps]
+    assert read == sorted(read) and read[-1] == made["tokens"] == steps[0]["tokens"]
+    body["documents"] = [{"text": FILLER * 12_000}]
+    with shared.http.stream("POST", "/v1/contexts", json=body) as answer:
+        assert answer.status_code == 200 and "context_length_exceeded" in answer.read().decode()
+
+
+def test_a_context_outlives_its_server(start, tmp_path):
+    first = Client(start(contexts=tmp_path / "kept"))
+    made = first.create({"text": DOCUMENT + FILLER * 400 + NOTES})
+    wanted = first.ask(made["id"], CAPTAIN)[0]
+    first.live.stop()
+    second = Client(start(contexts=tmp_path / "kept"))
+    assert second.send("GET")["data"] == [made]
+    text, usage = second.ask(made["id"], CAPTAIN)
+    assert text == wanted == "Orla Brandt"
+    assert usage.prompt_tokens_details.cached_tokens == made["tokens"]
+    more = second.send("POST", f"/{made['id']}/extend", {"documents": [{"text": "More.\n"}]})
+    assert second.ask(more["id"], CAPTAIN)[0] == "Orla Brandt"
+
+
+def test_a_context_of_another_key_is_not_there(start, tmp_path):
+    path = tmp_path / "keys.json"
+    secrets = [new_key(path, name)[1] for name in ("ada", "bob")]
+    live = start(ServerOptions(**QUICK), KeyFile(path), contexts=tmp_path / "kept")
+    ada, bob = (Client(live, key) for key in secrets)
+    made = ada.create()
+    unknown = "ctx_" + "0" * 32
+    for method, tail, body in (
+        ("GET", "", None),
+        ("DELETE", "", None),
+        ("PATCH", "", {"pinned": True}),
+        ("POST", "/fork", {}),
+        ("POST", "/extend", {"documents": [{"text": "x"}]}),
+    ):
+        told = [bob.refused(method, f"/{i}{tail}", body)["message"] for i in (made["id"], unknown)]
+        assert told[0].replace(made["id"], unknown) == told[1]
+    with pytest.raises(openai.NotFoundError):
+        bob.ask(made["id"])
+    assert bob.send("GET")["data"] == [] and ada.send("GET")["data"] == [made]
+    _, usage = ada.ask(made["id"])
+    assert usage.prompt_tokens_details.cached_tokens == made["tokens"]
+    own = bob.create()
+    live.service.engine.scheduler.tree.clear()  # both are loaded anew, each for its own key
+    for client, context in ((ada, made), (bob, own)):
+        text, usage = client.ask(context["id"])
+        assert text == "48213" and usage.prompt_tokens_details.cached_tokens == context["tokens"]
+
+
+def test_extending_makes_a_new_context(kept):
+    made = kept.create({"name": "a", "text": DOCUMENT})
+    more = kept.send("POST", f"/{made['id']}/extend", {"documents": [{"name": "b", "text": NOTES}]})
+    assert more["parent"] == made["id"] and more["documents"] == ["a", "b"]
+    assert kept.ask(more["id"], CAPTAIN)[0] == "Orla Brandt" and kept.ask(more["id"])[0] == "48213"
+    assert kept.send("GET", f"/{made['id']}") == made and kept.ask(made["id"])[0] == "48213"
+    kept.send("DELETE", f"/{made['id']}")
+    kept.live.service.engine.scheduler.tree.clear()
+    text, usage = kept.ask(more["id"], CAPTAIN)
+    assert text == "Orla Brandt" and usage.prompt_tokens_details.cached_tokens == more["tokens"]
+
+
+def test_a_fork_stays_when_its_original_goes(kept):
+    made = kept.create()
+    twin = kept.send("POST", f"/{made['id']}/fork", {"pinned": True})
+    assert twin["parent"] == made["id"] != twin["id"] and twin["expires_at"] is None
+    assert kept.send("DELETE", f"/{made['id']}") == {
+        "id": made["id"],
+        "object": "context.deleted",
+        "deleted": True,
+    }
+    assert kept.refused("GET", f"/{made['id']}")["code"] == "context_not_found"
+    kept.live.service.engine.scheduler.tree.clear()
+    assert kept.ask(twin["id"])[0] == "48213"
+    assert names(kept.live) == [twin["id"], f"{twin['id']}.json"]
+
+
+def test_contexts_expire_unless_they_are_pinned(kept):
+    shelf, now = kept.live.service.keeper.shelf, time.time()
+    short, long, pinned = (kept.create(ttl=ttl) for ttl in (10, 1000, 10))
+    changed = kept.send("PATCH", f"/{pinned['id']}", {"pinned": True})
+    assert changed == {**pinned, "pinned": True, "expires_at": None}
+    shelf.clock = lambda: now + 500
+    assert kept.refused("GET", f"/{short['id']}")["code"] == "context_not_found"
+    assert [c["id"] for c in kept.send("GET")["data"]] == sorted([long["id"], pinned["id"]])
+    renewed = kept.send("PATCH", f"/{long['id']}", {"ttl": 1000})
+    assert renewed["expires_at"] == int(now + 500) + 1000
+    assert shelf.sweep() == 1
+    left = [f"{i}{end}" for i in (long["id"], pinned["id"]) for end in ("", ".json")]
+    assert names(kept.live) == sorted(left)
+    kept.send("PATCH", f"/{pinned['id']}", {"pinned": False})
+    assert kept.refused("GET", f"/{pinned['id']}")["code"] == "context_not_found"
+
+
+def test_a_client_that_goes_away_leaves_nothing(kept):
+    live = kept.live
+    body = json.dumps({"model": "small", "documents": [{"text": FILLER * 3000}]}).encode()
+    head = b"POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for share in (len(body) // 2, len(body)):
+        with socket.create_connection(("127.0.0.1", live.port)) as connection:
+            connection.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body[:share])
+            if share == len(body):
+                live.wait(lambda: live.service.loop.stats.running)
+        live.wait_until_idle()
+    live.wait(lambda: not live.service.gate.num_inside)
+    assert names(live) == [] and kept.send("GET")["data"] == []
+
+
+def test_a_client_that_goes_away_while_it_is_written_leaves_nothing(kept, monkeypatch):
+    live, add = kept.live, ContextFolder.add_segment
+
+    def slow(*args):
+        time.sleep(0.5)
+        return add(*args)
+
+    monkeypatch.setattr(ContextFolder, "add_segment", slow)
+    body = json.dumps({"model": "small", "documents": [REPORT]}).encode()
+    head = b"POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        live.wait(lambda: names(live))
+    live.wait(lambda: not names(live))
+    assert kept.send("GET")["data"] == []
+
+
+def test_a_disk_that_fails_leaves_nothing_and_tells_no_path(kept, monkeypatch):
+    def full(*_):
+        raise ValueError("/secret/place is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContextFolder, "add_segment", full)
+        error = kept.create(status=500)["error"]
+    assert error["type"] == "server_error" and "secret" not in error["message"]
+    assert names(kept.live) == [] and kept.create()["tokens"]
+
+
+def test_what_was_never_finished_is_swept(tmp_path):
+    shelf = Shelf(tmp_path)
+    path = shelf.folder(shelf.new_id())
+    path.mkdir()
+    (path / "segment-00001.safetensors").write_bytes(b"part")
+    (tmp_path / "mine").mkdir()
+    assert shelf.sweep() == 1 and [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_damaged_files_do_not_reach_an_answer(kept):
+    made = kept.create({"text": DOCUMENT + FILLER * 400})
+    shelf, live = kept.live.service.keeper.shelf, kept.live
+    (segment,) = shelf.folder(made["id"]).glob("segment-*")
+    data = bytearray(segment.read_bytes())
+    whole = bytes(data)
+    data[-(len(data) // 4) :] = bytes(len(data) // 4)  # keys and values of the last layers
+    segment.write_bytes(data)
+    live.service.engine.scheduler.tree.clear()
+    with pytest.raises(openai.InternalServerError, match="DamagedContext"):
+        kept.ask(made["id"])
+    text, usage = kept.ask(made["id"])  # from now on it is read from its text
+    assert text == "48213" and usage.prompt_tokens_details.cached_tokens == 0
+    more = kept.send("POST", f"/{made['id']}/extend", {"documents": [{"text": NOTES}]})
+    live.service.engine.scheduler.tree.clear()
+    text, usage = kept.ask(more["id"], CAPTAIN)  # nothing damaged got into it
+    assert text == "Orla Brandt" and usage.prompt_tokens_details.cached_tokens == more["tokens"]
+    live.service.keeper._open.clear()
+    segment.write_bytes(whole[:-1])  # its length is wrong: it is not even opened
+    with pytest.raises(openai.InternalServerError, match="could not be read"):
+        kept.ask(made["id"])
+    assert live.service.loop.is_alive and kept.ask(more["id"])[0] == "48213"
+
+
+def test_limits(start, tmp_path):
+    options = ServerOptions(
+        max_contexts_per_key=2, max_body_bytes=1 << 16, max_prompt_tokens=2000, context_seconds=0, **QUICK
+    )
+    client = Client(start(options, contexts=tmp_path / "kept"))
+    assert client.create({"text": "x" * (1 << 16)}, status=413)["error"]["code"] == "request_too_large"
+    assert client.create({"text": "a b " * 4000}, status=400)["error"]["code"] == "context_length_exceeded"
+    first, second = client.create(), client.create()
+    assert first["ttl"] is None and first["expires_at"] is None
+    for error in (
+        client.create(status=400)["error"],
+        client.refused("POST", f"/{first['id']}/fork", {}, 400),
+        client.refused("POST", f"/{first['id']}/extend", {"documents": [{"text": "x"}]}, 400),
+    ):
+        assert error["code"] == "context_quota_exceeded" and "delete some" in error["message"]
+    client.send("DELETE", f"/{second['id']}")
+    assert client.create()["tokens"]
+    tight = ServerOptions(max_context_bytes_per_key=100_000, **QUICK)
+    client = Client(start(tight, contexts=tmp_path / "other"))
+    error = client.create({"text": DOCUMENT * 4}, status=400)["error"]
+    assert error["code"] == "context_quota_exceeded" and "100,000" in error["message"]
+    assert names(client.live) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "documents"),
+        ({"documents": []}, "documents"),
+        ({"documents": [{"text": " \n"}]}, "documents[0].text"),
+        ({"documents": [{"text": "a\0b"}]}, "documents[0].text"),
+        ({"documents": [{"text": 1}]}, "documents[0].text"),
+        ({"documents": [{"text": "x", "path": "/etc/passwd"}]}, "documents[0].path"),
+        ({"documents": [{"text": "x"}], "ttl": 0}, "ttl"),
+        ({"documents": [{"text": "x"}], "ttl": 1e9}, "ttl"),
+        ({"documents": [{"text": "x"}], "pinned": "yes"}, "pinned"),
+        ({"documents": [{"text": "x"}], "id": "ctx_mine"}, "id"),
+    ],
+)
+def test_wrong_requests_name_the_field(shared, body, param):
+    error = shared.refused("POST", "", {"model": "small", **body}, 400)
+    assert error["param"] == param and error["type"] == "invalid_request_error"
+
+
+def test_no_name_leads_out_of_the_folder(shared):
+    for name in (
+        "..",
+        "%2e%2e%2fkeys.json",
+        "ctx_x",
+        "ctx_" + "A" * 32,
+        "x" * 500,
+        "ctx_" + "0" * 32 + ".json",
+    ):
+        answer = shared.http.get(f"/v1/contexts/{name}")
+        assert answer.status_code in (404, 405) and answer.json()["error"]["code"], answer.text
+        with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
+            shared.ask(name)
+    assert shared.http.request("PATCH", "/v1/contexts/x", content=b"{}").status_code == 415
+
+
+def test_a_server_without_a_folder_says_how_to_get_one(live):
+    client = Client(live)
+    for method, path in (("GET", ""), ("GET", "/ctx_x"), ("DELETE", "/ctx_x")):
+        error = client.refused(method, path)
+        assert error["code"] == "contexts_disabled" and "--contexts" in error["message"]
+    assert client.create(status=404)["error"]["code"] == "contexts_disabled"
+    with pytest.raises(openai.NotFoundError, match="--contexts"):
+        client.ask("ctx_x")
+
+
+def test_a_stream_goes_on_while_a_context_is_read(kept):
+    with openai.OpenAI(base_url=f"{kept.live.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(
+            model="small", prompt="import os\n", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        made = kept.create({"text": FILLER * 1000})
+        assert made["tokens"] > 5000 and kept.live.service.loop.stats.running  # the stream is not at its end
+        stream.close()
