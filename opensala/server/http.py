@@ -162,6 +162,10 @@ class EventStream(Response):
         except ApiError as error:
             data = self._on_error(error)
             await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
+        finally:  # also if the client went away between two events: what they come from is to end now
+            close = getattr(self._events, "aclose", None)
+            if close is not None:
+                await close()
         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, message: Message) -> None:

@@ -78,6 +78,11 @@ class Keeper:
     def start(self) -> None:
         self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
 
+    async def settle(self, seconds: float) -> None:
+        """Give what is being written so long to come to its end, while the engine still runs."""
+        if self._writers:
+            await asyncio.wait(self._writers, timeout=seconds)
+
     async def close(self) -> None:
         """Wait for what is being written: it is whole then, or not there."""
         if self._sweeper is not None:

@@ -91,6 +91,8 @@ class Service:
 
     async def close(self) -> None:
         """End what is under way, after the grace that the options give it."""
+        if self.keeper is not None:
+            await self.keeper.settle(self.options.grace_seconds)
         await self.loop.close(self.options.grace_seconds)
         if self.keeper is not None:
             await self.keeper.close()

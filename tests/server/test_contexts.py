@@ -1,6 +1,7 @@
 """Contexts over HTTP: uploaded once, kept, asked through every API, extended, forked, expired, deleted."""
 
 import json
+import random
 import re
 import socket
 import time
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from opensala.contexts.folder import ContextFolder
-from opensala.contexts.kept import Kept
+from opensala.contexts.kept import Kept, identity
 from opensala.contexts.shelf import Shelf
 from opensala.engine import Document, Engine, EngineOptions, SamplingParams, ask
 from opensala.engine.ask import build_prompt
@@ -125,6 +126,33 @@ def test_prompts_have_the_tokens_of_the_command_line(shared, model):
         assert kept.raw(model.tokenizer, prompt).ids == build_prompt(model, documents, CAPTAIN)[0]
 
 
+def test_with_a_chat_template_system_messages_stand_behind_the_documents(tmp_path, model):
+    from transformers import AutoTokenizer
+
+    from opensala.contexts import Context
+    from opensala.engine import shipped_model
+
+    tokenizer = AutoTokenizer.from_pretrained(shipped_model())
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    engine = Engine(model.model, tokenizer, EngineOptions(max_cached_tokens=8192))
+    documents = [Document("report", DOCUMENT)]
+    Context.ingest(engine, documents, tmp_path / "a.ctx").close()
+    kept = Kept(tmp_path / "a.ctx", identity(engine), "a")
+    wanted, _ = build_prompt(engine, documents, QUESTION)
+    assert kept.chat(tokenizer, [Message("user", (QUESTION,))]).ids == wanted
+    talk = [Message("system", ("Be brief.",)), Message("user", (QUESTION,)), Message("assistant", ("1",))]
+    found = kept.chat(tokenizer, [*talk, Message("user", ("Sure?",))])
+    text = f"<user>{DOCUMENT}\n\nBe brief.\n\n{QUESTION}</user><assistant>1</assistant>"
+    text += "<user>Sure?</user><assistant>"
+    assert found.ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert found.ids[: len(kept.tokens)] == list(kept.tokens) and len(kept.tokens) in found.marks
+    before = [tokenizer.decode(found.ids[:mark]) for mark in found.marks]
+    assert before[-1].endswith(("Sure", "Sure?")) and before[-1].startswith("<user>The access")
+
+
 def test_an_answer_is_that_of_the_command_line(shared, model):
     made = shared.create()
     engine = Engine(model.model, model.tokenizer, EngineOptions(max_cached_tokens=8192))
@@ -160,7 +188,8 @@ def test_reading_is_watched_by_events(shared):
         assert answer.status_code == 200 and "context_length_exceeded" in answer.read().decode()
 
 
-def test_a_context_outlives_its_server(start, tmp_path):
+def test_a_context_outlives_its_server(start, tmp_path, monkeypatch):
+    monkeypatch.setattr("opensala.contexts.kept._SEGMENT_PAGES", 20)  # several segments
     first = Client(start(contexts=tmp_path / "kept"))
     made = first.create({"text": DOCUMENT + FILLER * 400 + NOTES})
     wanted = first.ask(made["id"], CAPTAIN)[0]
@@ -277,6 +306,41 @@ def test_a_client_that_goes_away_while_it_is_written_leaves_nothing(kept, monkey
     assert kept.send("GET")["data"] == []
 
 
+def test_a_server_that_stops_ends_what_is_read_and_leaves_nothing_of_it(start, tmp_path):
+    live = start(ServerOptions(**QUICK), contexts=tmp_path / "kept")
+    body = {"model": "small", "documents": [{"text": FILLER * 4000}], "stream": True}
+    with Client(live).http.stream("POST", "/v1/contexts", json=body) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        assert "context.progress" in next(lines)
+        live.server.should_exit = True
+        assert "shutting down" in list(lines)[-1]
+    live.stop()
+    assert names(live) == []
+
+
+def test_a_server_that_stops_keeps_what_is_being_written(start, tmp_path, monkeypatch):
+    live, add = start(ServerOptions(grace_seconds=5), contexts=tmp_path / "kept"), ContextFolder.add_segment
+
+    def slow(*args):
+        live.server.should_exit = True
+        time.sleep(0.3)
+        return add(*args)
+
+    monkeypatch.setattr(ContextFolder, "add_segment", slow)
+    monkeypatch.setattr("opensala.contexts.kept._SEGMENT_PAGES", 20)
+    made = Client(live).create({"text": DOCUMENT + FILLER * 400})  # several segments
+    live.stop()
+    assert names(live) == [made["id"], f"{made['id']}.json"]
+
+
+def test_servers_share_a_folder(start, tmp_path):
+    one, two = (Client(start(contexts=tmp_path / "kept")) for _ in range(2))
+    made = one.create()
+    assert two.ask(made["id"])[0] == "48213"
+    two.send("DELETE", f"/{made['id']}")
+    assert one.refused("GET", f"/{made['id']}")["code"] == "context_not_found"
+
+
 def test_a_disk_that_fails_leaves_nothing_and_tells_no_path(kept, monkeypatch):
     def full(*_):
         raise ValueError("/secret/place is full")
@@ -363,6 +427,35 @@ def test_limits(start, tmp_path):
 def test_wrong_requests_name_the_field(shared, body, param):
     error = shared.refused("POST", "", {"model": "small", **body}, 400)
     assert error["param"] == param and error["type"] == "invalid_request_error"
+
+
+def test_random_values_in_every_field(shared):
+    """Any value in any place: a context or a refusal in shape."""
+    rng, odd = random.Random(0), [True, -1, 0, 1e308, 10**400, 0.5, "", "x", "\0", [], [None], {}, {"a": 1}]
+    document = {"name": "n", "text": "t"}
+    made = shared.create()["id"]
+    for _ in range(60):
+        body = {"documents": [dict(document)], "ttl": 5, "pinned": False, "stream": False, "context": "x"}
+        place = rng.choice([body, body["documents"][0]])
+        place[rng.choice(list(place))] = rng.choice(odd)
+        del body[rng.choice(list(body))]
+        for method, path in (
+            ("POST", "/v1/contexts"),
+            ("POST", f"/v1/contexts/{made}/extend"),
+            ("POST", f"/v1/contexts/{made}/fork"),
+            ("PATCH", f"/v1/contexts/{made}"),
+            ("POST", "/v1/chat/completions"),
+        ):
+            sent = body | ({} if made in path else {"model": "small"})
+            if path.endswith("completions"):
+                sent |= {"messages": [{"role": "user", "content": "Who?"}], "context": rng.choice(odd)}
+                sent.pop("documents", None)
+            answer = shared.http.request(
+                method, path, content=json.dumps(sent), headers={"content-type": "application/json"}
+            )
+            assert answer.status_code in (200, 400, 404), answer.text
+            if answer.status_code != 200:
+                assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_no_name_leads_out_of_the_folder(shared):
