@@ -20,6 +20,7 @@ from typing import IO
 
 from ..runs import FolderLock, write_errors
 from .checks import write_file
+from .folder import ContextFolder, link_files
 
 _log = logging.getLogger("opensala.server")
 _ID = re.compile("ctx_[0-9a-f]{32}")
@@ -120,6 +121,24 @@ class Shelf:
 
         with write_errors(self.root):
             write_file(self._record_path(record.id), write)
+
+    def fork(self, source: str, record: Record) -> None:
+        """A second context, of this record, with the files of another one.
+
+        Raises:
+            ValueError: they are not there, or cannot be written; nothing is left of it.
+        """
+        old = ContextFolder.open(self.folder(source))
+        new = ContextFolder.create(self.folder(record.id), old.manifest)
+        try:
+            link_files(old, new.path)
+            new.put(old.manifest)
+            self.put(record)  # before the lock is given up: until then a sweep lets it be
+        except BaseException:
+            self.remove(record.id)
+            raise
+        finally:
+            new.close()
 
     def remove(self, context_id: str) -> None:
         """Remove a context; whoever has its files open can read on. Twice is no harm."""

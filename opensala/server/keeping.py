@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..contexts.folder import ContextFolder
 from ..contexts.kept import Draft, Kept
 from ..contexts.shelf import Record, Shelf
-from ..contexts.store import fork
 from ..engine import Document, SamplingParams
 from ..engine.chat import ChatPrompt
 from .errors import ApiError, bad_request
@@ -160,17 +159,8 @@ class Keeper:
         with self._place(wish.owner) as reserve:
             await reserve(old.bytes)
             record = self._record(self.shelf.new_id(), wish, old.tokens, old.bytes, old.documents)
-
-            def work() -> None:
-                try:
-                    fork(self.shelf.folder(old.id), self.shelf.folder(record.id))
-                    self.shelf.put(record)
-                except BaseException:
-                    self.shelf.remove(record.id)
-                    raise
-
             with _told("kept"):
-                await self._to_its_end(asyncio.to_thread(work))
+                await self._to_its_end(asyncio.to_thread(self.shelf.fork, old.id, record))
         return record
 
     async def make(self, wish: Wish) -> AsyncGenerator[Progress | Record, None]:

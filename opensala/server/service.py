@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import hashlib
+import logging
 import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..contexts import DamagedContext
 from ..contexts.kept import Kept, identity
 from ..contexts.shelf import Shelf
 from ..engine import Engine, SamplingParams
@@ -24,6 +26,7 @@ from .metrics import Metrics
 from .output import Piece, TokenTexts, Trimmer, Usage
 
 T = TypeVar("T")
+_log = logging.getLogger("opensala.server")
 _ENCODERS = 2  # a very long text keeps one of them busy for seconds
 
 
@@ -144,6 +147,11 @@ class Service:
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, with_tokenizer)
+        except DamagedContext as error:  # it names a path, which is no business of the caller's
+            _log.error("a context could not be read: %s", error)
+            raise ApiError(
+                500, "the context could not be read; the server's log says why", code="context_failed"
+            ) from None
         except ValueError as error:
             raise from_value_error(error, {}) from None
 

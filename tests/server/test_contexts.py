@@ -383,6 +383,11 @@ def test_damaged_files_do_not_reach_an_answer(kept):
     with pytest.raises(openai.InternalServerError, match="could not be read"):
         kept.ask(made["id"])
     assert live.service.loop.is_alive and kept.ask(more["id"])[0] == "48213"
+    for text_file in shelf.folder(more["id"]).glob("text-*"):
+        text_file.write_bytes(b"[]")
+    body = {"documents": [{"text": "x"}]}
+    error = kept.refused("POST", f"/{more['id']}/extend", body, 500)
+    assert str(shelf.root) not in error["message"] and "could not be read" in error["message"]
 
 
 def test_limits(start, tmp_path):
