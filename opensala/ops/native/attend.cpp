@@ -116,12 +116,18 @@ void forward_tile(const Problem& p, int64_t first, int64_t last, int64_t head) {
   const float* queries = p.q + (first * p.heads + head * group) * p.dim;
   auto query = [&](int32_t i) { return queries + ((i / group) * p.heads + i % group) * p.dim; };
 
-  for (int64_t block = 0, end = p.blocks_up_to(last - 1); block < end; ++block) {
+  for (int64_t block = 0, end = p.blocks_up_to(last - 1), next = 0; block < end; block = next) {
     Queries asking = pairs.of(p, block, first, last);
+    for (next = block + 1; next < end && !pairs.of(p, next, first, last).count;) ++next;
     if (!asking.count) continue;
     Block source(p, block, last);
-    pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys.data, padded);
-    pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width);
+    Ahead k_ahead, v_ahead;
+    if (next < end) {
+      Block then(p, next, last);
+      k_ahead = k.ahead(then.base, then.keys, p.dim), v_ahead = v.ahead(then.base, then.keys, p.value_dim);
+    }
+    pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys.data, padded, k_ahead);
+    pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
     for_each_batch(p, asking, block, first, [&](const Batch& rows) {
       const float* a[BATCH];
       float* o[BATCH];

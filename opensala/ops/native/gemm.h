@@ -59,6 +59,17 @@ static void with_type(int64_t kind, const Use& use) {
   else use(0.0f);
 }
 
+// Rows of a page that are read soon: bytes of a row, from row to row, and how many there are. Pages lie apart, so the
+// processor does not foresee them.
+struct Ahead {
+  const char* first = nullptr;
+  int64_t bytes = 0, stride = 0, count = 0;
+  void fetch(int64_t row, int64_t rows) const {
+    for (int64_t end = std::min(row + rows, count); row < end; ++row)
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + row * stride + at, 0, 2);
+  }
+};
+
 // Rows of one head of a tensor of any element type: one behind the other, or in the pages of one sequence.
 struct Rows {
   const void* data;
@@ -73,6 +84,12 @@ struct Rows {
     uint32_t token = uint32_t(row) * step + last, page = token / page_size;
     return first + pages[page] * page_stride + (token - page * page_size) / step * stride;
   }
+  // `count` rows from `first` on, which lie in one page.
+  Ahead ahead(int64_t first, int64_t count, int64_t width) const {
+    int64_t item = kind ? 2 : 4;
+    const void* start = kind ? static_cast<const void*>(at<BFloat16>(first)) : at<float>(first);
+    return {static_cast<const char*>(start), width * item, stride * item, count};
+  }
   Rows head(int64_t offset) const {  // the same rows, `offset` elements further
     Rows moved = *this;
     moved.data = static_cast<const char*>(data) + offset * (kind ? 2 : 4);
@@ -81,12 +98,15 @@ struct Rows {
 };
 
 // out[k * ldo + j] = row(j)[k] for j < count, 0 for count <= j < padded; padded is a multiple of W.
+// Where `ahead` says so, as much of what will be read next is asked for meanwhile.
 template <typename Row>
-static void pack_transposed(const Row& row, int count, int padded, int64_t depth, float* out, int64_t ldo) {
+static void pack_transposed(const Row& row, int count, int padded, int64_t depth, float* out, int64_t ldo,
+                            const Ahead& ahead = {}) {
   for (int j = 0; j < padded; j += W) {
     int here = std::min(W, std::max(0, count - j));
     decltype(row(0)) rows[W];
     for (int i = 0; i < here; ++i) rows[i] = row(j + i);
+    ahead.fetch(j, W);
     int64_t k = 0;
     for (; k + W <= depth; k += W) {
       Vec v[W];
@@ -103,8 +123,10 @@ static void pack_transposed(const Row& row, int count, int padded, int64_t depth
 
 // out[j * ldo + k] = row(j)[k], zero-padded to ldo columns and `padded` rows.
 template <typename Row>
-static void pack_rows(const Row& row, int count, int padded, int64_t depth, float* out, int64_t ldo) {
+static void pack_rows(const Row& row, int count, int padded, int64_t depth, float* out, int64_t ldo,
+                      const Ahead& ahead = {}) {
   for (int j = 0; j < padded; ++j) {
+    ahead.fetch(j, 1);
     int64_t k = 0;
     if (j < count) {
       auto p = row(j);
@@ -127,14 +149,17 @@ struct Scratch {
 };
 
 // The same for rows first, first + step, ... of a tensor of any element type.
-static void pack_transposed(const Rows& x, int64_t first, int64_t step, int count, int padded, int64_t depth, float* out, int64_t ldo) {
+static void pack_transposed(const Rows& x, int64_t first, int64_t step, int count, int padded, int64_t depth, float* out,
+                            int64_t ldo, const Ahead& ahead = {}) {
   with_type(x.kind, [&](auto type) {
-    pack_transposed([&](int64_t j) { return x.at<decltype(type)>(first + j * step); }, count, padded, depth, out, ldo);
+    pack_transposed([&](int64_t j) { return x.at<decltype(type)>(first + j * step); }, count, padded, depth, out, ldo,
+                    ahead);
   });
 }
 
-static void pack_rows(const Rows& x, int64_t first, int count, int64_t depth, float* out, int64_t ldo) {
+static void pack_rows(const Rows& x, int64_t first, int count, int64_t depth, float* out, int64_t ldo,
+                      const Ahead& ahead = {}) {
   with_type(x.kind, [&](auto type) {
-    pack_rows([&](int64_t j) { return x.at<decltype(type)>(first + j); }, count, count, depth, out, ldo);
+    pack_rows([&](int64_t j) { return x.at<decltype(type)>(first + j); }, count, count, depth, out, ldo, ahead);
   });
 }
