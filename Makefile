@@ -7,6 +7,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= benchmarks
 TORCH := torch==2.13.0
+# A process for each core (four at most, each takes 1 to 2 GB), with one thread: tests of threads ask for theirs.
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 COMPATIBILITY := -m 'not triton' tests/model tests/engine tests/test_docs.py tests/test_cli.py tests/test_fuzz_options.py \
 	tests/cli/test_entry.py::test_stderr_holds_what_we_print_and_nothing_else
 
@@ -50,10 +52,10 @@ demo: .venv/ready
 	$(BIN)/opensala demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-oldest test-newest: test-%: .venv-%/ready
-	.venv-$*/bin/python -m pytest $(COMPATIBILITY)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PYTEST) $(COMPATIBILITY)
 
 check: .venv/ready
 	$(BIN)/ruff format --check --quiet .

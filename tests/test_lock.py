@@ -55,7 +55,7 @@ def version(lock, name, python):
 
 def direct(*extras):
     """Dependencies that a lock has to pin: all but torch, which is installed on its own."""
-    return [r for r in declared(*extras) if r.name != "torch"]
+    return sorted((r for r in declared(*extras) if r.name != "torch"), key=str)
 
 
 def lower_bound(requirement):

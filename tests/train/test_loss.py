@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from opensala.model.layout import rows_layout
 from opensala.ops import compress_keys
 from opensala.train.loss import (
     IGNORED,
@@ -40,7 +41,7 @@ def test_alignment_raises_the_rank_of_the_attended_window():
         optimizer.step()
     assert loss < 0.5 * first
     with torch.no_grad():
-        q, k, _ = mixer.project(x, torch.arange(200).expand(3, 200))
+        q, k, _ = mixer.project(x, rows_layout((3, 200), None, [False] * 3, x.device))
         scores = torch.einsum("hd,wd->hw", q[0, 199, :2], compress_keys(k, 8, 4)[0, :36, 0])
         dense = torch.einsum("hd,td->ht", q[0, 199, :2] * mixer.scale, k[0, :150, 0]).softmax(-1)
     for h in range(2):
