@@ -38,11 +38,12 @@ class Sample(NamedTuple):
 
     def to(self, device: torch.device) -> "Sample":
         """On a device; nothing waits where the memory is pinned."""
-        return Sample(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
+        answers = None if self.answers is None else self.answers.to(device, non_blocking=True)
+        return Sample(self.ids.to(device, non_blocking=True), answers)
 
     def pinned(self) -> "Sample":
         """In memory from which a GPU copies while both go on."""
-        return Sample(*(None if x is None else x.pin_memory() for x in self))  # type: ignore[arg-type]
+        return Sample(self.ids.pin_memory(), None if self.answers is None else self.answers.pin_memory())
 
 
 class Shuffled:
