@@ -142,6 +142,17 @@ def test_a_million_tokens_fit_32_gigabytes(nine_billion):
     assert held + max(peaks.values()) < 31.5e9
 
 
+def test_a_million_tokens_take_31_gigabytes():
+    """What the work itself takes, when the engine is not given all of a card: eight sequences at a time, one
+    of them a million tokens long."""
+    options = EngineOptions(max_running=8, max_cached_tokens=MILLION + 4096, max_snapshots=4)
+    with fake_gpu() as gpu:
+        running = Engine(on_fake_gpu(MiniCPMSALAConfig(**RELEASED)), None, options)
+        assert running.capacity >= MILLION + 256
+        chunk(running.model, running.storage, SITUATIONS["a million tokens"])
+        assert 29e9 < gpu.peak < 31e9
+
+
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_the_estimate_covers_what_a_step_allocates(nine_billion, name):
     config, *_, peaks = nine_billion
