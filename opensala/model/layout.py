@@ -22,7 +22,7 @@ class SequenceParallel(Protocol):
     """The ranks over which rows are split, each holding one of `ranks` stretches of T tokens: what the mixers
     ask of them.
 
-    Every rank must ask the same questions in the same order. `opensala.train.parallel` answers them with
+    Every rank must ask the same questions in the same order. `opensala.parallel` answers them with
     collectives.
     """
 

@@ -4,7 +4,7 @@ them.
     checkpoints/03-short_decay-0000250/    place of the stage in the recipe, its name, optimizer steps taken
     in it
 
-Each is written beside its place and renamed (opensala.train.parallel), so that whatever has the name is
+Each is written beside its place and renamed (opensala.parallel), so that whatever has the name is
 whole.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .parallel import ParallelMesh, load_checkpoint, save_checkpoint
+from ..parallel import ParallelMesh, load_checkpoint, save_checkpoint
 
 _NAME = re.compile(r"(\d+)-(.+)-(\d{7,})")
 

@@ -31,13 +31,13 @@ from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import check_choice
 from ..model.flops import matmul_flops_per_second
+from ..parallel import ParallelConfig, ParallelMesh, close_parallel, init_parallel, whole_weights
 from ..runs import RunFolder, read_json, require_matplotlib, write_errors, write_json
 from ..runs.progress import counter
 from .checkpoints import Checkpoint, Checkpoints
 from .data import StageData
 from .data.batches import check_source
 from .memory import check_fits
-from .parallel import ParallelConfig, ParallelMesh, close_parallel, init_parallel, whole_weights
 from .plan import check_world
 from .recipes import Halo, Recipe, Stage
 from .steps import StepBatch

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.flops import training_flops
+from ..parallel import ParallelMesh, on_whole_weights, shard_sequence, share_of_loss, total_over_ranks
 from .data import PackedSequence, StageData
 from .loss import IGNORED, chunked_cross_entropy
-from .parallel import ParallelMesh, on_whole_weights, shard_sequence, share_of_loss, total_over_ranks
 from .recipes import Stage
 
 LossOfRow = Callable[..., Tensor]

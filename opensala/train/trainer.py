@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from ..model import MiniCPMSALAForCausalLM
+from ..parallel import ParallelMesh, clip_gradients, context_parallel, shard_model, total_over_ranks
 from ..runs import RunFolder, progress_bar
 from .checkpoints import Checkpoint, Checkpoints
 from .data import StageData
 from .guard import StepGuard
 from .memory import pass_tokens
 from .optim import new_adamw, set_rate
-from .parallel import ParallelMesh, clip_gradients, context_parallel, shard_model, total_over_ranks
 from .recipes import Recipe, Stage
 from .steps import FlopCounter, Prefetcher, StepBatch, accumulate, mean_loss, recompute_layers, row_loss
 from .watch import Board, peak_memory

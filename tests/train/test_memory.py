@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
 from opensala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from opensala.parallel import ParallelConfig, close_parallel, init_parallel
 from opensala.train.memory import training_memory
-from opensala.train.parallel import ParallelConfig, close_parallel, init_parallel
 from opensala.train.pipeline import SHIPPED, Start, train
 from opensala.train.recipes import tiny
 from opensala.train.steps import _row_loss

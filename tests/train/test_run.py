@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import opensala.train.parallel.checkpoint as writing
+import opensala.parallel.checkpoint as writing
 from opensala.data.pack import Packed, PackSource
 from opensala.runs import FolderLock
 from opensala.train.overrides import override
@@ -22,8 +22,8 @@ from opensala.train.pipeline import Pipeline, Start, train
 from opensala.train.recipes import Guard, Source
 from opensala.train.trainer import StageRun, Stopped
 
+from ..parallel.group import run_group
 from .conftest import mini
-from .parallel.group import run_group
 from .runs import break_at, in_child, killed, together
 
 NAMES = ["dense", "stable", "short_decay", "long_decay_1k", "long_decay_4k", "sft_1k"]

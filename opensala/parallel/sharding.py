@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from ...model.modeling import MiniCPMSALADecoderLayer
+from ..model.modeling import MiniCPMSALADecoderLayer
 from .mesh import ParallelMesh
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from opensala import MiniCPMSALAForCausalLM
-from opensala.train.parallel import (
+from opensala.parallel import (
     ParallelConfig,
     average_gradients,
     context_parallel,
@@ -22,9 +22,9 @@ from opensala.train.parallel import (
     shard_sequence,
     whole_weights,
 )
-from opensala.train.parallel.exchange import gather_tokens
+from opensala.parallel.exchange import gather_tokens
 
-from ...conftest import tiny_model
+from ..conftest import tiny_model
 from .checks import backward, difference, rows
 
 

@@ -13,10 +13,10 @@ import torch.multiprocessing
 
 PRELOADED = [
     "opensala",
-    "opensala.train.parallel",
+    "opensala.parallel",
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
-    "tests.train.parallel.checkpoints",
+    "tests.parallel.checkpoints",
 ]
 
 
@@ -29,7 +29,7 @@ def _member(rank, world, port, function, args):
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    from opensala.train.parallel import close_parallel
+    from opensala.parallel import close_parallel
 
     function(*args)
     close_parallel()

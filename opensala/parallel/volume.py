@@ -5,7 +5,7 @@ Counted is what one rank receives; what the collectives need on top (rings, head
 
 from dataclasses import dataclass
 
-from ...model import MiniCPMSALAConfig
+from ..model import MiniCPMSALAConfig
 
 
 @dataclass(frozen=True)

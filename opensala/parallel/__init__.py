@@ -3,18 +3,18 @@ checkpoints that reshard.
 
 One process of a run, started by torchrun or alone:
 
-    mesh = init_parallel(ParallelConfig(cp=4))                    # dp x cp ranks; mesh.dp_rank says which
-    data to read model = context_parallel(model, mesh)                         # every row split over the cp
-    ranks model = shard_model(model, mesh, compute_dtype=torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters())             # after sharding
-    extra = load_checkpoint(folder, model, optimizer)             # written by any number of ranks
+    mesh = init_parallel(ParallelConfig(cp=4))                # dp x cp ranks; dp_rank: which data to read
+    model = context_parallel(model, mesh)                     # every row split over the cp ranks
+    model = shard_model(model, mesh, compute_dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())         # after sharding
+    extra = load_checkpoint(folder, model, optimizer)         # written by any number of ranks
 
-    parts = [shard_sequence(batch, mesh) for batch in step]       # this rank's stretch, targets shifted
-    before the split tokens = total_over_ranks(sum(p["weights"].double().sum() for p in parts), mesh)
+    parts = [shard_sequence(batch, mesh) for batch in step]   # this rank's stretch, targets shifted first
+    tokens = total_over_ranks(sum(p["weights"].double().sum() for p in parts), mesh)
     for part in parts:
         targets, weights = part.pop("targets"), part.pop("weights")
         losses = cross_entropy(model(**part, use_cache=False).logits, targets) * weights
-        share_of_loss(losses.sum(), tokens, mesh).backward()      # the mean over the tokens of all ranks
+        share_of_loss(losses.sum(), tokens, mesh).backward()  # the mean over the tokens of all ranks
     clip_gradients(model, 1.0)
     optimizer.step()
     save_checkpoint(folder, model, optimizer, mesh, {"step": 1})  # on all ranks

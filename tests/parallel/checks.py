@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, linear
 
 from opensala.ops import alibi_slopes, lightning_attention
-from opensala.train.parallel import (
+from opensala.parallel import (
     ParallelConfig,
     average_gradients,
     clip_gradients,
@@ -27,9 +27,9 @@ from opensala.train.parallel import (
     total_over_ranks,
     whole_weights,
 )
-from opensala.train.parallel.exchange import gather_tokens, state_before
+from opensala.parallel.exchange import gather_tokens, state_before
 
-from ...conftest import tiny_model
+from ..conftest import tiny_model
 from .group import report
 
 LENGTH = 320  # tokens a row; borders between 4 ranks at 80, 160, 240

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...model.config import check_choice
-from ...model.layout import packed_bounds
+from ..model.config import check_choice
+from ..model.layout import packed_bounds
 from .exchange import all_gather
 from .mesh import ParallelMesh
 

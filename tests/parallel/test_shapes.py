@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from opensala import MiniCPMSALAConfig
-from opensala.train.parallel import ParallelConfig, context_volume
-from opensala.train.parallel.exchange import decays_between
+from opensala.parallel import ParallelConfig, context_volume
+from opensala.parallel.exchange import decays_between
 
-PAGE = Path(__file__).parents[3] / "docs" / "parallel.md"
+PAGE = Path(__file__).parents[2] / "docs" / "parallel.md"
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...model import MiniCPMSALAModel
-from ...model.layout import SequenceLayout
+from ..model import MiniCPMSALAModel
+from ..model.layout import SequenceLayout
 from .exchange import gather_tokens, state_before
 from .mesh import ParallelMesh
 
