@@ -120,6 +120,10 @@ def _add_gets(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return basics.model(service)
 
+    @app.get("/v1/server", responses=_REFUSALS)
+    async def server() -> dict[str, Any]:
+        return basics.server(service)
+
     @app.get("/health", responses=_REFUSALS)
     async def health() -> Response:
         return basics.health(service)
