@@ -7,7 +7,7 @@ from .documents import Document, Reading, Skipped, read_documents
 from .engine import Engine, EngineOptions
 from .load import load_engine, shipped_model
 from .prefill import prefill
-from .request import Completion, FinishReason, Reuse, SamplingParams, TokenEvent
+from .request import Completion, FinishReason, Reuse, SamplingParams, Selection, TokenEvent
 
 __all__ = [
     "Completion",
@@ -19,6 +19,7 @@ __all__ = [
     "Reading",
     "Reuse",
     "SamplingParams",
+    "Selection",
     "Skipped",
     "TokenEvent",
     "ask",

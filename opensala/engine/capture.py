@@ -91,6 +91,7 @@ class CapturedStep:
         with torch.inference_mode(False):
             self._numbers = torch.zeros(layout.size, dtype=torch.int32, device=self.device)
         self.batch = ForwardBatch.over(storage, layout, self._numbers, any_sparse)
+        self.batch.chosen = {}  # a few numbers per layer, which stay where they are
         self._hidden: Tensor | None = None
         self._replay: Callable[[], None] = lambda: None
 

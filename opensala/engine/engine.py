@@ -35,6 +35,7 @@ from .request import (
 from .runner import Runner
 from .sampler import Choice, check_finite, choose, greedy, log_probabilities
 from .scheduler import Limits, Scheduler, Step, Work
+from .selection import note_selection
 from .speculate import Drafter
 
 _ANSWER_PAGES = 16  # pages for the answer to the longest prompt
@@ -343,10 +344,16 @@ class Engine:
             rewound = [(work, kept) for work, _, kept in plans if kept < work.count]
             if rewound:
                 self.runner.rewind(step, rewound)
+            if any(work.sequence.params.selection for work in step.works):
+                self._note_selection(plans)
         except BaseException:
             self.scheduler.discard(step)
             raise
         return [event for work, results, kept in plans for event in self._apply(work, results, kept)]
+
+    def _note_selection(self, plans: "list[tuple[Work, _Results, int]]") -> None:
+        completions = {name: request.completion for name, request in self._requests.items()}
+        note_selection(self.runner, [(work, found.choices) for work, found, _ in plans], completions)
 
     def _draft(self, request: _Request) -> None:
         sequence = request.sequence
@@ -502,6 +509,7 @@ class Engine:
         del self._requests[sequence.request_id]
         rest = request.detokenizer.finish()
         done.text, done.finish_reason, done.error = request.detokenizer.text, reason, error
+        del done.selection[len(done.tokens) :]  # of drafts behind a stop text
         done.reuse, done.stop = sequence.reuse, request.detokenizer.stop
         if request.drafter is not None:
             done.drafted, done.accepted = request.drafter.proposed, request.drafter.accepted

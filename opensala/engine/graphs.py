@@ -64,7 +64,14 @@ class DecodeGraph:
         n = {name: torch.from_numpy(array) for name, array in self._numbers.__dict__.items()}
         table = PageTable(n["bounds"], n["lengths"], n["pages"], n["sparse"])
         self.batch = ForwardBatch(
-            storage, n["positions"], table, n["read"], n["write"], any_sparse, {} if keep else None
+            storage,
+            n["positions"],
+            table,
+            n["read"],
+            n["write"],
+            any_sparse,
+            {} if keep else None,
+            chosen={},  # costs nothing: the program keeps this memory anyway
         )
         self._x = torch.zeros(1, tokens, config.hidden_size)
         self._dims = sorted(_rotated(config))

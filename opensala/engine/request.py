@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import numpy as np
+
 from ..model.config import AttentionRule
 
 
@@ -36,6 +38,7 @@ class SamplingParams:
         score_from: report log-probabilities of the prompt's tokens from this place on (1 or later).
         speculate: tokens to draft at most by looking up what followed the last words before; 0 for none, None
             for the engine's setting.
+        selection: report for so many of the answer's first tokens which blocks the sparse layers selected.
 
     Raises:
         ValueError: a field out of its range, naming it and what is allowed.
@@ -56,10 +59,11 @@ class SamplingParams:
     ignore_eos: bool = False
     score_from: int | None = None
     speculate: int | None = None
+    selection: int = 0
 
     def __post_init__(self) -> None:
         least = 0 if self.score_from is not None else 1
-        whole = {"max_tokens": least, "top_k": 0, "logprobs": 0}
+        whole = {"max_tokens": least, "top_k": 0, "logprobs": 0, "selection": 0}
         whole |= {} if self.score_from is None else {"score_from": 1}
         whole |= {} if self.speculate is None else {"speculate": 0}
         whole |= {} if self.seed is None else {"seed": 0}
@@ -141,6 +145,20 @@ class Reuse:
     why: str = ""
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What the sparse layers selected for the query that one token of an answer was chosen by.
+
+    Attributes:
+        position: of the query: the place before the token.
+        blocks: by layer the block numbers `[Hkv, K]`, ascending, padded with -1; None if the query attended
+            to everything before it (dense mode).
+    """
+
+    position: int
+    blocks: dict[int, np.ndarray] | None
+
+
 @dataclass
 class Completion:
     """A finished request.
@@ -155,6 +173,7 @@ class Completion:
         stop: the stop text that ended it; None if something else did.
         error: what went wrong, if that is why.
         reuse: what of the prompt was at hand; None if it never ran.
+        selection: for each of the first tokens what the sparse layers selected, if asked for.
         drafted, accepted: tokens guessed, and of them right.
     """
 
@@ -168,6 +187,7 @@ class Completion:
     stop: str | None = None
     error: str | None = None
     reuse: Reuse | None = None
+    selection: list[Selection] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
 

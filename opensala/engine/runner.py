@@ -70,6 +70,8 @@ class Runner:
                 return hidden
         self._batch = ForwardBatch.of(self.storage, rows, self.device, ids=numbers, record=record)
         assert self._batch.ids is not None, "sent along"
+        if any(work.completes and work.sequence.params.selection for work in step.works):
+            self._batch.chosen = {}
         return model.run_batch(self._embed(self._batch.ids), self._batch)[0]
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -92,6 +94,16 @@ class Runner:
             lacking = lacking or backing.is_needed(mine[:start])
         backing.begin(pages)
         return lacking
+
+    def selected(self, rows: SequenceOf[int]) -> dict[int, np.ndarray]:
+        """Blocks `[N, Hkv, K]` that each sparse layer selected for rows of the last step, in which a request
+        with `selection` got a token; waits for the device. There is no layer if all sequences are dense."""
+        batch = self._batch
+        assert batch is not None and batch.chosen is not None, "a step of such a request keeps them"
+        return {
+            layer: blocks[on_device(np.array(rows, np.int32), blocks.device)].cpu().numpy()
+            for layer, blocks in sorted(batch.chosen.items())
+        }
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ class SparseMixer(nn.Module):
                 lse=self.config.lse,
                 search=self.config.block_search,
             )
+            if batch.chosen is not None:
+                batch.chosen[self.layer] = blocks
         if batch.storage.backing is not None:
             batch.storage.backing.bring_selected(self.layer, batch.table, blocks)
         return paged_attention(q, pool, batch.table, blocks, self.spec, scale=self.scale)

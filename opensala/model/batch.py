@@ -150,6 +150,9 @@ class ForwardBatch:
         any_sparse: whether any sequence selects blocks (known without asking the device).
         ids: `[T]` the tokens themselves, where the caller sent them along.
         recorded: keys and values `[T, H, D]` of each Lightning layer, if they are to be kept for a rollback.
+        chosen: blocks `[T, Hkv, K]` of each sparse layer (see `select_blocks_paged`), if somebody wants to
+            know them; empty if all sequences attend densely. A replayed step writes to the same tensors each
+            time.
     """
 
     storage: CacheStorage
@@ -160,6 +163,7 @@ class ForwardBatch:
     any_sparse: bool
     recorded: dict[int, tuple[Tensor, Tensor]] | None = None
     ids: Tensor | None = None
+    chosen: dict[int, Tensor] | None = None
     _angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     _moved: dict[torch.device, "ForwardBatch"] = field(default_factory=dict, repr=False)
 
@@ -215,6 +219,7 @@ class ForwardBatch:
                 self.write.to(device),
                 self.any_sparse,
                 self.recorded,
+                chosen=self.chosen,
             )
         return self._moved[device]
 

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from . import basics, contexts
+from . import basics, contexts, selections
 from .anthropic_schema import CountRequest, MessagesRequest
 from .chat import chat_completions
 from .completions import completions
@@ -89,6 +89,9 @@ _CONTEXTS: tuple[tuple[str, str, Handler, type[ApiRequest] | None], ...] = (
     ("DELETE", "/v1/contexts/{id}", contexts.delete_context, None),
     ("POST", "/v1/contexts/{id}/extend", contexts.extend_context, contexts.ExtendRequest),
     ("POST", "/v1/contexts/{id}/fork", contexts.fork_context, contexts.ForkRequest),
+    ("GET", "/v1/contexts/{id}/text", selections.get_text, None),
+    ("GET", "/v1/contexts/{id}/documents", selections.get_documents, None),
+    ("GET", "/v1/selections/{id}", selections.get_selection, None),
 )
 
 
@@ -101,7 +104,8 @@ def _add_contexts(app: FastAPI, service: Service) -> None:
             _route(service, handler),
             methods=[method],
             name=handler.__name__,
-            openapi_extra=described | ({"parameters": [place]} if "{id}" in path else {}),
+            openapi_extra=described
+            | ({"parameters": [place, *selections.QUERIES.get(path, [])]} if "{id}" in path else {}),
             responses=_REFUSALS,
         )
 
@@ -115,6 +119,10 @@ def _add_gets(app: FastAPI, service: Service) -> None:
     def model(name: str) -> dict[str, Any]:
         service.check_model(name)
         return basics.model(service)
+
+    @app.get("/v1/server", responses=_REFUSALS)
+    async def server() -> dict[str, Any]:
+        return basics.server(service)
 
     @app.get("/health", responses=_REFUSALS)
     async def health() -> Response:

@@ -7,6 +7,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from ..engine.memory import cached_bytes, resident_bytes
 from .errors import ApiError, bad_request
 from .http import read_json
 from .openai_schema import ChatMessage
@@ -63,6 +64,25 @@ async def tokenize(service: Service, request: Request) -> Response:
     else:
         prompt = await service.raw(asked.prompt or "")
     return JSONResponse({"count": len(prompt.ids), "max_model_len": service.context, "tokens": prompt.ids})
+
+
+def server(service: Service) -> dict[str, object]:
+    """What a page that shows the server needs to know: what it serves, its limits, its memory in bytes."""
+    engine, stats = service.engine, service.loop.stats
+    used = stats.pages - stats.pages_free
+    return {
+        "object": "server",
+        "model": service.name,
+        "max_model_len": service.context,
+        "dense_len": engine.config.attention_rule.dense_len,
+        "contexts": service.keeper is not None,
+        "max_body_bytes": service.options.max_body_bytes,
+        "memory": {
+            "process_bytes": resident_bytes(engine.device),
+            "cache_bytes": cached_bytes(engine.config, engine.dtype, stats.pages),
+            "cache_used_bytes": cached_bytes(engine.config, engine.dtype, used),
+        },
+    }
 
 
 def health(service: Service) -> Response:

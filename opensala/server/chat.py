@@ -3,17 +3,19 @@
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ..engine import SamplingParams
+from ..engine import Completion, SamplingParams
 from ..engine.chat import ChatPrompt
 from .errors import ApiError, bad_request
 from .http import COMMENT, EventStream, event, read_json, while_connected
 from .openai_schema import ChatRequest, SamplingRequest
 from .output import openai_finish
+from .selections import Watch
 from .service import Run, Service
 
 DONE = event("[DONE]")
@@ -30,10 +32,12 @@ async def chat_completions(service: Service, request: Request) -> Response:
     limit, field = _limit(asked)
     new = service.room(len(prompt.ids), limit, service.options.default_new_tokens, field)
     top = asked.top_logprobs or 0
-    run = service.submit(
-        request.scope["owner"], [prompt], sampling(service, asked, prompt, new, field, top), asked.n, kept
-    )
-    answer = _Answer(service, asked, run)
+    params = sampling(service, asked, prompt, new, field, top)
+    watch = service.selections.watch(request.scope["owner"], asked, len(prompt.ids), kept)
+    if watch is not None:
+        params = [replace(one, selection=watch.limit) for one in params]
+    run = service.submit(request.scope["owner"], [prompt], params, asked.n, kept)
+    answer = _Answer(service, asked, run, watch)
     if asked.stream:
         return stream(service, run, answer.events())
     return JSONResponse(await while_connected(request, answer.whole()))
@@ -88,15 +92,23 @@ def openai_error(error: ApiError) -> bytes:
 class _Answer:
     """One chat completion, whole or as chunks."""
 
-    def __init__(self, service: Service, asked: ChatRequest, run: Run) -> None:
-        self.service, self.asked, self.run = service, asked, run
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+    def __init__(self, service: Service, asked: ChatRequest, run: Run, watch: Watch | None = None) -> None:
+        self.service, self.asked, self.run, self.watch = service, asked, run, watch
+        self.head: dict[str, Any] = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.name,
+        }
 
     def _logprobs(self, piece_event: Any) -> list[dict[str, Any]] | None:
         if not self.asked.logprobs:
             return None
         shown = self.service.tokens.is_shown(piece_event, self.asked.stop_token_ids)
         return [self.service.tokens.logprob(piece_event)] if shown else []
+
+    def _end(self, completion: Completion) -> None:
+        if self.watch is not None:
+            self.watch.keep(self.head["id"], completion)
 
     async def whole(self) -> dict[str, Any]:
         texts, finish = [""] * self.asked.n, [""] * self.asked.n
@@ -106,6 +118,7 @@ class _Answer:
                 texts[piece.index] += piece.text
                 logprobs[piece.index] += self._logprobs(piece.event) or []
                 if piece.completion is not None:
+                    self._end(piece.completion)
                     finish[piece.index] = openai_finish(piece.completion.finish_reason)
         choices: list[dict[str, Any]] = [
             {
@@ -136,6 +149,7 @@ class _Answer:
             if piece.text or logprobs:
                 yield self._chunk(piece.index, {"content": piece.text}, logprobs)
             if piece.completion is not None:
+                self._end(piece.completion)
                 yield self._chunk(piece.index, {}, finish=openai_finish(piece.completion.finish_reason))
         if self._wants_usage:
             yield event(self._frame([], self.run.usage.openai()))

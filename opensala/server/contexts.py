@@ -1,6 +1,9 @@
 """/v1/contexts: documents that are uploaded and read once, then named by an id in any request."""
 
+import base64
+import binascii
 import contextlib
+import io
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
@@ -11,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from ..contexts.kept import Kept
 from ..contexts.shelf import Record
 from ..engine import Document
+from ..engine.decode import read_text
 from ..engine.documents import shown
 from .chat import DONE, openai_error
 from .errors import bad_request
@@ -24,10 +28,36 @@ Ttl = Annotated[int, Field(ge=1, le=_LONGEST_TTL, description="Seconds that it i
 
 
 class DocumentPart(Strict):
-    """A document: its name stands above its text where there are several."""
+    """A document: its name stands above its text where there are several. Either its `text`, or `data`, the
+    bytes of a file in base64, which is read as the command line reads files: UTF-8, UTF-16, PDF."""
 
     name: Annotated[str, Field(min_length=1, max_length=500)] = "document"
-    text: Annotated[str, Field(min_length=1)]
+    text: Annotated[str, Field(min_length=1)] | None = None
+    data: Annotated[str, Field(min_length=1)] | None = None
+
+    def read(self, place: str) -> tuple[str, list[str]]:
+        """Its text, and remarks on what of it is missing.
+
+        Raises:
+            ApiError: 400, there is no text.
+        """
+        if (self.text is None) == (self.data is None):
+            raise bad_request(f"Give either '{place}.text' or '{place}.data'", f"{place}.text")
+        if self.data is not None:
+            place += ".data"
+            try:
+                text, notes = read_text(io.BytesIO(base64.b64decode(self.data, validate=True)))
+            except binascii.Error as error:
+                raise bad_request(f"Invalid '{place}': no base64 ({error})", place, "invalid_value") from None
+            except ValueError as error:
+                raise bad_request(f"{shown(self.name)}: {error}", place, "unreadable_document") from None
+            return text, [f"{shown(self.name)}: {note}" for note in notes]
+        place, text = f"{place}.text", self.text or ""
+        if not text.strip() or "\0" in text:
+            blank = not text.strip()
+            what = "it has no text" if blank else "it holds zero bytes, which no text has"
+            raise bad_request(f"Invalid '{place}': {what}", place, "invalid_value")
+        return text.replace("\r\n", "\n"), []
 
 
 class ForkRequest(ApiRequest):
@@ -43,22 +73,18 @@ class ExtendRequest(ForkRequest):
     documents: Annotated[list[DocumentPart], Field(min_length=1, max_length=10_000)]
     stream: bool = False
 
-    def read(self) -> list[Document]:
-        """The documents as the command line would read them from files.
+    def read(self) -> tuple[list[Document], list[str]]:
+        """The documents as the command line would read them from files, and remarks on what is missing of
+        them.
 
         Raises:
             ApiError: 400, one without text.
         """
-        for number, document in enumerate(self.documents):
-            if not document.text.strip() or "\0" in document.text:
-                what = (
-                    "it has no text"
-                    if not document.text.strip()
-                    else "it holds zero bytes, which no text has"
-                )
-                place = f"documents[{number}].text"
-                raise bad_request(f"Invalid '{place}': {what}", place, "invalid_value")
-        return [Document(shown(d.name), d.text.replace("\r\n", "\n")) for d in self.documents]
+        texts = [document.read(f"documents[{number}]") for number, document in enumerate(self.documents)]
+        documents = [
+            Document(shown(d.name), text) for d, (text, _) in zip(self.documents, texts, strict=True)
+        ]
+        return documents, [note for _, notes in texts for note in notes]
 
 
 class CreateRequest(ExtendRequest):
@@ -89,6 +115,11 @@ def shape(record: Record) -> dict[str, Any]:
         "pinned": record.pinned,
         "expires_at": record.expires,
     }
+
+
+def _with_notes(record: Record, notes: list[str]) -> dict[str, Any]:
+    """A new context, and remarks on what is missing of its documents, if there are any."""
+    return shape(record) | ({"notes": notes} if notes else {})
 
 
 async def create_context(service: Service, request: Request) -> Response:
@@ -158,11 +189,12 @@ async def _make(
     asked: ExtendRequest,
     base: tuple[Record, Kept] | None,
 ) -> Response:
-    steps = keeper.make(_wish(service, request, asked, asked.read(), base))
+    documents, notes = await service.aside(lambda _: asked.read())  # a PDF takes a while
+    steps = keeper.make(_wish(service, request, asked, documents, base))
     if not asked.stream:
-        return JSONResponse(shape(await while_connected(request, _last(steps))))
+        return JSONResponse(_with_notes(await while_connected(request, _last(steps)), notes))
     return EventStream(
-        _events(steps),
+        _events(steps, notes),
         on_error=openai_error,
         on_close=lambda: None,  # the reading ends with whoever listens to it
         write_seconds=service.options.write_seconds,
@@ -177,11 +209,11 @@ async def _last(steps: AsyncGenerator[Progress | Record, None]) -> Record:
     raise AssertionError("a reading ends with a record or an error")
 
 
-async def _events(steps: AsyncGenerator[Progress | Record, None]) -> AsyncIterator[bytes]:
+async def _events(steps: AsyncGenerator[Progress | Record, None], notes: list[str]) -> AsyncIterator[bytes]:
     async with contextlib.aclosing(steps):
         async for step in steps:
             if isinstance(step, Record):
-                yield event(shape(step))
+                yield event(_with_notes(step, notes))
             else:
                 yield event(
                     {

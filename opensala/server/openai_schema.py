@@ -119,6 +119,9 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    selection: Annotated[
+        bool, Field(description="Keep which blocks were selected, for GET /v1/selections/{id}.")
+    ] = False
 
     def conversation(self) -> list[Message]:
         return [m.as_message(f"messages[{n}]") for n, m in enumerate(self.messages)]

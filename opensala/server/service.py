@@ -24,6 +24,7 @@ from .limits import Gate, ServerOptions
 from .loop import Closed, EngineLoop, Job, Ticket
 from .metrics import Metrics
 from .output import Piece, TokenTexts, Trimmer, Usage
+from .selections import Selections
 
 T = TypeVar("T")
 _log = logging.getLogger("opensala.server")
@@ -85,6 +86,7 @@ class Service:
         self.tokens = TokenTexts(copy.deepcopy(engine.tokenizer), engine.end_ids)
         self._encoder = ThreadPoolExecutor(_ENCODERS, "encoder")  # so that a long text stops no stream
         self.temperature, self.top_p = _defaults(engine)
+        self.selections = Selections(engine)
         self.keeper = None if contexts is None else Keeper(self, Shelf(contexts), identity(engine))
 
     def start(self) -> None:

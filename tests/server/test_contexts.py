@@ -1,5 +1,6 @@
 """Contexts over HTTP: uploaded once, kept, asked through every API, extended, forked, expired, deleted."""
 
+import base64
 import json
 import random
 import re
@@ -19,6 +20,7 @@ from opensala.engine.ask import build_prompt
 from opensala.engine.chat import Message
 from opensala.server import KeyFile, ServerOptions, new_key
 
+from ..pdfs import make_pdf
 from .conftest import DOCUMENT, FILLER, QUESTION
 
 NOTES = "The captain of Silver Heron is Orla Brandt.\n"
@@ -498,3 +500,29 @@ def test_a_stream_goes_on_while_a_context_is_read(kept):
         made = kept.create({"text": FILLER * 1000})
         assert made["tokens"] > 5000 and kept.live.service.loop.stats.running  # the stream is not at its end
         stream.close()
+
+
+def test_files_are_read_as_the_command_line_reads_them(shared):
+    """`data` instead of `text`: a PDF, a text in UTF-16; what is missing of one is said."""
+    pdf = make_pdf([[NOTES.strip()], []])
+    made = shared.create({"name": "scan.pdf", "data": base64.b64encode(pdf).decode()})
+    assert made["notes"] and made["notes"][0].startswith("scan.pdf: ")
+    assert shared.ask(made["id"], CAPTAIN)[0] == "Orla Brandt"
+    wide = base64.b64encode("\ufeff".encode("utf-16-le") + DOCUMENT.encode("utf-16-le")).decode()
+    made = shared.create({"name": "wide", "data": wide})
+    assert "notes" not in made and shared.ask(made["id"])[0] == "48213"
+    for part, code in (
+        ({"data": base64.b64encode(b"\x00\x01" * 9).decode()}, "unreadable_document"),
+        ({"data": base64.b64encode(b"caf\xe9").decode()}, "unreadable_document"),
+        ({"data": "no base64!"}, "invalid_value"),
+        ({"data": "YQ==", "text": "a"}, None),
+        ({}, None),
+    ):
+        assert shared.create({"name": "x", **part}, status=400)["error"]["code"] == code
+
+
+def test_the_server_says_what_it_is(shared):
+    told = shared.http.get("/v1/server").json()
+    assert told["model"] == "small" and told["contexts"] and told["dense_len"] == 4096
+    memory = told["memory"]
+    assert 0 < memory["cache_used_bytes"] <= memory["cache_bytes"] < memory["process_bytes"] * 1000
