@@ -21,6 +21,9 @@ def cpp_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         address(rows),
         address(weight),
         kind(weight),
+        None,  # no codes: no scales, zeros and group
+        None,
+        1,
         address(bias),
         address(out),
         rows.shape[0],

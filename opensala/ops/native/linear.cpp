@@ -3,9 +3,11 @@
 //
 // Every output element is one dot product, summed the same way everywhere: lane l of a vector adds k = l, l + W, l + 2W,
 // ... in this order, then one fixed tree adds the lanes. Register tiles differ only in how many such sums grow side by
-// side. Weights are read as nn.Linear keeps them; only a block of them is widened, where several rows share it.
+// side. Weights are read as they are stored, and widened to float32 in registers: 16-bit ones exactly, codes of 8 and 4
+// bits to scale * (code - zero), so that a product with codes has the bits of one with the float32 weights they stand for.
+// Only where several rows share a block of weights is it widened in memory.
+#include "linear.h"
 #include "replay.h"
-#include "gemm.h"
 
 namespace {
 
@@ -15,6 +17,8 @@ constexpr int BLOCK_BYTES = 1 << 17;       // of weights, to stay in a core's se
 constexpr int64_t ROWS_PER_UNIT = 256;     // of x, a unit of work
 constexpr int64_t SINGLE_WORK = 1 << 17;   // multiplications below which a second thread costs more than it saves
 constexpr int64_t WIDEN_FROM = 2 * TILE;   // rows of x from which widening a block of weights once pays
+constexpr int64_t CHUNK = 128;             // columns whose 4-bit codes lie together: 16 words of 8
+constexpr int WORDS = 16;
 
 #if defined(__AVX512F__)
 INLINE Vec wide(const BFloat16* p) {
@@ -57,68 +61,178 @@ INLINE Vec add_lanes(Vec* sums) {
   else return sums[0];
 }
 
+// Loads W weights of a row from column k on (all of them, or the first n), widened. `begin(k)` comes before the columns
+// from k on that share a chunk of codes.
+template <typename T>
+struct Plain {
+  static constexpr int64_t STEP = 1 << 30;  // columns between two calls of `begin`
+  const T* data;
+  void begin(int64_t) {}
+  Vec all(int64_t k) const { return wide(data + k); }
+  Vec part(int64_t k, int64_t n) const { return wide_part(data + k, n); }
+};
+
+// The scale and zero of the group that column k lies in, for columns that come in order.
+struct Groups {
+  const float *scales, *zeros;
+  int64_t group, next = 0;
+  Groups(const Weights& w, int64_t row) : group(w.group) {
+    int64_t groups = (w.inner + group - 1) / group;
+    scales = w.scales + row * groups, zeros = w.zeros ? w.zeros + row * groups : nullptr;
+  }
+  bool begins(int64_t k) const { return k == next; }
+  Vec scale() const { return splat(*scales); }
+  Vec zero(float otherwise) const { return splat(zeros ? *zeros : otherwise); }
+  void step() {
+    next += group, ++scales;
+    if (zeros) ++zeros;
+  }
+};
+
+INLINE Vec first_lanes(Vec v, int64_t n) {
+  float t[W];
+  store(t, v);
+  for (int64_t i = n; i < W; ++i) t[i] = 0.0f;
+  return load(t);
+}
+
+struct Code8 {
+  static constexpr int64_t STEP = 16;
+  const int8_t* data;
+  Groups groups;
+  Vec scale{}, zero{};
+  Code8(const Weights& w, int64_t row) : data(static_cast<const int8_t*>(w.data) + row * w.inner), groups(w, row) {}
+  void begin(int64_t k) {
+    if (groups.begins(k)) scale = groups.scale(), zero = groups.zero(0.0f), groups.step();
+  }
+  Vec all(int64_t k) const {
+#if defined(__AVX512F__)
+    return meaning((Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(data + k)))));
+#else
+    return part(k, W);
+#endif
+  }
+  Vec part(int64_t k, int64_t n) const {
+    float t[W] = {};
+    for (int64_t i = 0; i < n; ++i) t[i] = float(data[k + i]);
+    return first_lanes(meaning(load(t)), n);
+  }
+  Vec meaning(Vec code) const { return (code - zero) * scale; }
+};
+
+struct Code4 {
+  static constexpr int64_t STEP = 16;
+  const int32_t* data;
+  Groups groups;
+  Code4(const Weights& w, int64_t row)
+      : data(static_cast<const int32_t*>(w.data) + row * ((w.inner + CHUNK - 1) / CHUNK * WORDS)), groups(w, row) {}
+#if defined(__AVX512F__)
+  // What each of the 16 codes stands for: a weight is one permutation away.
+  __m512i words{};
+  Vec meaning{};
+  void begin(int64_t k) {
+    words = k % CHUNK ? _mm512_srli_epi32(words, 4) : _mm512_loadu_si512(data + k / CHUNK * WORDS);
+    if (!groups.begins(k)) return;
+    const Vec codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    meaning = (codes - groups.zero(8.0f)) * groups.scale();
+    groups.step();
+  }
+  Vec all(int64_t) const { return (Vec)_mm512_permutexvar_ps(words, (__m512)meaning); }
+#else
+  Vec scale{}, zero{};
+  void begin(int64_t k) {
+    if (groups.begins(k)) scale = groups.scale(), zero = groups.zero(8.0f), groups.step();
+  }
+  Vec all(int64_t k) const {
+    VecInt words;
+    std::memcpy(&words, data + k / CHUNK * WORDS + k % WORDS, sizeof words);
+    return (__builtin_convertvector(words >> int(k % CHUNK / WORDS * 4) & 15, Vec) - zero) * scale;
+  }
+#endif
+  Vec part(int64_t k, int64_t n) const { return first_lanes(all(k), n); }
+};
+
 // sums[r * C + c] = products of row x[r] and weight row w[c], lane by lane.
-template <int R, int C, typename T>
-INLINE void dot_products(const float* const* x, const T* const* w, int64_t depth, Vec* sums) {
+template <int R, typename Row, int... I>
+INLINE void dot_products(const float* const* x, int64_t depth, Vec* sums, const Row& row, std::integer_sequence<int, I...>) {
+  constexpr int C = sizeof...(I);
+  decltype(row(0)) w[C] = {row(I)...};
+  using Weight = decltype(row(0));
   Vec acc[R * C];
   const float* a[R];
-  const T* b[C];
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; ++i) acc[i] = Vec{};
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = x[r];
-#pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) b[c] = w[c];
   auto step = [&](auto load_x, auto load_w) __attribute__((always_inline)) {
     Vec left[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) left[r] = load_x(a[r]);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
-      Vec right = load_w(b[c]);
+      Vec right = load_w(w[c]);
       keep_in_register(right);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r * C + c] += left[r] * right;
     }
   };
   int64_t k = 0;
-  for (; k + W <= depth; k += W)
-    step([k](const float* p) { return load(p + k); }, [k](const T* p) { return wide(p + k); });
-  if (k < depth)
-    step([=](const float* p) { return wide_part(p + k, depth - k); }, [=](const T* p) { return wide_part(p + k, depth - k); });
+  auto begin = [&] __attribute__((always_inline)) {
+    if constexpr (Weight::STEP == 16) {
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) w[c].begin(k);
+    }
+  };
+  for (; k + W <= depth; k += W) {
+    if (k % 16 == 0) begin();
+    step([k](const float* p) { return load(p + k); }, [k](const Weight& p) { return p.all(k); });
+  }
+  if (k < depth) {
+    if (k % 16 == 0) begin();
+    step([=](const float* p) { return wide_part(p + k, depth - k); }, [=](const Weight& p) { return p.part(k, depth - k); });
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; ++i) sums[i] = acc[i];
 }
 
-struct Linear {
-  const float* x;
-  const void* weight;
-  int64_t kind;
-  const float* bias;  // or null
-  float* out;
-  int64_t rows, inner, outer, x_stride;
-};
-
-// Rows first ... first + count - 1 of the weights, each next to the one before it.
+// Rows of the weights by their number.
 template <typename T>
-struct Block {
+struct PlainBlock {
   const T* data;
-  int64_t first, count;
+  int64_t inner;
+  Plain<T> row(int64_t c) const { return {data + c * inner}; }
+};
+template <typename Row>
+struct CodeBlock {
+  const Weights& w;
+  Row row(int64_t c) const { return {w, c}; }
 };
 
-// W outputs: R rows from `row` on, W / R columns from `column` of the block on. What lies beyond the last row or column
-// is computed from the last one and thrown away, so that edges run the same code.
-template <int R, typename T>
-INLINE void outputs(const Linear& p, const Block<T>& block, int64_t row, int64_t column) {
+// Calls use(block) with the rows of the weights, whatever they are.
+template <typename Use>
+INLINE void with_block(const Weights& w, const Use& use) {
+  if (w.kind == 4) use(CodeBlock<Code4>{w});
+  else if (w.kind == 3) use(CodeBlock<Code8>{w});
+  else with_type(w.kind, [&](auto type) { use(PlainBlock<decltype(type)>{static_cast<const decltype(type)*>(w.data), w.inner}); });
+}
+
+// Columns first ... first + count - 1 of the outputs, whose weights are rows `from` ... of a block.
+struct Columns {
+  int64_t first, count, from;
+};
+
+// W outputs: R rows from `row` on, W / R columns from `column` on. What lies beyond the last row or column is computed from
+// the last one and thrown away, so that edges run the same code.
+template <int R, typename Block>
+INLINE void outputs(const Linear& p, const Block& block, const Columns& columns, int64_t row, int64_t column) {
   constexpr int COLUMNS = W / R, C = R == 1 && COLUMNS > 8 ? 8 : std::min(COLUMNS, 4);
   const float* x[R];
   for (int r = 0; r < R; ++r) x[r] = p.x + std::min(row + r, p.rows - 1) * p.x_stride;
   Vec sums[W], in_order[W];
 #pragma GCC unroll 4
   for (int part = 0; part < COLUMNS; part += C) {
-    const T* w[C];
-    for (int c = 0; c < C; ++c) w[c] = block.data + std::min(column + part + c, block.count - 1) * p.inner;
-    dot_products<R, C>(x, w, p.inner, sums + part * R);
+    auto row = [&](int c) { return block.row(columns.from + std::min(column + part + c, columns.count - 1)); };
+    dot_products<R>(x, p.weights.inner, sums + part * R, row, std::make_integer_sequence<int, C>());
   }
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) {
@@ -127,63 +241,84 @@ INLINE void outputs(const Linear& p, const Block<T>& block, int64_t row, int64_t
   }
   float result[W];
   store(result, add_lanes(in_order));
-  int64_t left = std::min<int64_t>(COLUMNS, block.count - column), first = block.first + column;
+  int64_t left = std::min<int64_t>(COLUMNS, columns.count - column), first = columns.first + column;
   for (int r = 0; r < R && row + r < p.rows; ++r) {
-    float *from = result + r * COLUMNS, *to = p.out + (row + r) * p.outer + first;
-    if (p.bias)
-      for (int64_t c = 0; c < left; ++c) from[c] += p.bias[first + c];
+    float *from = result + r * COLUMNS, *to = p.out + (row + r) * p.out_stride + first;
+    if (p.weights.bias)
+      for (int64_t c = 0; c < left; ++c) from[c] += p.weights.bias[first + c];
     if (left == COLUMNS) std::memcpy(to, from, COLUMNS * sizeof(float));
     else std::copy_n(from, left, to);
   }
 }
 
-template <int R, typename T>
-void rows_by_block(const Linear& p, const Block<T>& block, int64_t row) {
-  for (int64_t column = 0; column < block.count; column += W / R) outputs<R>(p, block, row, column);
+template <int R, typename Block>
+void rows_by_block(const Linear& p, const Block& block, const Columns& columns, int64_t row) {
+  for (int64_t column = 0; column < columns.count; column += W / R) outputs<R>(p, block, columns, row, column);
 }
 
-template <typename T>
-void multiply(const Linear& p, const Block<T>& block, int64_t row, int64_t end) {
-  for (; end - row > 2; row += TILE) rows_by_block<TILE>(p, block, row);
-  if (end - row == 2) rows_by_block<2>(p, block, row);
-  if (end - row == 1) rows_by_block<1>(p, block, row);
+template <typename Block>
+void multiply(const Linear& p, const Block& block, const Columns& columns, int64_t row, int64_t end) {
+  for (; end - row > 2; row += TILE) rows_by_block<TILE>(p, block, columns, row);
+  if (end - row == 2) rows_by_block<2>(p, block, columns, row);
+  if (end - row == 1) rows_by_block<1>(p, block, columns, row);
 }
 
-template <typename T>
-void unit(const Linear& p, int64_t first, int64_t count, int64_t row, int64_t end, float* widened) {
-  const T* weight = static_cast<const T*>(p.weight) + first * p.inner;
-  if (p.kind == 0 || end - row < WIDEN_FROM) return multiply(p, Block<T>{weight, first, count}, row, end);
-  int64_t i = 0, size = count * p.inner;
-  for (; i + W <= size; i += W) store(widened + i, wide(weight + i));
-  for (; i < size; ++i) widened[i] = widen(weight[i]);
-  multiply(p, Block<float>{widened, first, count}, row, end);
+// Row c of a block in float32.
+template <typename Row>
+void widen_row(Row row, int64_t inner, float* out) {
+  int64_t k = 0;
+  for (; k + W <= inner; k += W) {
+    if (k % 16 == 0) row.begin(k);
+    store(out + k, row.all(k));
+  }
+  if (k == inner) return;
+  if (k % 16 == 0) row.begin(k);
+  float t[W];
+  store(t, row.part(k, inner - k));
+  std::copy_n(t, inner - k, out + k);
 }
+
+bool widens(const Linear& p, int64_t rows) { return p.weights.kind && rows >= WIDEN_FROM; }
 
 void run(const Linear& p, int64_t threads) {
-  if (p.rows * p.inner * p.outer < SINGLE_WORK) threads = 1;
-  int64_t fair = (p.outer + 4 * threads - 1) / (4 * threads), fits = BLOCK_BYTES / 4 / std::max<int64_t>(1, p.inner);
-  int64_t width = round_up(std::max<int64_t>(1, std::min(fair, fits)), W);
-  int64_t blocks = (p.outer + width - 1) / width, bands = (p.rows + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
+  if (p.rows * p.weights.inner * p.weights.outer < SINGLE_WORK) threads = 1;
+  int64_t width = columns_of_unit(p, threads), outer = p.weights.outer;
+  int64_t blocks = (outer + width - 1) / width, bands = (p.rows + ROWS_PER_UNIT - 1) / ROWS_PER_UNIT;
 #pragma omp parallel num_threads(threads)
   {
-    Scratch widened(p.kind && p.rows >= WIDEN_FROM ? width * p.inner : 0);
+    Scratch widened(widened_floats(p, width));
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < blocks * bands; ++i) {
       int64_t first = i / bands * width, row = i % bands * ROWS_PER_UNIT;
-      with_type(p.kind, [&](auto type) {
-        unit<decltype(type)>(p, first, std::min(width, p.outer - first), row, std::min(p.rows, row + ROWS_PER_UNIT), widened.data);
-      });
+      linear_columns(p, first, std::min(width, outer - first), row, std::min(p.rows, row + ROWS_PER_UNIT), widened.data);
     }
   }
 }
 
 }  // namespace
 
+int64_t widened_floats(const Linear& p, int64_t count) { return widens(p, p.rows) ? count * p.weights.inner : 0; }
+
+int64_t columns_of_unit(const Linear& p, int64_t threads) {
+  int64_t fair = (p.weights.outer + 4 * threads - 1) / (4 * threads), fits = BLOCK_BYTES / 4 / std::max<int64_t>(1, p.weights.inner);
+  return round_up(std::max<int64_t>(1, std::min(fair, fits)), W);
+}
+
+void linear_columns(const Linear& p, int64_t first, int64_t count, int64_t row, int64_t end, float* widened) {
+  bool wider = widens(p, end - row);
+  with_block(p.weights, [&](const auto& block) {
+    if (!wider) return multiply(p, block, {first, count, first}, row, end);
+    for (int64_t c = 0; c < count; ++c) widen_row(block.row(first + c), p.weights.inner, widened + c * p.weights.inner);
+  });
+  if (wider) multiply(p, PlainBlock<float>{widened, p.weights.inner}, {first, count, 0}, row, end);
+}
+
 // out `[rows, outer]` = x `[rows, inner]` (rows x_stride elements apart) times weight `[outer, inner]` (element type
-// `kind`) transposed, plus bias `[outer]` or null.
-extern "C" void opensala_linear(const float* x, const void* weight, int64_t kind, const float* bias, float* out, int64_t rows,
-                                int64_t inner, int64_t outer, int64_t x_stride, int64_t threads) {
-  run({x, weight, kind, bias, out, rows, inner, outer, x_stride}, threads);
+// `kind`) transposed, plus bias `[outer]` or null. Kinds 3 and 4 are codes: see `Weights` for scales, zeros and group.
+extern "C" void opensala_linear(const float* x, const void* weight, int64_t kind, const float* scales, const float* zeros,
+                                int64_t group, const float* bias, float* out, int64_t rows, int64_t inner, int64_t outer,
+                                int64_t x_stride, int64_t threads) {
+  run({x, {weight, kind, scales, zeros, group, bias, outer, inner}, out, rows, x_stride, outer}, threads);
 }
 
 REPLAYABLE(opensala_linear)
