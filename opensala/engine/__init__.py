@@ -5,6 +5,7 @@ from .ask import ask, build_prompt
 from .decode import check_text
 from .documents import Document, Reading, Skipped, read_documents
 from .engine import Engine, EngineOptions
+from .grammar import Grammar
 from .load import load_engine, shipped_model
 from .prefill import prefill
 from .request import Completion, FinishReason, Reuse, SamplingParams, Selection, TokenEvent
@@ -16,6 +17,7 @@ __all__ = [
     "EngineOptions",
     "FinishReason",
     "Generation",
+    "Grammar",
     "Reading",
     "Reuse",
     "SamplingParams",

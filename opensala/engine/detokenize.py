@@ -16,10 +16,11 @@ class Detokenizer:
     Args:
         tokenizer: of transformers; None for an engine without one, whose texts are empty.
         stop: texts at which the answer ends; the first one found is cut off, with what is behind it.
+        keep_special: special tokens are part of the text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), keep_special: bool = False) -> None:
+        self._tokenizer, self._stop, self._keep_special = tokenizer, tuple(stop), keep_special
         self._tokens: list[int] = []
         self._start = self._read = 0  # tokens before `start` are decoded for good; up to `read`, as context
         self.text = ""  # decoded so far
@@ -55,7 +56,7 @@ class Detokenizer:
         return self._hand_out(len(self.text))
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+        return self._tokenizer.decode(tokens, skip_special_tokens=not self._keep_special) if tokens else ""
 
     def _certain(self) -> str:
         self._cut_at_stop()

@@ -22,6 +22,7 @@ from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.batch import on_device
 from ..model.storage import CacheStorage, cache_sizes
 from .detokenize import Detokenizer
+from .grammar import Grammars, GrammarTooComplex, Guide
 from .memory import cache_budget
 from .request import (
     Completion,
@@ -87,6 +88,7 @@ class _Request:
     generator: torch.Generator | None
     drafter: Drafter | None
     targets: array  # of the prompt's tokens to score: what follows each place
+    guide: Guide | None = None  # where the answer stands in the form that it must have
     numbers: list[float] = field(default_factory=list)
 
     def number(self, place: int) -> float | None:
@@ -140,6 +142,7 @@ class Engine:
         self.scheduler = Scheduler(Pool(pages, "pages"), Pool(slots, "state slots"), page_size, limits)
         self.runner = Runner(model, self.storage)
         self.end_ids = _end_ids(model)
+        self.grammars = Grammars(tokenizer, self.config.vocab_size, self.end_ids)
         self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
 
@@ -244,7 +247,7 @@ class Engine:
         Raises:
             ValueError: an empty prompt, unknown token ids, a prompt longer than the memory, an id in use,
                 marks outside the prompt, stop texts without a tokenizer, a place to score from that is not in
-                the prompt.
+                the prompt, a grammar that cannot be enforced.
         """
         params = params or SamplingParams()
         ids = as_token_ids(prompt, self.config.vocab_size)
@@ -280,11 +283,12 @@ class Engine:
         drafts = self.options.speculate if params.speculate is None else params.speculate
         self._requests[request_id] = _Request(
             sequence,
-            Detokenizer(self.tokenizer, params.stop),
+            Detokenizer(self.tokenizer, params.stop, params.keep_special),
             Completion(request_id),
             None if params.is_greedy else _generator(params.seed),
             Drafter(drafts) if drafts and params.max_tokens else None,
             targets,
+            None if params.grammar is None else self.grammars.guide(params.grammar),
         )
         self.scheduler.add(sequence)
         return request_id
@@ -361,6 +365,9 @@ class Engine:
             return
         room = sequence.room - sequence.num_tokens - 1
         sequence.draft = request.drafter.propose(sequence.tokens, room) if room > 0 else []
+        if request.guide is not None and sequence.draft:
+            request.guide.rewind(sequence.num_tokens - sequence.num_prompt)
+            del sequence.draft[request.guide.check(sequence.draft) :]
 
     def _choose(self, step: Step, hidden: Tensor) -> list[tuple[Work, "_Results", int]]:
         """For each work what its sequence gets, and how many of its tokens stay computed."""
@@ -411,9 +418,11 @@ class Engine:
                         "its weights are damaged, or its dtype overflows; try dtype float32"
                     )
                     break
-                number = request.number(len(sequence.tokens) - sequence.num_prompt + i)
-                plain = number is None and not sequence.params.has_penalties
-                token = int(likely) if plain else choose(logits[row], sequence, text, number)
+                try:
+                    token = self._choose_token(request, i, int(likely), logits[row], text)
+                except GrammarTooComplex as error:
+                    found.error, found.by_request = str(error), True
+                    break
                 if token != int(likely):
                     logprob = float(logprobs[row, token])
                 found.choices.append(
@@ -425,6 +434,27 @@ class Engine:
                 if i < work.drafted and sequence.draft[i] != token:
                     break
             first += work.drafted + 1
+
+    def _choose_token(
+        self, request: _Request, ahead: int, likely: int, logits: Tensor, text: SequenceOf[int]
+    ) -> int:
+        """The token `ahead` places behind the sequence's last one, from logits `[V]` of which `likely` is the
+        greatest.
+
+        Raises:
+            GrammarTooComplex: see `Guide.allowed`.
+        """
+        sequence, guide = request.sequence, request.guide
+        place = len(sequence.tokens) - sequence.num_prompt + ahead
+        number = request.number(place)
+        if guide is None:
+            if number is None and not sequence.params.has_penalties:
+                return likely
+            return choose(logits, sequence, text, number)
+        guide.rewind(place)
+        token = choose(logits, sequence, text, number, guide.allowed())
+        guide.take(token)
+        return token
 
     def _ends(self, sequence: Sequence, token: int, new: int) -> bool:
         params = sequence.params
@@ -475,6 +505,7 @@ class Engine:
             if events[-1].finish_reason is not None:
                 return events
         if results.error is not None:
+            request.completion.by_request = results.by_request
             return [*events, self._end(request, FinishReason.ERROR, results.error)]
         if not sequence.params.max_tokens and not sequence.is_reading:
             events.append(self._end(request, FinishReason.LENGTH))
@@ -597,6 +628,7 @@ class _Results:
     choices: list[Choice] = field(default_factory=list)
     scores: list[tuple[float, bool]] = field(default_factory=list)
     error: str | None = None
+    by_request: bool = False
 
 
 def _most_likely(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:

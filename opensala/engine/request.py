@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..model.config import AttentionRule
+from .grammar import Grammar
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class SamplingParams:
         speculate: tokens to draft at most by looking up what followed the last words before; 0 for none, None
             for the engine's setting.
         selection: report for so many of the answer's first tokens which blocks the sparse layers selected.
+        grammar: the form that the answer must have; None for any.
+        keep_special: special tokens are part of the text too, as the tokenizer writes them.
 
     Raises:
         ValueError: a field out of its range, naming it and what is allowed.
@@ -60,6 +63,8 @@ class SamplingParams:
     score_from: int | None = None
     speculate: int | None = None
     selection: int = 0
+    grammar: Grammar | None = None
+    keep_special: bool = False
 
     def __post_init__(self) -> None:
         least = 0 if self.score_from is not None else 1
@@ -83,6 +88,12 @@ class SamplingParams:
         if self.top_p == 0 or self.repetition_penalty == 0:
             name = "top_p" if self.top_p == 0 else "repetition_penalty"
             raise ValueError(f"{name} must be above 0, got 0")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise ValueError(f"grammar must be a Grammar (see Grammar.json_schema), got {self.grammar!r}")
+        if self.grammar is not None and self.ignore_eos:
+            raise ValueError(
+                "ignore_eos cannot be had with a grammar: an answer of its form ends where it ends"
+            )
         object.__setattr__(self, "stop", _texts("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
 
@@ -172,6 +183,7 @@ class Completion:
         finish_reason: why it ended.
         stop: the stop text that ended it; None if something else did.
         error: what went wrong, if that is why.
+        by_request: whether what went wrong lies in what was asked for, not in the engine.
         reuse: what of the prompt was at hand; None if it never ran.
         selection: for each of the first tokens what the sparse layers selected, if asked for.
         drafted, accepted: tokens guessed, and of them right.
@@ -186,6 +198,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     stop: str | None = None
     error: str | None = None
+    by_request: bool = False
     reuse: Reuse | None = None
     selection: list[Selection] = field(default_factory=list)
     drafted: int = 0

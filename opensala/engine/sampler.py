@@ -103,10 +103,18 @@ def draw(probabilities: Tensor, number: float) -> int:
     return min(token, last)
 
 
-def choose(logits: Tensor, request: Sampled, text: SequenceOf[int], number: float | None) -> int:
+def choose(
+    logits: Tensor,
+    request: Sampled,
+    text: SequenceOf[int],
+    number: float | None,
+    allowed: Tensor | None = None,
+) -> int:
     """The next token of a request whose text so far is `text`; `number` is its draw, None for a greedy
-    one."""
+    one. `allowed` (`[V]` of bool) leaves out all other tokens before anything is cut off or normalised."""
     logits = penalised(logits, request, text)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
     if number is None:
         return int(logits.argmax())
     return draw(distribution(logits, request.params), number)
