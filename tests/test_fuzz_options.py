@@ -36,12 +36,19 @@ DEMO = {"--tokens": [*NOT_INTEGERS, "-1", "2047", HUGE], "--seed": ["x", "-1", H
 BENCH = {"--device": ["tpu", ""]}
 
 
-CONTEXTS = {"--output": [""], "--model": ["", "/nowhere"], "--dtype": ["int8"], "--device": ["tpu"]}
+CONTEXTS = {
+    "--output": [""],
+    "--model": ["", "/nowhere"],
+    "--dtype": ["int8"],
+    "--kv-dtype": ["", "fp8"],
+    "--device": ["tpu"],
+}
 CHAT = {**SHARED, "--max-new-tokens": [*NOT_INTEGERS, "0", "-1"]}
 PLAN = {
     "--context": ["", "x", "0", "-1", "1e3", "K", "1G", "9" * 20],
     "--device-memory": ["", "x", "GB", "32", "-1GB", "nanGB", "infGB", "1e99GB", "0GB", "1XB"],
     "--dtype": ["", "int8", "float64"],
+    "--kv-dtype": ["", "int4"],
 }
 
 

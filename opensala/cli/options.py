@@ -8,7 +8,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -77,6 +77,12 @@ class EngineOptions:
         ),
     ] = None
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    kv_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Keys and values that are kept: auto (as --dtype) or int8, about a quarter of float32 (CPU)."
+        ),
+    ] = "auto"
     device: Device = "auto"
 
     def load(self, model: str | None, quiet: bool, options: "Bounds | None" = None) -> "Engine":
@@ -84,10 +90,12 @@ class EngineOptions:
         if `quiet`."""
         from huggingface_hub.utils import disable_progress_bars
 
+        from ..engine import EngineOptions as Bounds
         from ..engine import load_engine
 
         if model is not None and not model.strip():
             raise ValueError("--model is empty: name a checkpoint folder or a hub name, or omit it")
+        bounds = replace(options or Bounds(), kv_dtype=self.kv_dtype)
         if quiet:
             disable_progress_bars()
             logging.getLogger("opensala").setLevel(logging.ERROR)
@@ -97,7 +105,7 @@ class EngineOptions:
             dtype=self.dtype,
             attention_mode=self.attention_mode,
             block_search=self.block_search,
-            options=options,
+            options=bounds,
         )
 
 

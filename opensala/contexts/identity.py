@@ -37,7 +37,7 @@ _known: "WeakKeyDictionary[Engine, tuple[tuple[Any, ...], dict[str, Any]]]" = We
 
 def identity(engine: Engine) -> dict[str, Any]:
     """The identity of an engine's model: `weights` by tensor, `config`, `tokenizer`, `chat_template`,
-    `dtype`.
+    `dtype`, and `kv_dtype` where keys and values have another one.
 
     Every weight is read for it, once for each engine and state of the weights.
     """
@@ -48,6 +48,8 @@ def identity(engine: Engine) -> dict[str, Any]:
         with ThreadPoolExecutor() as pool:  # hashing lets other threads run
             sums = dict(zip(weights, pool.map(_sum, weights.values()), strict=True))
         found: dict[str, Any] = {"config": config, "dtype": str(engine.dtype).removeprefix("torch.")}
+        if engine.kv_dtype is not None:
+            found["kv_dtype"] = str(engine.kv_dtype).removeprefix("torch.")
         _known[engine] = key, {"weights": sums, **found}
     return {**_known[engine][1], **_tokenizer(engine.tokenizer)}
 
@@ -91,6 +93,9 @@ def check_identity(folder: Path, there: dict[str, Any], here: dict[str, Any]) ->
     for name in ("dtype", "tokenizer", "chat_template"):
         if there.get(name) != here[name]:
             found.append(f"{name} is {there.get(name)!r} in the context and {here[name]!r} in the model")
+    kept = [str(record.get("kv_dtype", "auto")) for record in (there, here)]
+    if kept[0] != kept[1]:
+        found.append(f"keys and values are kept in kv_dtype {kept[0]} in the context and {kept[1]} here")
     if found:
         if len(found) > _NAMED:
             found[_NAMED:] = [f"and {len(found) - _NAMED} more"]

@@ -16,7 +16,6 @@ import numpy as np
 from ..data.prompts import PromptFormat
 from ..engine import Document, Engine
 from ..engine.chat import ChatPrompt, Message, OtherTokens, encode_chat
-from ..model.storage import cache_sizes
 from .folder import ContextFolder, link_files
 from .identity import check_identity, identity
 from .manifest import Manifest
@@ -178,7 +177,7 @@ class Draft:
 
     def num_bytes(self, engine: Engine) -> int:
         """Bytes that it will take, about."""
-        page, slot = cache_sizes(engine.config, engine.dtype)
+        page, slot = engine.sizes
         text = sum(len(d.text) + len(d.name) for d in self.documents)
         before, known = 0, 0
         if self.base is not None:

@@ -139,15 +139,12 @@ def _fill(
 
 def _check_shapes(engine: Engine, file: SegmentFile) -> None:
     """Refuse tensors of other shapes than the model's."""
-    storage, spec = engine.storage, engine.config.block_spec
+    storage = engine.storage
     wanted: dict[str, tuple[torch.dtype, list[int]]] = {
         "tokens": (torch.int32, [file.known.end_token - file.known.first_token])
     }
     for layer, pool in storage.kv.items():
-        compressed = (pool.k1.shape[1], pool.k2.shape[1])
-        shapes = expected(
-            file.known.pages, spec.block_size, list(pool.keys.shape[2:]), compressed, storage.dtype
-        )
+        shapes = expected(file.known.pages, pool.keys, {"k1": pool.k1, "k2": pool.k2})
         wanted |= {f"{name}.{layer}": shape for name, shape in shapes.items()}
     if file.known.state:
         wanted |= {f"state.{n}": (x.dtype, list(x.shape[1:])) for n, x in storage.states.items()}

@@ -5,6 +5,7 @@ A segment is a safetensors file that is never changed once it is there:
 
     tokens           int32 [n]                       token ids
     kv.L             [pages, 2, block_size, Hkv, D]  keys and values of sparse layer L, page by page
+                                                     (int8: D + 4, as `ops.sparse.int8` says)
     k1.L, k2.L       [pages, slots, Hkv, D]          compressed keys
     sums.L           uint8 [pages, 16]               BLAKE2b of each page's keys and values together
     state.L          float32 [H, D, D]               of Lightning layer L, if the segment ends at a snapshot
@@ -17,7 +18,7 @@ torch.
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +36,7 @@ _NAMES = {
     torch.bfloat16: "BF16",
     torch.int32: "I32",
     torch.uint8: "U8",
+    torch.int8: "I8",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MOST_HEADER = 1 << 24  # bytes
@@ -311,11 +313,10 @@ class SegmentFile:
 
 
 def expected(
-    pages: int, block_size: int, kv: Sequence[int], compressed: Sequence[int], dtype: torch.dtype
+    pages: int, keys: Tensor, compressed: Mapping[str, Tensor]
 ) -> dict[str, tuple[torch.dtype, list[int]]]:
-    """Dtype and shape that the tensors of a sparse layer have, by the first part of their names."""
-    shapes: dict[str, Any] = {"kv": [pages, 2, block_size, *kv]}
-    shapes |= {name: [pages, n, *kv] for name, n in zip(("k1", "k2"), compressed, strict=True)}
-    return {name: (dtype, shape) for name, shape in shapes.items()} | {
-        "sums": (torch.uint8, [pages, SUM_BYTES])
-    }
+    """Dtype and shape that the tensors of a sparse layer have, by the first part of their names, for a pool
+    with these keys (values are like them) and compressed keys."""
+    shapes: dict[str, Any] = {"kv": (keys.dtype, [pages, 2, *keys.shape[1:]])}
+    shapes |= {name: (x.dtype, [pages, *x.shape[1:]]) for name, x in compressed.items()}
+    return shapes | {"sums": (torch.uint8, [pages, SUM_BYTES])}

@@ -39,6 +39,7 @@ from .scheduler import Limits, Scheduler, Step, Work
 from .selection import note_selection
 from .speculate import Drafter
 
+KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "int8": torch.int8}
 _ANSWER_PAGES = 16  # pages for the answer to the longest prompt
 
 
@@ -56,6 +57,7 @@ class EngineOptions:
             decide, 0 keeps those at the ends of documents and turns and where texts part only.
         min_shared: prompts that begin with so many equal tokens share the reading of them.
         speculate: tokens to draft at most by prompt lookup, for requests that do not say.
+        kv_dtype: `auto` keeps keys and values in the model's dtype, `int8` in eight bits (on a CPU).
     """
 
     max_batch_tokens: int = 4096
@@ -66,6 +68,7 @@ class EngineOptions:
     snapshot_interval: int | None = None
     min_shared: int = 64
     speculate: int = 0
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         least = {"max_batch_tokens": 1, "max_running": 1, "min_shared": 1, "speculate": 0}
@@ -76,6 +79,8 @@ class EngineOptions:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype must be {' or '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
 
 
 @dataclass(eq=False)
@@ -127,10 +132,22 @@ class Engine:
         self.config: MiniCPMSALAConfig = model.config
         self.config.check()
         self.device, self.dtype = model.device, model.dtype
+        self.kv_dtype = KV_DTYPES[self.options.kv_dtype]
+        if self.kv_dtype is not None and self.device.type != "cpu":
+            raise ValueError(
+                f"kv_dtype int8 runs on a CPU only, and this model is on {self.device}: use kv_dtype auto"
+            )
+        self.sizes = cache_sizes(self.config, self.dtype, self.kv_dtype)
         pages, slots = self._pool_sizes()
         page_size = self.config.block_spec.block_size
         self.storage = CacheStorage(
-            self.config, pages, slots, self.dtype, model.model.layer_devices(), scratch=True
+            self.config,
+            pages,
+            slots,
+            self.dtype,
+            model.model.layer_devices(),
+            kv_dtype=self.kv_dtype,
+            scratch=True,
         )
         interval = self.options.snapshot_interval
         limits = Limits(
@@ -147,7 +164,7 @@ class Engine:
         self._numbers = itertools.count()
 
     def _pool_sizes(self) -> tuple[int, int]:
-        options, (page, slot) = self.options, cache_sizes(self.config, self.dtype)
+        options, (page, slot) = self.options, self.sizes
         size = self.config.block_spec.block_size
         budget = options.memory_bytes or cache_budget(
             self.device, self.config, self.dtype, options.max_batch_tokens
@@ -174,7 +191,7 @@ class Engine:
         return min(pages, most), running + kept
 
     def _interval(self) -> int:
-        page, slot = cache_sizes(self.config, self.dtype)
+        page, slot = self.sizes
         as_many = self.config.block_spec.block_size * slot // max(1, page)  # tokens whose pages weigh as much
         return max(8192, 4 * as_many)
 
@@ -199,7 +216,7 @@ class Engine:
         """
         total = tokens + new_tokens
         if total > self.capacity:
-            page = cache_sizes(self.config, self.dtype).page
+            page = self.sizes.page
             needed = (-(-total // self.config.block_spec.block_size) + 1) * page
             answer = f" and an answer of up to {new_tokens:,} need" if new_tokens else " needs"
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.cache import text_bytes
-from ..model.storage import cache_sizes
+from ..model.storage import cache_sizes, row_bytes
 from ..ops.sparse import num_windows
 from .engine import EngineOptions
 
@@ -55,8 +55,11 @@ class Plan:
         return "all" if self.total <= room else "resident" if self.resident <= room else "no"
 
 
-def plan_context(config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype) -> Plan:
-    """The plan of a model's context of `tokens` tokens.
+def plan_context(
+    config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> Plan:
+    """The plan of a model's context of `tokens` tokens; `kv_dtype` of its keys and values, where it is not
+    `dtype`.
 
     Raises:
         ValueError: fewer than one token.
@@ -69,9 +72,11 @@ def plan_context(config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype) -> 
     weights = sum({id(p): p.numel() for p in model.parameters()}.values()) * dtype.itemsize
     spec, slot = config.block_spec, cache_sizes(config, dtype).slot
     sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
-    row = sparse * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    heads = sparse * config.num_key_value_heads
+    row = heads * row_bytes(config.head_dim, kv_dtype or dtype)
     pages = -(-tokens // spec.block_size) * spec.block_size
-    compressed = text_bytes(config, tokens, dtype) - slot - 2 * tokens * row
+    full = heads * row_bytes(config.head_dim, dtype)
+    compressed = text_bytes(config, tokens, dtype) - slot - 2 * tokens * full
     blocks = min(spec.num_blocks * spec.block_size, pages) if config.attends_sparsely(tokens) else pages
     attended = 2 * blocks * row * min(config.num_key_value_heads, max(1, pages // max(1, blocks)))
     return Plan(

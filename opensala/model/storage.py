@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops import KVPages, PageTable
+from ..ops.sparse.int8 import SCALE_BYTES
 from .config import MiniCPMSALAConfig
 
 _AS_INTEGERS = {torch.bfloat16: np.dtype(np.uint16)}  # numpy has no such type
@@ -25,16 +26,24 @@ class CacheSizes(NamedTuple):
     slot: int
 
 
-def cache_sizes(config: MiniCPMSALAConfig, dtype: torch.dtype) -> CacheSizes:
-    """What a page and a slot of a model take, over all its layers."""
+def cache_sizes(
+    config: MiniCPMSALAConfig, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> CacheSizes:
+    """What a page and a slot of a model take, over all its layers; `kv_dtype` as in `CacheStorage`."""
     assert (
         config.num_key_value_heads and config.head_dim and config.lightning_nh and config.lightning_head_dim
     )
     spec, layers = config.block_spec, config.num_hidden_layers
     sparse = sum(config.is_sparse(i) for i in range(layers))
-    rows = 2 * spec.block_size + sum(_compressed_per_page(config))
-    page = sparse * rows * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    rows = 2 * spec.block_size * row_bytes(config.head_dim, kv_dtype or dtype)
+    rows += sum(_compressed_per_page(config)) * config.head_dim * dtype.itemsize
+    page = sparse * rows * config.num_key_value_heads
     return CacheSizes(page, (layers - sparse) * 4 * config.lightning_nh * config.lightning_head_dim**2)
+
+
+def row_bytes(dim: int, dtype: torch.dtype) -> int:
+    """Bytes of a key or value of one token and head: of int8 with its scale."""
+    return dim * dtype.itemsize + (SCALE_BYTES if dtype == torch.int8 else 0)
 
 
 def _compressed_per_page(config: MiniCPMSALAConfig) -> tuple[int, int]:
@@ -68,6 +77,7 @@ class CacheStorage:
         pages, slots: how many there are.
         dtype: of keys and values; states are float32.
         devices: the device of each layer, or one for all.
+        kv_dtype: torch.int8 for keys and values in eight bits; compressed keys are in `dtype` as ever.
         scratch: one page and one slot more, that belong to nobody and that nobody reads: what the padding of
             a recorded step writes (`self.scratch`, else None).
     """
@@ -80,11 +90,12 @@ class CacheStorage:
         dtype: torch.dtype,
         devices: Sequence[torch.device] | torch.device,
         *,
+        kv_dtype: torch.dtype | None = None,
         scratch: bool = False,
     ) -> None:
         self.scratch = (pages, slots) if scratch else None
         pages, slots = pages + scratch, slots + scratch
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.kv_dtype = config, dtype, kv_dtype or dtype
         layers = range(config.num_hidden_layers)
         self.devices = [devices] * len(layers) if isinstance(devices, torch.device) else list(devices)
         self.num_pages, self.num_slots = pages, slots
@@ -94,10 +105,13 @@ class CacheStorage:
 
     def _new_pages(self, device: torch.device, pages: int) -> KVPages:
         config, size = self.config, self.config.block_spec.block_size
-        rows = (size, size, *_compressed_per_page(config))
         assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
-        width = (config.num_key_value_heads, config.head_dim)
-        return KVPages(*(_zeros((pages, n, *width), self.dtype, device) for n in rows))
+        heads, kv = config.num_key_value_heads, self.kv_dtype
+        width = row_bytes(config.head_dim, kv) // kv.itemsize
+        tensors = [_zeros((pages, size, heads, width), kv, device) for _ in range(2)]
+        for n in _compressed_per_page(config):
+            tensors.append(_zeros((pages, n, heads, config.head_dim), self.dtype, device))
+        return KVPages(*tensors)
 
     def _new_slots(self, device: torch.device, slots: int) -> Tensor:
         config = self.config
@@ -107,7 +121,7 @@ class CacheStorage:
 
     @property
     def num_bytes(self) -> int:
-        sizes = cache_sizes(self.config, self.dtype)
+        sizes = cache_sizes(self.config, self.dtype, self.kv_dtype)
         return self.num_pages * sizes.page + self.num_slots * sizes.slot
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from opensala import MiniCPMSALAConfig
 from opensala.engine import Engine, EngineOptions
+from opensala.engine.engine import KV_DTYPES
 from opensala.engine.plan import CARDS, plan_context
 
 from ..conftest import tiny_model
@@ -22,15 +23,21 @@ def test_the_released_model():
     assert [plan.fits(card * 10**9) for card in CARDS][:3] == ["resident", "all", "all"]
     assert plan_context(RELEASED, 1 << 22, torch.bfloat16).fits(32 * 10**9) == "resident"
     assert plan.fits(10 * 10**9) == "no"
+    int8 = plan_context(RELEASED, 1 << 20, torch.bfloat16, torch.int8)
+    assert int8.keys_values == plan.keys_values * 132 // 256 and int8.compressed == plan.compressed
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("tokens", [1, 16, 63, 200, 4000])
-def test_pages_and_slots_are_what_the_engine_makes(tokens):
+def test_pages_and_slots_are_what_the_engine_makes(tokens, kv_dtype):
     model = tiny_model()
-    plan = plan_context(model.config, tokens, torch.float32)
-    engine = Engine(model, None, EngineOptions(max_cached_tokens=max(1, tokens), max_snapshots=0))
+    plan = plan_context(model.config, tokens, torch.float32, KV_DTYPES[kv_dtype])
+    options = EngineOptions(max_cached_tokens=max(1, tokens), max_snapshots=0, kv_dtype=kv_dtype)
+    engine = Engine(model, None, options)
     pages = -(-tokens // 16)
-    held = sum(x[:pages].numel() * 4 for pool in engine.storage.kv.values() for x in (pool.keys, pool.values))
+    held = sum(x[:pages].nbytes for pool in engine.storage.kv.values() for x in (pool.keys, pool.values))
+    every = sum(x.nbytes for pool in engine.storage.kv.values() for x in pool)
+    assert every == engine.storage.num_pages * engine.sizes.page
     assert plan.keys_values == held and plan.attended <= held
     assert plan.weights == 4 * sum(p.numel() for p in model.parameters())
     assert plan.states == 3 * 4 * sum(x[0].numel() for x in engine.storage.states.values())

@@ -51,7 +51,11 @@ static void product(const A& a, int rows, int64_t depth, const float* b, int64_t
   if (row < rows) product_rows<1, ADD>(a, depth, b, ldb, out, row, columns);
 }
 
-// Calls use(T{}) with the element type of keys and values.
+// Element types of keys and values: 0 float32, 1 bfloat16, 2 float16, 3 int8 with a float32 scale behind each row.
+constexpr int64_t INT8 = 3, SCALE_BYTES = 4;
+static inline int64_t item_bytes(int64_t kind) { return kind == INT8 ? 1 : kind ? 2 : 4; }
+
+// Calls use(T{}) with the element type, which is not int8.
 template <typename Use>
 static void with_type(int64_t kind, const Use& use) {
   if (kind == 1) use(BFloat16{});
@@ -73,7 +77,7 @@ struct Ahead {
 // Rows of one head of a tensor of any element type: one behind the other, or in the pages of one sequence.
 struct Rows {
   const void* data;
-  int64_t kind, stride;  // 0 float32, 1 bfloat16, 2 float16; elements from row to row
+  int64_t kind, stride;  // element type; elements from row to row
   const int32_t* pages = nullptr;  // row i lies where token i * step + last belongs
   int64_t page_stride = 0;
   uint32_t page_size = 1, step = 1, last = 0;  // tokens; a page has a slot for every `step` of them
@@ -86,15 +90,17 @@ struct Rows {
   }
   // `count` rows from `first` on, which lie in one page.
   Ahead ahead(int64_t first, int64_t count, int64_t width) const {
-    int64_t item = kind ? 2 : 4;
-    const void* start = kind ? static_cast<const void*>(at<BFloat16>(first)) : at<float>(first);
-    return {static_cast<const char*>(start), width * item, stride * item, count};
+    int64_t item = item_bytes(kind), bytes = width * item + (kind == INT8 ? SCALE_BYTES : 0);
+    const void* start = at<float>(first);
+    if (kind) start = kind == INT8 ? static_cast<const void*>(at<int8_t>(first)) : at<BFloat16>(first);
+    return {static_cast<const char*>(start), bytes, stride * item, count};
   }
   Rows head(int64_t offset) const {  // the same rows, `offset` elements further
     Rows moved = *this;
-    moved.data = static_cast<const char*>(data) + offset * (kind ? 2 : 4);
+    moved.data = static_cast<const char*>(data) + offset * item_bytes(kind);
     return moved;
   }
+  Int8Row int8_row(int64_t row, int64_t width) const { return Int8Row::at(at<int8_t>(row), width); }
 };
 
 // out[k * ldo + j] = row(j)[k] for j < count, 0 for count <= j < padded; padded is a multiple of W.
@@ -151,6 +157,8 @@ struct Scratch {
 // The same for rows first, first + step, ... of a tensor of any element type.
 static void pack_transposed(const Rows& x, int64_t first, int64_t step, int count, int padded, int64_t depth, float* out,
                             int64_t ldo, const Ahead& ahead = {}) {
+  if (x.kind == INT8)
+    return pack_transposed([&](int64_t j) { return x.int8_row(first + j * step, depth); }, count, padded, depth, out, ldo, ahead);
   with_type(x.kind, [&](auto type) {
     pack_transposed([&](int64_t j) { return x.at<decltype(type)>(first + j * step); }, count, padded, depth, out, ldo,
                     ahead);
@@ -159,6 +167,8 @@ static void pack_transposed(const Rows& x, int64_t first, int64_t step, int coun
 
 static void pack_rows(const Rows& x, int64_t first, int count, int64_t depth, float* out, int64_t ldo,
                       const Ahead& ahead = {}) {
+  if (x.kind == INT8)
+    return pack_rows([&](int64_t j) { return x.int8_row(first + j, depth); }, count, count, depth, out, ldo, ahead);
   with_type(x.kind, [&](auto type) {
     pack_rows([&](int64_t j) { return x.at<decltype(type)>(first + j); }, count, count, depth, out, ldo, ahead);
   });

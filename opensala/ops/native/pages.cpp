@@ -37,15 +37,52 @@ void copy(const T* x, const Rows& to, int64_t to_head, int64_t to_row, int64_t a
       std::copy_n(x + (t * heads + h) * dim, dim, const_cast<T*>(to.at<T>(to_row)) + h * to_head);
 }
 
-// Window j, of `size` tokens from j * stride on, of keys to row j of `to`.
+// A row of floats as int8 with its scale behind: to nearest, ties to even. What is not finite makes the row NaN.
+void quantize(const float* x, int64_t dim, int8_t* out) {
+  float peak = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    float size = std::fabs(x[d]);
+    if (!(size <= peak)) peak = size;  // NaN too, and then it stays
+    if (peak != peak) break;
+  }
+  float scale = peak / 127.0f;
+  bool usable = scale > 0 && scale < INF;
+  for (int64_t d = 0; d < dim; ++d)
+    out[d] = usable ? int8_t(std::max(-127.0f, std::min(127.0f, std::nearbyintf(x[d] / scale)))) : int8_t(0);
+  std::memcpy(out + dim, &scale, SCALE_BYTES);
+}
+
+// The same as `copy`, into rows of int8.
+void copy_quantized(const float* x, const Rows& to, int64_t to_head, int64_t to_row, int64_t a, int64_t b, int64_t heads,
+                    int64_t dim) {
+  for (int64_t t = a; t < b; ++t, ++to_row)
+    for (int64_t h = 0; h < heads; ++h)
+      quantize(x + (t * heads + h) * dim, dim, const_cast<int8_t*>(to.at<int8_t>(to_row)) + h * to_head);
+}
+
+// A key in full width, in `room`: multiplied before it is added to anything, so that the compiler cannot do both at once
+// and round otherwise.
+const float* int8_key_row(const Rows& keys, int64_t i, int64_t offset, int64_t dim, float* room) {
+  Int8Row row = Int8Row::at(keys.at<int8_t>(i) + offset, dim);
+  int64_t d = 0;
+  for (; d + W <= dim; d += W) store(room + d, load_wide(row + d));
+  for (; d < dim; ++d) room[d] = row[d];
+  return room;
+}
+
+// Window j, of `size` tokens from j * stride on, of keys to row j of `to`, which has the type T as have keys that are not int8.
 template <typename T>
 void mean(const Rows& keys, int64_t key_head, const Rows& to, int64_t to_head, int64_t j, int64_t size, int64_t stride,
-          int64_t heads, int64_t dim, float* sum) {
+          int64_t heads, int64_t dim, float* sum, float* room) {
   std::fill_n(sum, heads * dim, 0.0f);
   for (int64_t i = j * stride; i < j * stride + size; ++i) {
-    const T* key = keys.at<T>(i);
-    for (int64_t h = 0; h < heads; ++h)
-      for (int64_t d = 0; d < dim; ++d) sum[h * dim + d] += widen(key[h * key_head + d]);
+    for (int64_t h = 0; h < heads; ++h) {
+      auto add = [&](auto* key) {
+        for (int64_t d = 0; d < dim; ++d) sum[h * dim + d] += widen(key[d]);
+      };
+      if (keys.kind == INT8) add(int8_key_row(keys, i, h * key_head, dim, room));
+      else add(keys.at<T>(i) + h * key_head);
+    }
   }
   T* out = const_cast<T*>(to.at<T>(j));
   for (int64_t h = 0; h < heads; ++h)
@@ -54,10 +91,10 @@ void mean(const Rows& keys, int64_t key_head, const Rows& to, int64_t to_head, i
 
 }  // namespace
 
-// k `[T, Hkv, D]` and v `[T, Hkv, E]` have the pool's element type.
+// k `[T, Hkv, D]` and v `[T, Hkv, E]` have the pool's element type, float32 for int8. `level_kind` is that of k1 and k2.
 extern "C" void opensala_store_kv(
-    const void* k, const void* v, void* keys, void* values, void* k1, void* k2, int64_t kind, const int32_t* cu_seqlens,
-    const int32_t* lengths, const int32_t* pages, int64_t sequences, int64_t table_width, int64_t kv_heads, int64_t dim,
+    const void* k, const void* v, void* keys, void* values, void* k1, void* k2, int64_t kind, int64_t level_kind,
+    const int32_t* cu_seqlens, const int32_t* lengths, const int32_t* pages, int64_t sequences, int64_t table_width, int64_t kv_heads, int64_t dim,
     int64_t value_dim, int64_t k_page, int64_t k_token, int64_t k_head, int64_t v_page, int64_t v_token, int64_t v_head,
     int64_t k1_page, int64_t k1_window, int64_t k1_head, int64_t k2_page, int64_t k2_window, int64_t k2_head, int64_t size,
     int64_t stride, int64_t kernel, int64_t threads) {
@@ -69,27 +106,31 @@ extern "C" void opensala_store_kv(
     for (int64_t level : {1, 4})
       cut(ends, n, level, windows(before, level * kernel, level * stride), windows(lengths[n], level * kernel, level * stride), 16);
   }
-  with_type(kind, [&](auto type) {
+  with_type(level_kind, [&](auto type) {
     using T = decltype(type);
+    auto put = [&](const void* x, const Rows& to, int64_t to_head, int64_t a, int64_t shift, int64_t b, int64_t width) {
+      if (kind == INT8) copy_quantized(static_cast<const float*>(x), to, to_head, a, a + shift, b + shift, kv_heads, width);
+      else copy(static_cast<const T*>(x), to, to_head, a, a + shift, b + shift, kv_heads, width);
+    };
 #pragma omp parallel num_threads(threads) if (cu_seqlens[sequences] > 64)
     {
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < tokens.size(); ++i) {
         auto [n, level, a, b] = tokens[i];
         int64_t shift = cu_seqlens[n + 1] - lengths[n];  // from a token's position to its place in the call
-        copy(static_cast<const T*>(k), table.rows(n, keys, kind, k_page, k_token, size), k_head, a, a + shift, b + shift, kv_heads, dim);
-        copy(static_cast<const T*>(v), table.rows(n, values, kind, v_page, v_token, size), v_head, a, a + shift, b + shift, kv_heads, value_dim);
+        put(k, table.rows(n, keys, kind, k_page, k_token, size), k_head, a, shift, b, dim);
+        put(v, table.rows(n, values, kind, v_page, v_token, size), v_head, a, shift, b, value_dim);
       }
-      std::vector<float> sum(kv_heads * dim);
+      std::vector<float> sum(kv_heads * dim), room(dim);
 #pragma omp for schedule(dynamic, 1)
       for (size_t i = 0; i < ends.size(); ++i) {
         auto [n, level, a, b] = ends[i];
         int64_t length = level * kernel, step = level * stride;
         Rows from = table.rows(n, keys, kind, k_page, k_token, size);
-        Rows to = level == 1 ? table.rows(n, k1, kind, k1_page, k1_window, size, step, length - 1)
-                             : table.rows(n, k2, kind, k2_page, k2_window, size, step, length - 1);
+        Rows to = level == 1 ? table.rows(n, k1, level_kind, k1_page, k1_window, size, step, length - 1)
+                             : table.rows(n, k2, level_kind, k2_page, k2_window, size, step, length - 1);
         for (int64_t j = a; j < b; ++j)
-          mean<T>(from, k_head, to, level == 1 ? k1_head : k2_head, j, length, step, kv_heads, dim, sum.data());
+          mean<T>(from, k_head, to, level == 1 ? k1_head : k2_head, j, length, step, kv_heads, dim, sum.data(), room.data());
       }
     }
   });

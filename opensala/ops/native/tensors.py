@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import program
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 def address(x: Tensor | None) -> ctypes.c_void_p | None:

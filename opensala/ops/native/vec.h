@@ -136,6 +136,32 @@ static inline Vec load_wide(const T* p) {
   return load(t);
 }
 
+// A row of int8 and the scale behind it: stands where a pointer to floats would.
+struct Int8Row {
+  const int8_t* values;
+  float scale;
+  static Int8Row at(const int8_t* row, int64_t width) {
+    Int8Row r{row, 0};
+    std::memcpy(&r.scale, row + width, 4);
+    return r;
+  }
+  Int8Row operator+(int64_t k) const { return {values + k, scale}; }
+  float operator[](int64_t k) const { return float(values[k]) * scale; }
+};
+
+static inline Vec load_wide(const Int8Row& row) {
+#if defined(__AVX512F__)
+  Vec v = (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)row.values)));
+#elif defined(__AVX2__)
+  Vec v = (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)row.values)));
+#else
+  float t[W];
+  for (int i = 0; i < W; ++i) t[i] = float(row.values[i]);
+  Vec v = load(t);
+#endif
+  return v * splat(row.scale);
+}
+
 // The last lane of a, then all but the last of b.
 template <int... I>
 static inline Vec follow(Vec a, Vec b, std::integer_sequence<int, I...>) {

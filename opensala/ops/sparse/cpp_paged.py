@@ -18,13 +18,15 @@ from .spec import BlockSpec
 
 def cpp_store_kv(k: Tensor, v: Tensor, pool: KVPages, table: PageTable, spec: BlockSpec) -> None:
     """As `store_kv`."""
-    k, v = (x.detach().to(pool.keys.dtype).contiguous() for x in (k, v))
+    kept = torch.float32 if pool.is_int8 else pool.keys.dtype  # int8 is made by the kernel
+    k, v = (x.detach().to(kept).contiguous() for x in (k, v))
     library().call(
         "opensala_store_kv",
         address(k),
         address(v),
         *map(address, pool),
         kind(pool.keys),
+        kind(pool.k1),
         *map(address, table[:3]),
         *table.pages.shape,
         k.shape[1],
@@ -102,7 +104,7 @@ def cpp_paged_attention(
     """As `paged_attention`."""
     wide = plain(q)
     listed = None if blocks is None else blocks.to(torch.int32).contiguous()
-    out = torch.empty(*q.shape[:2], pool.values.shape[3], dtype=torch.float32)
+    out = torch.empty(*q.shape[:2], pool.value_dim, dtype=torch.float32)
     library().call(
         "opensala_attend_paged",
         address(wide),
@@ -116,7 +118,7 @@ def cpp_paged_attention(
         q.shape[1],
         pool.keys.shape[2],
         q.shape[2],
-        pool.values.shape[3],
+        pool.value_dim,
         0 if listed is None else listed.shape[2],
         spec.block_size,
         *pool.keys.stride()[:3],

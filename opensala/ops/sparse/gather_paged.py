@@ -70,17 +70,19 @@ def gather_store_kv(
     compress: Callable[[Tensor, int, int], Tensor] = _windows_in_order,
 ) -> None:
     """As `store_kv`; `compress` makes the windows of `[L, Hkv, D]`."""
+    wide = torch.promote_types(pool.k1.dtype, torch.float32)
     for s in _sequences(table):
         places = _token_places(s.pages, s.cached, s.length, spec.block_size)
-        pool.keys[places] = k[s.new].to(pool.keys.dtype)
-        pool.values[places] = v[s.new].to(pool.values.dtype)
+        pool.keys[places] = pool.packed(k[s.new])
+        pool.values[places] = pool.packed(v[s.new])
         for (size, stride), level in zip(_levels(spec), (pool.k1, pool.k2), strict=True):
             old, new = (num_windows(length, size, stride) for length in (s.cached, s.length))
             if new > old:
                 page, slot = (x.to(k.device) for x in window_places(old, new, size, stride, spec.block_size))
                 ends = (new - 1) * stride + size
-                keys = pool.keys[_token_places(s.pages, old * stride, ends, spec.block_size)]
-                level[s.pages[page], slot] = compress(keys, size, stride)
+                rows = pool.keys[_token_places(s.pages, old * stride, ends, spec.block_size)]
+                keys = pool.unpacked(rows, wide if pool.is_int8 else rows.dtype)
+                level[s.pages[page], slot] = compress(keys, size, stride).to(level.dtype)
 
 
 def gather_select(
@@ -107,8 +109,8 @@ def naive_select_paged(
     result = _no_blocks(q, pool, spec)
     for s in _sequences(table):
         if s.sparse:
-            keys = pool.keys[_token_places(s.pages, 0, s.length, spec.block_size)]
-            result[s.new] = run(q[s.new], keys.to(q.dtype), spec, *options).int()
+            rows = pool.keys[_token_places(s.pages, 0, s.length, spec.block_size)]
+            result[s.new] = run(q[s.new], pool.unpacked(rows, q.dtype), spec, *options).int()
     return result
 
 
@@ -122,10 +124,10 @@ def gather_attention(
     run: Callable[..., Tensor],
 ) -> Tensor:
     """As `paged_attention`: `run(q, k, v, blocks, block_size, scale)` for each sequence."""
-    out = q.new_empty(*q.shape[:2], pool.values.shape[3])
+    out = q.new_empty(*q.shape[:2], pool.value_dim)
     for s in _sequences(table):
         places = _token_places(s.pages, 0, s.length, spec.block_size)
-        k, v = (x[places].to(q.dtype) for x in (pool.keys, pool.values))
+        k, v = (pool.unpacked(x[places], q.dtype) for x in (pool.keys, pool.values))
         chosen = (
             blocks[s.new] if blocks is not None and s.sparse else _all_blocks(q[s.new], k, spec.block_size)
         )

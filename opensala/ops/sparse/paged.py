@@ -20,6 +20,8 @@ from .pages import KVPages, PageTable, check_pool, check_table
 from .select import select_sequence
 from .spec import REGIONS, BlockSpec, check_search
 
+_INT8 = "keys and values in int8 have no Triton form"
+
 
 def store_kv(
     k: Tensor, v: Tensor, pool: KVPages, table: PageTable, spec: BlockSpec, *, backend: Backend | None = None
@@ -27,7 +29,7 @@ def store_kv(
     """Write the new tokens' keys and values into their pages, and the compressed keys that they complete.
 
     Args:
-        k, v (Tensor): `[T, Hkv, D]` and `[T, Hkv, Dv]`, rounded to the pool's dtype.
+        k, v (Tensor): `[T, Hkv, D]` and `[T, Hkv, Dv]`, rounded to the pool's dtype (int8: see `int8`).
         pool (KVPages): the layer's pages; modified in place.
         table (PageTable): which token goes where. Its numbers are trusted (`PageTable.check_integrity`).
         spec (BlockSpec): sizes of windows and blocks.
@@ -43,14 +45,14 @@ def store_kv(
     Source: InfLLM-V2 (arXiv 2509.24663) section 3.
     """
     _check(pool, table, spec)
-    for name, x, like in (("k", k, pool.keys), ("v", v, pool.values)):
-        wanted = (k.shape[0], *like.shape[2:])
+    for name, x, dim in (("k", k, pool.k1.shape[3]), ("v", v, pool.value_dim)):
+        wanted = (k.shape[0], pool.keys.shape[2], dim)
         if tuple(x.shape) != wanted:
             raise ValueError(
                 f"{name} must be [T, Hkv, D] = {list(wanted)} as in the pool, got {list(x.shape)}"
             )
-    limit = head_dim_limit(pool.keys, pool.values)
-    name = choose_backend("store_kv", pool.keys, backend, {"cpp": None, "triton": limit})
+    limit = _INT8 if pool.is_int8 else head_dim_limit(pool.keys, pool.values)
+    name = choose_backend("store_kv", pool.k1, backend, {"cpp": None, "triton": limit})
     with torch.no_grad():
         if name == "triton":
             from .triton_store import triton_store_kv  # needs the package triton
@@ -160,7 +162,7 @@ def paged_attention(
             f"blocks must be [T, Hkv, K] = [{q.shape[0]}, {pool.keys.shape[2]}, K], got {list(blocks.shape)}"
         )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    special = {"cpp": None, "triton": head_dim_limit(q, pool.values)}
+    special = {"cpp": None, "triton": _INT8 if pool.is_int8 else head_dim_limit(q, pool.values)}
     name = choose_backend("paged_attention", _widest(q, pool), backend, special)
     with torch.no_grad():
         if name == "triton":
@@ -175,7 +177,7 @@ def paged_attention(
 
 def _widest(q: Tensor, pool: KVPages) -> Tensor:
     """The tensor whose dtype decides about the backend: one in float64 needs PyTorch."""
-    return pool.keys if pool.keys.dtype == torch.float64 else q
+    return pool.k1 if pool.k1.dtype == torch.float64 else q
 
 
 def _check(pool: KVPages, table: PageTable, spec: BlockSpec, q: Tensor | None = None) -> None:
@@ -183,6 +185,6 @@ def _check(pool: KVPages, table: PageTable, spec: BlockSpec, q: Tensor | None = 
     check_table(table)
     if q is None:
         return
-    kv_heads, dim = pool.keys.shape[2:]
+    kv_heads, dim = pool.k1.shape[2:]
     if q.dim() != 3 or q.shape[2] != dim or q.shape[1] % kv_heads:
         raise ValueError(f"q must be [T, a multiple of {kv_heads} heads, {dim}], got {list(q.shape)}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .int8 import SCALE_BYTES, pack_rows, unpack_rows
 from .spec import BlockSpec
 
 
@@ -70,6 +71,9 @@ class PageTable(NamedTuple):
 class KVPages(NamedTuple):
     """The pages of one sparse layer, all of one dtype; stride 1 in the last dimension.
 
+    Keys and values may be int8 instead, in rows of D + 4 and Dv + 4 bytes (see `int8`); compressed keys are
+    made from what such rows stand for, and are never int8.
+
     Attributes:
         keys, values: `[pages, block_size, Hkv, D]` and `[pages, block_size, Hkv, Dv]`.
         k1: `[pages, ceil(block_size / kernel_stride), Hkv, D]`, first-level compressed keys. The window that
@@ -81,6 +85,23 @@ class KVPages(NamedTuple):
     values: Tensor
     k1: Tensor
     k2: Tensor
+
+    @property
+    def is_int8(self) -> bool:
+        return self.keys.dtype == torch.int8
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value, Dv."""
+        return self.values.shape[-1] - (SCALE_BYTES if self.is_int8 else 0)
+
+    def packed(self, x: Tensor) -> Tensor:
+        """Keys or values `[..., D]` as rows of the pool."""
+        return pack_rows(x) if self.is_int8 else x.to(self.keys.dtype)
+
+    def unpacked(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the pool as keys or values `[..., D]` in a dtype."""
+        return unpack_rows(rows, dtype) if self.is_int8 else rows.to(dtype)
 
 
 def window_places(first: int, last: int, size: int, stride: int, block_size: int) -> tuple[Tensor, Tensor]:
@@ -95,18 +116,21 @@ def check_pool(pool: KVPages, spec: BlockSpec) -> None:
     Raises:
         ValueError: tensors that do not fit together or the spec.
     """
-    pages, _, kv_heads, dim = pool.keys.shape
+    pages, _, kv_heads = pool.keys.shape[:3]
+    dim, scale = pool.k1.shape[-1], SCALE_BYTES if pool.is_int8 else 0
     slots1, slots2 = (-(-spec.block_size // stride) for stride in (spec.kernel_stride, spec.coarse_stride))
     wanted = {
-        "keys": (pages, spec.block_size, kv_heads, dim),
+        "keys": (pages, spec.block_size, kv_heads, dim + scale),
         "values": (pages, spec.block_size, kv_heads, pool.values.shape[-1]),
         "k1": (pages, slots1, kv_heads, dim),
         "k2": (pages, slots2, kv_heads, dim),
     }
-    for (name, shape), x in zip(wanted.items(), pool, strict=True):
-        if tuple(x.shape) != shape or x.dtype != pool.keys.dtype or x.stride(-1) != 1:
+    compressed = pool.k1.dtype if pool.is_int8 else pool.keys.dtype
+    dtypes = (pool.keys.dtype, pool.keys.dtype, compressed, compressed)
+    for (name, shape), x, dtype in zip(wanted.items(), pool, dtypes, strict=True):
+        if tuple(x.shape) != shape or x.dtype != dtype or x.stride(-1) != 1:
             raise ValueError(
-                f"pool.{name} must be {list(shape)} in {pool.keys.dtype} with stride 1 in the last "
+                f"pool.{name} must be {list(shape)} in {dtype} with stride 1 in the last "
                 f"dimension, got {list(x.shape)} in {x.dtype} with strides {list(x.stride())}"
             )
 
