@@ -126,7 +126,7 @@ class Engine:
         self.options = options or EngineOptions()
         self.config: MiniCPMSALAConfig = model.config
         self.config.check()
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype = model.device, model.compute_dtype
         pages, slots = self._pool_sizes()
         page_size = self.config.block_spec.block_size
         self.storage = CacheStorage(
