@@ -192,6 +192,8 @@ def test_command(command, folder, monkeypatch, capsys, request):
         ):  # minutes: the command is there and takes these options
             words.append("--help")
         words = planned(words, folder) if words[1] == "convert" else words
+        if words[1] == "quantize":  # minutes of calibration and questions
+            words += ["--sequences", "2", "--length", "256", "--questions", "1", "--document-tokens", "512"]
         if words[1] == "train" and words[2] != "plan":  # minutes: its options are read and its stages listed
             words.append("--plan")
         if words[1] == "eval" and "--suite" in words and "1024" not in words:  # likewise

@@ -19,7 +19,7 @@ BELOW = {
     "engine": {"ops", "cache", "model", "data", "hub"},
     "contexts": {"ops", "cache", "model", "data", "runs", "engine"},
     "server": {"engine", "contexts"},
-    "quantize": {"ops", "model", "data", "engine"},
+    "quantize": {"ops", "model", "data", "runs", "hub", "engine"},
     "evaluate": {"ops", "model", "data", "runs", "engine"},
     "bench": {"ops", "model", "data", "convert", "train", "engine", "server", "quantize", "evaluate"},
 }

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..engine import prefill
+from ..engine.precision import precision_of
 from ..model import MiniCPMSALAForCausalLM, SALACache
 from .counts import prefill_flops
 from .record import Report
@@ -26,7 +27,7 @@ def time_first_token(
 ) -> tuple[Timing, SALACache | None]:
     """Time to the first token of a prompt of random tokens; the last cache if `keep`."""
     ids, seconds, kept = random_ids(model.config.vocab_size, tokens, report.device), [], None
-    dtype = next(model.parameters()).dtype
+    dtype = model.compute_dtype
     for _ in range(runs):
         cache = SALACache(model.config)
         seconds.append(
@@ -41,6 +42,7 @@ def time_first_token(
         shape=f"T={tokens}",
         dtype=dtype,
         flops=prefill_flops(model.config, tokens),
+        precision=precision_of(model),
     )
     return timing, kept
 
@@ -78,7 +80,8 @@ def time_steps(
             name,
             timing,
             shape=f"T={length}",
-            dtype=next(model.parameters()).dtype,
+            dtype=model.compute_dtype,
             kind="decode",
+            precision=precision_of(model),
         )
     return {length: t.p50 for length, t in timings.items()}

@@ -7,7 +7,6 @@ It knows nothing of what was measured.
 import csv
 import importlib.metadata
 import json
-import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..ops.native.processor import processor_features, processor_name
 from .timing import Timing
 
 MEASURED = (
@@ -33,6 +33,7 @@ MEASURED = (
     "gflops",
     "gbs",
     "peak_mib",
+    "precision",
 )
 
 
@@ -79,8 +80,10 @@ class Report:
         flops: float = 0,
         moved: float = 0,
         peak: float | None = None,
+        precision: str = "",
     ) -> None:
-        """Keep a row and show it. `flops`: operations of a call; `moved`: bytes; `peak`: bytes of memory."""
+        """Keep a row and show it. `flops`: operations of a call; `moved`: bytes; `peak`: bytes of memory;
+        `precision`: of a model, what `engine.precision_of` says."""
         row = {
             "op": op,
             "pass": kind,
@@ -94,6 +97,7 @@ class Report:
             "gflops": significant(flops / timing.p50 / 1e9) if flops else "",
             "gbs": significant(moved / timing.p50 / 1e9) if moved else "",
             "peak_mib": "" if peak is None else round(peak / 2**20),
+            "precision": precision,
         }
         self.keep(row)
         rates = [
@@ -178,10 +182,11 @@ def describe(device: torch.device) -> dict[str, str]:
     machine = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+        else f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}"
     )
     return {
         "machine": machine,
+        "features": " ".join(processor_features()),
         "threads": str(threads),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -190,16 +195,6 @@ def describe(device: torch.device) -> dict[str, str]:
         "commit": commit(),
         "time": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
     }
-
-
-def processor() -> str:
-    """The processor's model name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def version(package: str) -> str:

@@ -28,6 +28,7 @@ from .options import (
     Seed,
     with_options,
 )
+from .quantize import quantize
 from .serve import app as serve_app
 from .sizes import byte_count
 from .train import app as train_app
@@ -50,6 +51,7 @@ app.add_typer(train_app, name="train")
 app.add_typer(contexts_app, name="contexts")
 app.command()(pull)
 app.command()(models)
+app.command()(quantize)
 app.add_typer(serve_app, name="serve")
 
 

@@ -76,7 +76,13 @@ class EngineOptions:
             "tokens. Default: what the checkpoint says."
         ),
     ] = None
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto, float32, bfloat16 or float16. auto: what the GPU or (measured once) this CPU is fast "
+            "in, and never less than the checkpoint has."
+        ),
+    ] = "auto"
     kv_dtype: Annotated[
         str,
         typer.Option(

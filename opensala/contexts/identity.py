@@ -6,6 +6,7 @@ the same, field by field; what differs is named.
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,7 +47,8 @@ def identity(engine: Engine) -> dict[str, Any]:
     key = (json.dumps(config), *((w.data_ptr(), w._version) for w in weights.values()))
     if engine not in _known or _known[engine][0] != key:
         with ThreadPoolExecutor() as pool:  # hashing lets other threads run
-            sums = dict(zip(weights, pool.map(_sum, weights.values()), strict=True))
+            each = pool.map(partial(_sum, dtype=engine.dtype), weights.values())
+            sums = dict(zip(weights, each, strict=True))
         found: dict[str, Any] = {"config": config, "dtype": str(engine.dtype).removeprefix("torch.")}
         if engine.kv_dtype is not None:
             found["kv_dtype"] = str(engine.kv_dtype).removeprefix("torch.")
@@ -54,8 +56,11 @@ def identity(engine: Engine) -> dict[str, Any]:
     return {**_known[engine][1], **_tokenizer(engine.tokenizer)}
 
 
-def _sum(weight: Tensor) -> str:
+def _sum(weight: Tensor, dtype: torch.dtype) -> str:
+    """Of what is computed with: weights stored in fewer bits than `dtype` (exactly widened) count as wide."""
     data = weight.detach().cpu()
+    if data.is_floating_point() and data.itemsize < dtype.itemsize:
+        data = data.to(dtype)
     return checksum(str(tuple(data.shape)).encode(), as_bytes(data.reshape(1, -1)).data)[:8].hex()
 
 

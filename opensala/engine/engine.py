@@ -131,7 +131,7 @@ class Engine:
         self.options = options or EngineOptions()
         self.config: MiniCPMSALAConfig = model.config
         self.config.check()
-        self.device, self.dtype = model.device, model.dtype
+        self.device, self.dtype = model.device, model.compute_dtype
         self.kv_dtype = KV_DTYPES[self.options.kv_dtype]
         if self.kv_dtype is not None and self.device.type != "cpu":
             raise ValueError(

@@ -23,6 +23,7 @@ from ..model.attention import LightningMixer, SparseMixer
 from ..model.batch import BatchNumbers, BatchRow, ForwardBatch
 from ..model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
 from ..model.modeling import MiniCPMSALADecoderLayer
+from ..model.quantised import QuantisedLinear
 from ..model.storage import CacheStorage
 from ..ops import PageTable
 from ..ops.backends import planned_backend
@@ -112,11 +113,12 @@ class DecodeGraphs:
         self.reason: str | None = None  # why nothing is replayed, once that is known
         self._graphs: OrderedDict[tuple[Any, ...], DecodeGraph] = OrderedDict()
         self._modules = [m for m in self._all_modules() if not isinstance(m, torch.nn.ModuleList)]
+        self._quantised = [m for m in self._modules if isinstance(m, QuantisedLinear)]
         foreign = [type(m).__name__ for m in self._modules if type(m) not in _OURS and list(m.parameters())]
         if foreign:
             self.reason = f"the model has a module of another kind, {foreign[0]}"
         self._weights = [*model.model.layers.parameters(), *model.model.norm.parameters()]
-        if any(w.dtype != torch.float32 or w.device.type != "cpu" for w in self._weights):
+        if model.compute_dtype != torch.float32 or any(w.device.type != "cpu" for w in self._weights):
             self.reason = "it is for float32 on a CPU"
         for module in self._modules:
             if isinstance(module, LightningMixer):
@@ -125,6 +127,13 @@ class DecodeGraphs:
     @property
     def num_graphs(self) -> int:
         return len(self._graphs)
+
+    def _codes(self) -> Iterator[Tensor]:
+        """Of the quantised layers, in the form that the recorded calls read."""
+        for module in self._quantised:
+            packed = module.pack()
+            if packed is not None:
+                yield packed.codes
 
     def _all_modules(self) -> Iterator[torch.nn.Module]:
         yield from self.model.model.layers.modules()
@@ -138,7 +147,7 @@ class DecodeGraphs:
         longest = max(row.start + row.count for row in rows)
         width = max(8, 1 << (-(-longest // size) - 1).bit_length())
         any_sparse = any(row.sparse for row in rows)
-        where = tuple(w.data_ptr() for w in self._weights)
+        where = tuple(w.data_ptr() for w in (*self._weights, *self._codes()))
         config = self.model.config
         key = (
             x.shape[1],

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from .engine import Engine, EngineOptions
+from .precision import apply_precision, measured_precision, own_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,8 +34,9 @@ def load_engine(
         model: folder or hub name of a MiniCPM-SALA checkpoint, or name of a pulled model; None for the
             shipped one.
         device: `auto`, `cpu`, `cuda`, ...; `auto` takes a CUDA GPU if there is one.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU (half precision is
-            many times slower there) and bfloat16 elsewhere.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`, for everything; `auto` is bfloat16 on a GPU, and
+            on a CPU float32 with weights in the checkpoint's own 16 bits and products in them as far as
+            they are faster here (`engine/precision.py` measures and says so).
         attention_mode: `auto`, `dense` or `sparse`; None for what the checkpoint says.
         block_search: `exact` or `hierarchical`; None for what the checkpoint says.
         options: bounds of the engine.
@@ -44,7 +46,7 @@ def load_engine(
     """
     name = str(shipped_model()) if model is None else model
     where = _device(device)
-    kind = _dtype(dtype, where)
+    kind, precision = _dtype(dtype, where), None
     source = str(checkpoint_folder(name))
     config = _config(source)
     if attention_mode is not None:
@@ -52,6 +54,9 @@ def load_engine(
     if block_search is not None:
         config.block_search = block_search
     config.check()
+    if where.type == "cpu" and dtype == "auto":
+        precision = measured_precision(config, own_dtype(config))
+        kind = precision.storage  # as it lies in the file, so that nothing is there twice
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -60,6 +65,8 @@ def load_engine(
         weights = MiniCPMSALAForCausalLM.from_pretrained(source, config=config, dtype=kind)
     except OSError as error:
         raise ValueError(f"{name}: cannot be loaded ({_first_line(error)})") from error
+    if precision is not None:
+        apply_precision(weights, precision)
     if where.type == "cuda":  # straight to where they stay, so that nothing lies there twice
         weights.model.merge_projections(where)
     return Engine(weights.to(where), tokenizer, options, name=name)

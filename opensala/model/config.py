@@ -16,6 +16,7 @@ from ..ops import BlockSpec
 from ..ops.sparse import LSE_KINDS, REGIONS, SEARCHES
 from ..ops.sparse.spec import REGION
 from .fields import RULES, SPARSE_RULES, Rule, check_choice, number, numbers
+from .gptq_config import ask_for_our_loader
 
 SPARSE = "minicpm4"
 LIGHTNING = "lightning-attn"
@@ -148,6 +149,7 @@ class MiniCPMSALAConfig(PreTrainedConfig):
             self.mixer_types = [SPARSE if i in RELEASED_SPARSE_LAYERS else LIGHTNING for i in range(32)]
         self._check_mixers()
         self._check_sparse_config()
+        ask_for_our_loader(kwargs)
         super().__post_init__(**kwargs)
         self.check()
 

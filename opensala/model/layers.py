@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..ops import linear, norm_gate, rms_norm, silu_mul
+from ..ops.linear.speed import half_product
 from .config import MiniCPMSALAConfig
 
 
@@ -33,18 +34,47 @@ def fuses(x: Tensor, *others: Tensor | None) -> bool:
     return wanted and runs_alone(x, *others)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b; in inference on a CPU a row of it does not depend on the other rows (`ops.linear`)."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, half_rows: int | None = None) -> Tensor:
+    """x W^T + b in x's dtype; in inference on a CPU a row of it does not depend on the other rows
+    (`ops.linear`).
+
+    Args:
+        weight: in x's dtype, or stored in 16 bits beside a float32 x: then it is widened, which is exact.
+        half_rows: rows from which x is rounded to a 16-bit weight's dtype instead (`engine/precision.py`
+            sets it where the processor is faster so); the independence of rows does not hold then.
+    """
     if x.dtype == torch.float32 and x.device.type == "cpu" and runs_alone(x, weight, bias):
+        if half_rows is not None and weight.itemsize == 2 and x.shape[:-1].numel() >= half_rows:
+            return half_product(x, weight, bias)
         return linear(x, weight, bias)
+    if weight.dtype != x.dtype and weight.itemsize == 2 and x.dtype == torch.float32:
+        weight = weight.to(x.dtype)  # stored narrower than computed
     return nn.functional.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose inference on a CPU does not depend on how many rows a call has (`ops.linear`)."""
+    """nn.Linear whose inference on a CPU does not depend on how many rows a call has (`ops.linear`).
+
+    Attributes:
+        half_rows: see `product`.
+        wide: the dtype of its input and output where the weight is stored in fewer bits; None: the weight's.
+    """
+
+    half_rows: int | None = None
+    wide: torch.dtype | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        return product(input, self.weight, self.bias)
+        return product(input, self.weight, self.bias, self.half_rows)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that widens what it looks up to the dtype `wide`, if one is set."""
+
+    wide: torch.dtype | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        found = super().forward(input)
+        return found if self.wide is None else found.to(self.wide)
 
 
 class RMSNorm(nn.Module):

@@ -28,7 +28,7 @@ from .checkpoint import load_strictly
 from .compat import CACHE_ARGUMENT, take_cache
 from .config import ATTENTION_MODES, MiniCPMSALAConfig, check_choice
 from .inference import MergedLayers
-from .layers import Linear, RMSNorm, SwiGLU, fuses
+from .layers import Embedding, Linear, RMSNorm, SwiGLU, fuses
 from .layout import (
     SequenceLayout,
     SequenceParallel,
@@ -37,6 +37,7 @@ from .layout import (
     parallel_layout,
     rows_layout,
 )
+from .quantised import check_quantised
 from .replay import record_and_replay
 
 logger = logging.getLogger("opensala")
@@ -96,7 +97,9 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but strict: only safetensors are read, and every missing, unexpected or
         misshapen tensor is named in a ValueError."""
-        return load_strictly(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        loaded = load_strictly(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        check_quantised(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; says so if the model uses extensions that other servers of the format do not
@@ -116,6 +119,13 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
             )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations, keys and values: that of the parameters, unless weights are stored
+        narrower than they are computed with (`engine/precision.py`)."""
+        embedding = self.get_input_embeddings()
+        return getattr(embedding, "wide", None) or self.dtype
+
     def set_attention_mode(self, mode: str) -> None:
         """`auto` (dense below dense_len), `dense` or `sparse` for all calls from now on."""
         check_choice("attention_mode", mode, ATTENTION_MODES)
@@ -133,7 +143,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
     def __init__(self, config: MiniCPMSALAConfig) -> None:
         config.check()  # fields may have been changed since the configuration was made
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             MiniCPMSALADecoderLayer(config, i) for i in range(config.num_hidden_layers)
         )
