@@ -17,7 +17,7 @@ once.
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +26,9 @@ import jinja2
 from ..data.facts import format_question
 from ..data.prompts import PromptFormat
 from .decode import check_text
+from .tools import Tool, ToolCall
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 _BILLING = re.compile(r"\s*x-[\w-]*billing[\w-]*\s*[:=]", re.I)
 _DATE = re.compile(
     r"\s*(?:[-*#]\s*)?(?:(?:the )?(?:current|today's|today’s) (?:local |utc )?(?:date|time|datetime)"
@@ -42,12 +43,16 @@ class Message:
     """One message of a conversation.
 
     Attributes:
-        role: system, user or assistant.
+        role: system, user or assistant; tool for the result of a call.
         parts: its texts, in order.
+        calls: of tools, that the assistant made behind its texts.
+        call_id: of the call whose result it is.
     """
 
     role: str
     parts: tuple[str, ...]
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
 
     @property
     def text(self) -> str:
@@ -101,6 +106,7 @@ def encode_chat(
     stable: bool = True,
     document: str = "",
     document_tokens: Sequence[int] = (),
+    tools: Sequence[Tool] = (),
 ) -> ChatPrompt:
     """Token ids of a conversation whose next turn is the model's.
 
@@ -113,10 +119,11 @@ def encode_chat(
             a chat template in the first user message, where the system messages before it follow.
         document_tokens: if given, `document` is the end of a longer text whose last tokens these are: the ids
             that come back begin with them.
+        tools: that the model may call. Whether its template shows them, `CallForm.of` says.
 
     Raises:
         ValueError: an unknown role, no text to answer, an order of messages that the model's form does not
-            have, text that is not valid Unicode.
+            have, text that is not valid Unicode, a result of no call, tools without a chat template.
         OtherTokens: the conversation changes how the end of the document is cut into `document_tokens`.
     """
     _check(messages, continue_final)
@@ -125,7 +132,9 @@ def encode_chat(
         messages, late = _split_volatile(messages)
     form = PromptFormat(tokenizer)
     if form.uses_chat:
-        made = _from_template(form, _in_first_user(messages, document), late, continue_final)
+        made = _from_template(form, _in_first_user(messages, document), late, continue_final, tools)
+    elif tools or any(m.calls or m.role == "tool" for m in messages):
+        raise ValueError("tools need a model with a chat template, and this one has none")
     else:
         made = _plain(messages, late, document)
     begun = len(document_tokens) > 0
@@ -157,10 +166,25 @@ def _check(messages: Sequence[Message], continue_final: bool) -> None:
         for part in message.parts:
             if part:
                 check_text(f"messages[{number}]", part)
+    _check_calls(messages)
     if not any(m.role == "user" and m.text.strip() for m in messages):
         raise ValueError("messages hold no text of a user to answer")
-    if continue_final and messages[-1].role != "assistant":
+    if continue_final and (messages[-1].role != "assistant" or messages[-1].calls):
         raise ValueError("only an answer can be continued: the last message must be the assistant's")
+
+
+def _check_calls(messages: Sequence[Message]) -> None:
+    """Every result must be that of a call before it: templates would show it as that of another one."""
+    known: set[str] = set()
+    for number, message in enumerate(messages):
+        if message.role == "tool" and message.call_id not in known:
+            raise ValueError(
+                f"messages[{number}] is the result of call {message.call_id[:100]!r}, which no assistant's "
+                "message before it made"
+            )
+        if message.calls and message.role != "assistant":
+            raise ValueError(f"messages[{number}] has calls of tools, and its role is {message.role!r}")
+        known |= {call.id for call in message.calls}
 
 
 def _split_volatile(messages: Sequence[Message]) -> tuple[list[Message], str]:
@@ -238,8 +262,12 @@ def _question(message: Message) -> tuple[str, str]:
     return document, question.strip()
 
 
-def _from_template(form: PromptFormat, messages: Sequence[Message], late: str, continue_final: bool) -> _Text:
-    turns = [{"role": m.role, "content": m.text} for m in messages if m.role != "system" or m.text]
+def _from_template(
+    form: PromptFormat, messages: Sequence[Message], late: str, continue_final: bool, tools: Sequence[Tool]
+) -> _Text:
+    names = {call.id: call.name for message in messages for call in message.calls}
+    turns = [_turn(m, names) for m in messages if m.role != "system" or m.text]
+    offered = {"tools": [tool.as_template() for tool in tools]} if tools else {}
     last = max(n for n, turn in enumerate(turns) if turn["role"] == "user")
     content = turns[last]["content"]
     if late:
@@ -250,8 +278,13 @@ def _from_template(form: PromptFormat, messages: Sequence[Message], late: str, c
             tokenize=False,
             add_generation_prompt=not continue_final,
             continue_final_message=continue_final,
+            **offered,
         )
-        before = [form.tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (last,) if turns[:n]]
+        before = [
+            form.tokenizer.apply_chat_template(turns[:n], tokenize=False, **offered)
+            for n in (last,)
+            if turns[:n]
+        ]
     except jinja2.TemplateError as error:
         raise ValueError(f"messages do not fit the model's chat template: {error}") from error
     made = _Text(text)
@@ -260,3 +293,13 @@ def _from_template(form: PromptFormat, messages: Sequence[Message], late: str, c
     if found >= 0:
         made.places.append(found + len(content.strip()))
     return made
+
+
+def _turn(message: Message, names: Mapping[str, str]) -> dict[str, Any]:
+    """A message as chat templates read it; `names` are the tools' by the ids of their calls."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.text}
+    if message.calls:
+        turn["tool_calls"] = [call.as_template() for call in message.calls]
+    if message.role == "tool":
+        turn |= {"tool_call_id": message.call_id, "name": names[message.call_id]}
+    return turn

@@ -7,6 +7,7 @@ model.
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -121,6 +122,7 @@ class Grammars:
         self._tokenizer, self._vocab_size, self._end_ids = tokenizer, vocab_size, sorted(end_ids)
         self._lock = threading.Lock()  # a server compiles beside the engine's thread
         self._new: Callable[[str], Any] | None = None
+        self._special: dict[str, int] = {}  # tokens that text never becomes, by how they are written
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
 
     def guide(self, grammar: Grammar) -> Guide:
@@ -155,6 +157,23 @@ class Grammars:
                 self._compiled.popitem(last=False)
             return matcher
 
+    def literal(self, text: str) -> str:
+        """How a grammar says this text: its special tokens by number, the rest in quotes.
+
+        Raises:
+            ValueError: see `guide`.
+        """
+        with self._lock:
+            self._new = self._new or self._prepare()
+        names = sorted(self._special, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+        said = [
+            f"<[{self._special[part]}]>" if part in self._special else json.dumps(part)
+            for part in parts
+            if part
+        ]
+        return " ".join(said) or '""'
+
     def _prepare(self) -> Callable[[str], Any]:
         """What makes a matcher of a grammar's text; takes about a second for a vocabulary of 128K."""
         try:
@@ -170,6 +189,8 @@ class Grammars:
         if not self._end_ids:
             raise ValueError("grammar needs a model with an end of text, and this one's config has none")
         tokens = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._end_ids)
+        added = self._tokenizer.get_added_vocab()
+        self._special = {text: n for text, n in added.items() if tokens.is_special_token(n)}
         limits = llguidance.LLParserLimits(verbose_errors=False)
 
         def new(text: str) -> Any:

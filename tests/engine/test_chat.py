@@ -130,8 +130,8 @@ def test_lines_that_only_look_like_dates_stay(plain):
         ([("system", "a")], "no text of a user"),
         ([("user", "  ")], "no text of a user"),
         (
-            [("tool", "a"), ("user", "b")],
-            r"messages\[0\].role must be one of system, user, assistant, got 'tool'",
+            [("boss", "a"), ("user", "b")],
+            r"messages\[0\].role must be one of system, user, assistant, tool, got 'boss'",
         ),
         ([("user", "\ud800")], r"messages\[0\] is not valid UTF-8"),
         ([("user", "b"), ("system", "a")], "must end with the user's question"),
