@@ -1,20 +1,26 @@
 """Train the small model that ships in the package, on nothing but a Python installation.
 
-    python scripts/build_tokenizer.py runs/small python scripts/train_small.py runs/small [--threads 2]
+    python scripts/build_tokenizer.py runs/small
+    python scripts/train_small.py runs/small [--threads 2]
+    python scripts/train_small.py runs/written --start runs/small/model
 
 Sequences are documents with hidden facts followed by questions and answers (opensala.data.retrieval). The
-stages go from short dense sequences to 8,192 tokens with block selection on. Checkpoints are written every
-few minutes and the run resumes from the last one by itself, with the same data order.
+stages go from short dense sequences to 8,192 tokens with block selection on. With `--start` the weights of a
+model go on learning: values as people write them, and questions whose fact is absent, among the old tasks.
+Checkpoints are written every few minutes and the run resumes from the last one by itself, with the same data
+order.
 """
 
 import json
 import math
 import random
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from torch import Tensor
@@ -22,6 +28,7 @@ from transformers import AutoTokenizer
 
 from opensala.data.haystack import Haystack
 from opensala.data.retrieval import Sequence, training_sequence
+from opensala.data.written import ABSENT
 from opensala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from opensala.model.attention import SparseMixer
 from opensala.train.loss import selection_alignment_loss, weighted_next_token_loss
@@ -35,7 +42,8 @@ SAVE_SECONDS = 120
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` optimizer steps on `batch` sequences of `length` tokens with up to `facts` facts each."""
+    """`steps` optimizer steps on `batch` sequences of `length` tokens with up to `facts` facts each; what
+    `written` and `absent` are, `opensala.data.retrieval.mixed_facts` says."""
 
     steps: int
     length: int
@@ -43,9 +51,16 @@ class Stage:
     facts: int
     mode: str = "dense"
     alignment: float = 0.0
+    written: float = 0.0
+    absent: float = 0.0
+
+    @property
+    def least_facts(self) -> int:
+        """A text that is asked about absent facts may hold a single one."""
+        return 1 if self.absent else max(1, self.facts // 2)
 
 
-STAGES = (
+STAGES: tuple[Stage, ...] = (
     Stage(1200, 256, 16, 4),
     Stage(700, 512, 8, 8, alignment=0.1),
     Stage(800, 1024, 4, 12, alignment=0.3),
@@ -55,7 +70,15 @@ STAGES = (
     Stage(320, 2048, 2, 16, alignment=0.3),
     Stage(140, 4096, 1, 24, "sparse", alignment=0.3),
 )
-PEAK_LR, LAST_LR, WARMUP = 3e-3, 1e-4, 100
+# With --start: learnt in short texts first, then held in long ones.
+WRITTEN_STAGES: tuple[Stage, ...] = (
+    Stage(210, 512, 8, 8, alignment=0.1, written=0.6, absent=0.3),
+    Stage(80, 1024, 4, 12, alignment=0.3, written=0.6, absent=0.3),
+    Stage(80, 2048, 2, 18, alignment=0.3, written=0.6, absent=0.3),
+    Stage(70, 4096, 1, 28, "sparse", alignment=0.3, written=0.6, absent=0.3),
+    Stage(12, 8192, 1, 40, "sparse", alignment=0.3, written=0.6, absent=0.3),
+)
+PEAK_LR, WRITTEN_PEAK_LR, LAST_LR, WARMUP = 3e-3, 1.5e-3, 1e-4, 100
 
 
 def model_config(vocab_size: int) -> MiniCPMSALAConfig:
@@ -100,21 +123,23 @@ def new_model(vocab_size: int, seed: int) -> MiniCPMSALAForCausalLM:
     return model
 
 
-def learning_rate(step: int, total: int) -> float:
+def learning_rate(step: int, total: int, peak: float = PEAK_LR) -> float:
     """Linear warm-up, constant to 60% of the run, then linear decay."""
     if step < WARMUP:
-        return PEAK_LR * (step + 1) / WARMUP
+        return peak * (step + 1) / WARMUP
     left = min(1.0, (total - step) / (0.4 * total))
-    return LAST_LR + (PEAK_LR - LAST_LR) * left
+    return LAST_LR + (peak - LAST_LR) * left
 
 
 def make_batch(tokenizer: Any, haystack: Haystack, stage: Stage, seed: int) -> list[Sequence]:
     rng = random.Random(seed)
-    sequences = []
+    sequences: list[Sequence] = []
     while len(sequences) < stage.batch:
         try:
-            count = rng.randrange(max(1, stage.facts // 2), stage.facts + 1)
-            sequences.append(training_sequence(tokenizer, haystack, rng, stage.length, count))
+            count = rng.randrange(stage.least_facts, stage.facts + 1)
+            sequences.append(
+                training_sequence(tokenizer, haystack, rng, stage.length, count, stage.written, stage.absent)
+            )
         except ValueError:  # more facts than fit: draw again
             continue
     return sequences
@@ -131,7 +156,12 @@ class Recorder:
 
 
 def train_step(
-    model: MiniCPMSALAForCausalLM, recorder: Recorder, stage: Stage, batch: list[Sequence], seed: int
+    model: MiniCPMSALAForCausalLM,
+    recorder: Recorder,
+    stage: Stage,
+    batch: list[Sequence],
+    seed: int,
+    denial: int,
 ) -> dict[str, float]:
     ids = torch.stack([torch.from_numpy(s.ids).long() for s in batch])
     answer = torch.stack([torch.from_numpy(s.answer) for s in batch])
@@ -154,7 +184,25 @@ def train_step(
     with torch.no_grad():
         right = (logits[:, :-1].argmax(-1) == ids[:, 1:])[answer[:, 1:]]
     record["answer_accuracy"] = right.float().mean().item()
-    return record
+    return record | answer_shares(logits[:, :-1].argmax(-1).numpy(), batch, denial)
+
+
+def answer_shares(predicted: np.ndarray, batch: list[Sequence], denial: int) -> dict[str, float]:
+    """Shares of whole answers that are right, by what was asked for, and of stated facts that are denied.
+
+    Args:
+        predicted: `[B, T - 1]`, the likeliest token after each; denial: the first token of ABSENT.
+    """
+    outcomes: dict[str, list[bool]] = defaultdict(list)
+    for row, sequence in zip(predicted, batch, strict=True):
+        edges = np.flatnonzero(np.diff(sequence.answer.astype(int), append=0)) + 1
+        for a, b, fact in zip(edges[::2], edges[1::2], sequence.asked, strict=True):
+            right = bool((row[a - 1 : b - 1] == sequence.ids[a:b]).all())
+            kind = "absent" if fact.answer == ABSENT else "written" if fact.kind else "plain"
+            outcomes[kind].append(right)
+            if kind != "absent":
+                outcomes["denied"].append(bool(row[a - 1] == denial))
+    return {kind: sum(found) / len(found) for kind, found in sorted(outcomes.items())}
 
 
 def main(
@@ -162,14 +210,22 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     seed: int = 0,
     limit: Annotated[int, typer.Option(help="stop after so many steps in all (0: run to the end)")] = 0,
+    start: Annotated[
+        Path | None, typer.Option(help="model whose weights and tokenizer to begin with")
+    ] = None,
 ) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(start or directory)
     haystack = Haystack(tokenizer)
-    model = new_model(len(tokenizer), seed)
+    stages, peak, model = STAGES, PEAK_LR, new_model(len(tokenizer), seed)
+    if start is not None:
+        stages, peak = WRITTEN_STAGES, WRITTEN_PEAK_LR
+        model = MiniCPMSALAForCausalLM.from_pretrained(start, dtype=torch.float32)
+    directory.mkdir(parents=True, exist_ok=True)
+    denial = tokenizer(" " + ABSENT, add_special_tokens=False)["input_ids"][0]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+        model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.05, fused=True
     )
     state_file, step = directory / "state.pt", 0
     if state_file.exists():
@@ -178,7 +234,7 @@ def main(
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     recorder = Recorder(model)
-    plan = [stage for stage in STAGES for _ in range(stage.steps)]
+    plan = [stage for stage in stages for _ in range(stage.steps)]
     count = sum(p.numel() for p in model.parameters())
     print(
         f"{count / 1e6:.2f}M parameters, {sum(s.length * s.batch for s in plan) / 1e6:.1f}M tokens, "
@@ -199,10 +255,10 @@ def main(
         while step < (limit or len(plan)):
             stage = plan[step]
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, len(plan))
+                group["lr"] = learning_rate(step, len(plan), peak)
             batch = make_batch(tokenizer, haystack, stage, seed * 1_000_003 + step)
             optimizer.zero_grad(set_to_none=True)
-            record = train_step(model, recorder, stage, batch, step)
+            record = train_step(model, recorder, stage, batch, step, denial)
             if not all(math.isfinite(v) for v in record.values()):
                 raise SystemExit(f"step {step}: {record} is not finite; the last checkpoint is {state_file}")
             optimizer.step()

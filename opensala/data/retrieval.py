@@ -1,22 +1,24 @@
 """Retrieval tasks as token sequences: facts hidden in a haystack, then questions and answers."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .facts import Fact, format_question, random_facts
 from .haystack import Haystack
-from .written import WrittenFacts, written_facts
+from .written import ABSENT, revalued, written_facts
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Training tokens `[T]`, with a mark on those that are answers (and the end-of-text after each)."""
+    """Training tokens `[T]`, with a mark on those that are answers (and the end-of-text after each), and the
+    questions' facts in the order of the answers."""
 
     ids: np.ndarray
     answer: np.ndarray
+    asked: tuple[Fact, ...] = ()
 
 
 def place(rng: random.Random, fact: Fact) -> str:
@@ -45,7 +47,7 @@ def _decoy(rng: random.Random, fact: Fact, words: list[str]) -> str:
     own beginning, may tell how a copied value continues and where it ends."""
     kept = fact.answer[: rng.randrange(1, len(fact.answer) + 1)]
     digits = "".join(rng.choice("0123456789") for _ in range(rng.randrange(1, 5)))
-    tail = digits if fact.answer.isdigit() else rng.choice(words)
+    tail = digits if kept[-1].isdigit() else rng.choice(words)
     return rng.choice(
         (" {}{} ", "\n{}{}\n", " {}{}.", " = {}{}\n", ": {}{},", " is {}{}.\n", "\n{}{}")
     ).format(kept, tail)
@@ -71,11 +73,42 @@ def mixed_facts(
         written: chance of each fact to have a value as people write it (`written`), instead of a number or a
             name.
         absent: questions without a fact for each fact, on average.
+
+    Half of the facts with such values are worded as in `written`, half as in `facts` (`revalued`); half of
+    the unanswerable questions are of each wording.
     """
     prose = sum(rng.random() < written for _ in range(count)) if written else 0
     missing = sum(rng.random() < absent for _ in range(count)) if absent else 0
-    made = written_facts(rng, prose, missing, words) if prose or missing else WrittenFacts([], [])
-    return [*random_facts(rng, count - prose, words), *made.facts], made.absent
+    if not prose and not missing:
+        return random_facts(rng, count, words), []
+    copied, withheld = prose // 2, missing // 2
+    made = written_facts(rng, prose - copied, missing - withheld, words)
+    drawn = random_facts(rng, count - prose + copied + withheld, words)
+    rng.shuffle(drawn)
+    kept, held_back = drawn[withheld:], drawn[:withheld]
+    kept = [*(revalued(rng, fact) for fact in kept[:copied]), *kept[copied:]]
+    stated = {_meaning(fact.question) for fact in kept}
+    unknown = [
+        replace(fact, statement="", answer=ABSENT)
+        for fact in held_back
+        if _meaning(fact.question) not in stated
+    ]
+    return [*kept, *made.facts], [*made.absent, *unknown]
+
+
+def _meaning(question: str) -> frozenset[str]:
+    """What a question of `facts` asks for, the same however it is put: `X's code`, `the code for X`."""
+    said = question.rstrip("?").lower().replace("'s ", " ").split()
+    return frozenset(said) - {"who", "what", "is", "the", "of", "for"}
+
+
+def _mention(rng: random.Random, question: str, words: list[str]) -> str:
+    """Text that speaks of what an unanswerable question asks about, and does not answer it."""
+    asked = question.rstrip("?").split()
+    some = " ".join(asked[-rng.randrange(1, 4) :])
+    return rng.choice(
+        (" {1} {0} {2} ", "\n{1} {2} {0}.\n", " the {0} {1} {2}. ", "\n# {1}: {0} {2}\n")
+    ).format(some, rng.choice(words), rng.choice(words))
 
 
 def training_sequence(
@@ -102,6 +135,7 @@ def training_sequence(
         marks += [False] * len(prompt) + [True] * (len(answer) + 1)
     statements = [place(rng, f) for f in chosen]
     statements += [_decoy(rng, f, haystack.words) for f in chosen for _ in range(rng.choice((0, 1, 1, 2, 3)))]
+    statements += [_mention(rng, f.question, haystack.words) for f in missing if rng.random() < 0.4]
     rng.shuffle(statements)
     used = sum(len(ids) for ids in tokenizer(statements, add_special_tokens=False)["input_ids"])
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -111,4 +145,4 @@ def training_sequence(
     body = hide(tokenizer, rng, haystack.span(rng, room), statements)
     ids = np.concatenate([start, body, tail]).astype(np.int32)
     answer = np.concatenate([np.zeros(len(start) + len(body), bool), marks])
-    return Sequence(ids, answer)
+    return Sequence(ids, answer, tuple(asked))

@@ -9,7 +9,7 @@ thing that is there.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import values
 from .facts import Fact, compound, invented_word
@@ -311,6 +311,19 @@ def _subject(
 def written_fact(rng: random.Random, words: Words = (), kind: str | None = None) -> Fact:
     """One fact, of a kind of WRITTEN_KINDS. `words` are real words to draw from beside the built-in lists."""
     return _subject(rng, words, kind).fact(rng)
+
+
+def revalued(rng: random.Random, fact: Fact, kind: str | None = None) -> Fact:
+    """The fact with another value, of a kind of WRITTEN_KINDS (drawn if not given).
+
+    Nothing about the property then tells what its value looks like (the mayor of a town may be `$1,250`), so
+    that values are copied as they stand instead of being written as such properties usually are.
+    """
+    kind = kind or rng.choice(WRITTEN_KINDS)
+    value = rng.choice(FORMS[kind]).make(rng)
+    before, _, after = fact.statement.rpartition(fact.answer)
+    after = after.removeprefix(".") if value.endswith(".") else after
+    return replace(fact, statement=f"{before}{value}{after}", answer=value, kind=kind)
 
 
 @dataclass(frozen=True)
