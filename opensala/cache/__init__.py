@@ -2,6 +2,6 @@
 tensors."""
 
 from .pool import Pool, PoolExhausted
-from .prefix import Match, PrefixTree
+from .prefix import Match, Node, PrefixTree, Snapshot
 
-__all__ = ["Match", "Pool", "PoolExhausted", "PrefixTree"]
+__all__ = ["Match", "Node", "Pool", "PoolExhausted", "PrefixTree", "Snapshot"]

@@ -31,6 +31,8 @@ class Node:
         tokens: the tokens of the page; fewer than a page holds in a tail.
         page: the place of its keys and values; -1 in a root.
         slot: the place of the states behind its last token, or None.
+        used: when it was last matched or inserted, by the tree's clock.
+        restored: whether its page was read from disk and not computed here.
     """
 
     tokens: Tokens
@@ -38,6 +40,7 @@ class Node:
     parent: "Node | None"
     slot: int | None = None
     used: int = 0
+    restored: bool = False
     children: dict[Tokens, "Node"] = field(default_factory=dict)
     tails: dict[Tokens, "Node"] = field(default_factory=dict)
 
@@ -52,12 +55,34 @@ class Match:
             be copied before it is written to.
         slot: the snapshot's states; None if `length` is 0.
         paged: tokens whose keys and values are there, with or without a snapshot behind them.
+        restored: of `length`, tokens whose keys and values were read from disk and not computed here.
     """
 
     length: int
     pages: list[int]
     slot: int | None
     paged: int
+    restored: int = 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A text of the tree that can be continued: its namespace, its mode, its number of tokens, and the node
+    it ends at."""
+
+    namespace: str
+    sparse: bool
+    length: int
+    node: Node
+
+    def text(self) -> tuple[list[int], list[int]]:
+        """Its tokens, and the pages that hold them."""
+        path, node = [], self.node
+        while node.parent is not None:
+            path.append(node)
+            node = node.parent
+        path.reverse()
+        return [token for n in path for token in n.tokens], [n.page for n in path]
 
 
 class PrefixTree:
@@ -75,11 +100,15 @@ class PrefixTree:
         self._snapshots: set[Node] = set()
         # how often the tree itself holds a page: a tail may share a node's
         self._held: Counter[int] = Counter()
-        self._clock = count(1)
+        self.now = 0  # counts uses
 
     @property
     def num_snapshots(self) -> int:
         return len(self._snapshots)
+
+    def _tick(self) -> int:
+        self.now += 1
+        return self.now
 
     def match(self, tokens: Sequence[int], sparse: bool, limit: int, namespace: str = "") -> Match:
         """The longest beginning of `tokens`, of at most `limit` tokens, that can be continued; nothing is
@@ -88,7 +117,7 @@ class PrefixTree:
         path, tail = self._deepest_snapshot(root, tokens, limit)
         last = tail or (path.nodes[path.snapshot - 1] if path.snapshot else None)
         nodes = path.nodes[: path.snapshot] + ([tail] if tail else [])
-        now = next(self._clock)
+        now = self._tick()
         for node in nodes:
             node.used = now
         return Match(
@@ -96,7 +125,36 @@ class PrefixTree:
             pages=[node.page for node in nodes],
             slot=last.slot if last else None,
             paged=len(path.nodes) * self.page_size,
+            restored=sum(len(node.tokens) for node in nodes if node.restored),
         )
+
+    def snapshots(self) -> list[Snapshot]:
+        """All texts that can be continued, the most recently used first."""
+        found: list[Snapshot] = []
+        for where, root in self._roots.items():
+            stack = [(root, 0)]
+            while stack:
+                node, length = stack.pop()
+                if node.slot is not None:
+                    found.append(Snapshot(*where, length, node))
+                below = (*node.children.values(), *node.tails.values())
+                stack += [(n, length + len(n.tokens)) for n in below]
+        return sorted(found, key=lambda s: s.node.used, reverse=True)
+
+    def stops(self, text: Snapshot) -> Iterator[Snapshot]:
+        """The texts that can be continued and begin this one, from the shortest to itself."""
+        tokens = tuple(text.text()[0])
+        node, length = self._roots[(text.namespace, text.sparse)], 0
+        while True:
+            ends = [n for key, n in node.tails.items() if tokens[length : length + len(key)] == key]
+            for tail in sorted(ends, key=lambda n: len(n.tokens)):
+                yield Snapshot(text.namespace, text.sparse, length + len(tail.tokens), tail)
+            child = node.children.get(tokens[length : length + self.page_size])
+            if child is None:
+                return
+            node, length = child, length + self.page_size
+            if node.slot is not None:
+                yield Snapshot(text.namespace, text.sparse, length, node)
 
     def _deepest_snapshot(self, root: Node, tokens: Sequence[int], limit: int) -> tuple["_Path", Node | None]:
         path, node, best = _Path([], 0), root, None
@@ -122,6 +180,7 @@ class PrefixTree:
         pages: Sequence[int],
         slot: int | None,
         namespace: str = "",
+        restored: bool = False,
     ) -> dict[int, int]:
         """Remember that `tokens` lie in `pages`, and that `slot` holds the states behind the last of them.
 
@@ -130,17 +189,18 @@ class PrefixTree:
         held twice: the number of each page maps to the one to use instead, for the caller to swap.
 
         Without a slot, only full pages are remembered. Only matches of the same namespace find them.
+        `restored` says that the pages were read from disk and not computed here.
         """
         full = len(tokens) // self.page_size
         if not full and (slot is None or not len(tokens)):
             return {}  # nothing to remember
         root = self._roots.setdefault((namespace, sparse), Node((), -1, None))
-        node, swapped, now = root, dict[int, int](), next(self._clock)
+        node, swapped, now = root, dict[int, int](), self._tick()
         for i in range(full):
             key = tuple(tokens[i * self.page_size : (i + 1) * self.page_size])
             child = node.children.get(key)
             if child is None:
-                child = node.children[key] = self._new_node(key, pages[i], node)
+                child = node.children[key] = self._new_node(key, pages[i], node, restored)
             elif child.page != pages[i]:
                 swapped[pages[i]] = child.page
             node = child
@@ -151,7 +211,7 @@ class PrefixTree:
         if key:
             tail = node.tails.get(key)
             if tail is None:
-                tail = node.tails[key] = self._new_node(key, pages[full], node)
+                tail = node.tails[key] = self._new_node(key, pages[full], node, restored)
             node = tail
             node.used = now
         if node.slot is None and node.parent is not None:
@@ -219,10 +279,10 @@ class PrefixTree:
         alone = leaf and self.pages.references(node.page) == self._held[node.page]
         return alone and (node.slot is None or self.slots.references(node.slot) == 1)
 
-    def _new_node(self, tokens: Tokens, page: int, parent: Node) -> Node:
+    def _new_node(self, tokens: Tokens, page: int, parent: Node, restored: bool) -> Node:
         self.pages.share([page])
         self._held[page] += 1
-        return Node(tokens, page, parent)
+        return Node(tokens, page, parent, restored=restored)
 
     def _let_go(self, node: Node) -> None:
         self.pages.release([node.page])
@@ -255,12 +315,16 @@ class PrefixTree:
         self._snapshots.discard(node)
 
     def _nodes(self) -> Iterator[Node]:
-        stack = list(self._roots.values())
-        while stack:
-            node = stack.pop()
-            if node.parent is not None:
-                yield node
-            stack += [*node.children.values(), *node.tails.values()]
+        return (node for root in self._roots.values() for node in _below(root))
+
+
+def _below(root: Node) -> Iterator[Node]:
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node.parent is not None:
+            yield node
+        stack += [*node.children.values(), *node.tails.values()]
 
 
 @dataclass

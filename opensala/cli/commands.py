@@ -5,6 +5,7 @@ Answers go to stdout, everything else to stderr.
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from .options import (
     HostMemory,
     Json,
     Model,
+    PrefixOptions,
     Quiet,
     SamplingOptions,
     Seed,
@@ -68,6 +70,7 @@ def ask(
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")],
     engine: EngineOptions,
     sampling: SamplingOptions,
+    prefixes: PrefixOptions,
     model: Model = None,
     host_memory: HostMemory = None,
     as_json: Json = False,
@@ -75,7 +78,8 @@ def ask(
 ) -> None:
     """Ask a question about documents of any length."""
     from ..contexts.store import is_context
-    from ..engine import Reading, check_text
+    from ..engine import Reading, check_text, read_documents
+    from ..engine import ask as run
 
     chosen = sampling.checked()
     check_text("the question", question.strip())
@@ -84,20 +88,30 @@ def ask(
         raise ValueError(f"{kept[0]} is a context, which is asked alone: name it without other documents")
     if host_memory is not None and not kept:
         raise ValueError("--host-memory is for a context (opensala ingest makes one), not for documents")
+    if prefixes.prefix_dir is not None and kept:
+        raise ValueError("--prefix-dir is for documents, not for a context, which is kept as it is")
+    prefixes.check()
     if kept:
-        reading, result = (
-            Reading(),
-            _ask_context(engine, model, kept[0], question, chosen, host_memory, quiet),
-        )
-    else:
-        reading, result = _ask_documents(engine, model, documents, question, chosen, quiet, as_json)
+        result = _ask_context(engine, model, kept[0], question, chosen, host_memory, quiet)
+        _show(Reading(), result, as_json, quiet)
+        return
+    reading = read_documents(documents)
+    if not quiet and not as_json:
+        show_skipped(reading)
+    loaded = engine.load(model, quiet)
+    with prefixes.open(loaded) or nullcontext():  # what was read is kept behind the answer
+        result = run(loaded, reading.documents, question, chosen, quiet=quiet)
+        _show(reading, result, as_json, quiet)
+
+
+def _show(reading: "Reading", result: "Generation", as_json: bool, quiet: bool) -> None:
     if as_json:
         record = result.as_dict()
         record["notes"] = reading.notes + record["notes"]
         record["skipped"] = [{"name": s.name, "reason": s.reason} for s in reading.skipped]
-        print(json.dumps({"answer": record.pop("text"), **record}, ensure_ascii=False))
+        print(json.dumps({"answer": record.pop("text"), **record}, ensure_ascii=False), flush=True)
         return
-    print(result.text)
+    print(result.text, flush=True)
     if not quiet:
         show_cost(result)
 
@@ -122,24 +136,6 @@ def _ask_context(
         result = context.ask(question, params, quiet=quiet)
         result.notes += [] if budget is None else [context.traffic()]
         return result
-
-
-def _ask_documents(
-    engine: EngineOptions,
-    model: str | None,
-    documents: list[str],
-    question: str,
-    params: "SamplingParams",
-    quiet: bool,
-    as_json: bool,
-) -> tuple["Reading", "Generation"]:
-    from ..engine import ask as run
-    from ..engine import read_documents
-
-    reading = read_documents(documents)
-    if not quiet and not as_json:
-        show_skipped(reading)
-    return reading, run(engine.load(model, quiet), reading.documents, question, params, quiet=quiet)
 
 
 @app.command()

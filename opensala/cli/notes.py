@@ -26,9 +26,11 @@ def show_cost(result: "Generation") -> None:
         print(f"note: {note}", file=sys.stderr)
     rate = result.decode_tokens_per_second
     decode = "" if rate is None else f", then {rate:,.1f} tokens/s"
+    restored = f" ({result.restored_tokens:,} of them in an earlier run)" if result.restored_tokens else ""
     print(
-        f"{result.prompt_tokens:,} tokens read, first token after {result.time_to_first_token:.2f} s "
-        f"({result.prefill_tokens_per_second:,.0f} tokens/s){decode}; cache "
-        f"{result.cache_bytes / 2**20:,.1f} MiB, peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB",
+        f"{result.prompt_tokens:,} tokens read{restored}, first token after "
+        f"{result.time_to_first_token:.2f} s ({result.prefill_tokens_per_second:,.0f} tokens/s){decode}; "
+        f"cache {result.cache_bytes / 2**20:,.1f} MiB, "
+        f"peak memory {result.peak_memory_bytes / 2**20:,.0f} MiB",
         file=sys.stderr,
     )

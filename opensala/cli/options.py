@@ -9,11 +9,15 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from .sizes import byte_count
+
 if TYPE_CHECKING:
+    from ..contexts.prefixes import PrefixFolder
     from ..engine import Engine, SamplingParams
     from ..engine import EngineOptions as Bounds
 
@@ -113,6 +117,35 @@ class EngineOptions:
             block_search=self.block_search,
             options=bounds,
         )
+
+
+@dataclass
+class PrefixOptions:
+    """Where what was read outlives the process."""
+
+    prefix_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder in which beginnings of texts are kept over restarts: what was read once is not read "
+            "again. One process at a time has it. Default: none."
+        ),
+    ] = None
+    prefix_limit: Annotated[
+        str, typer.Option(help="Bytes of that folder, as 10GB; the least recently used texts give way.")
+    ] = "10GB"
+
+    def check(self) -> int:
+        """The limit in bytes; ValueError for what is no size."""
+        return byte_count(self.prefix_limit, "--prefix-limit")
+
+    def open(self, engine: "Engine") -> "PrefixFolder | None":
+        """The folder, in use by the engine from now on until it is closed; None if none is wanted."""
+        from ..contexts.prefixes import PrefixFolder
+
+        if self.prefix_dir is None:
+            return None
+        engine.prefixes = folder = PrefixFolder(self.prefix_dir, engine, self.check())
+        return folder
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .group import RunUnlessNamed
-from .options import EngineOptions, Json, Quiet, with_options
+from .options import EngineOptions, Json, PrefixOptions, Quiet, with_options
 
 app = typer.Typer(
     cls=RunUnlessNamed,
@@ -31,6 +31,7 @@ _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 @with_options
 def run(
     engine: EngineOptions,
+    prefixes: PrefixOptions,
     model: Annotated[
         str | None,
         typer.Argument(help="Folder or hub name of a checkpoint. Default: the small model that ships here."),
@@ -114,11 +115,13 @@ def run(
         max_cached_tokens=max_cached_tokens,
         speculate=speculate,
     )
+    prefixes.check()  # before seconds of loading
     loaded = engine.load(model, quiet, bounds)
     served = name or ("opensala-small" if model is None else Path(model).name)
     if not quiet:
         logging.getLogger("opensala.server").setLevel(logging.INFO)
-    server = build_server(Service(loaded, served, options, known, contexts), host, port)
+    service = Service(loaded, served, options, known, contexts, prefixes.open(loaded))
+    server = build_server(service, host, port)
     server.announce = None if quiet else _announce
     server.run()
 

@@ -4,16 +4,23 @@ It knows files and bytes only.
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 SUM_BYTES = 16
 
 
 class DamagedContext(ValueError):
-    """A file of a context is not what was written: truncated, changed, or gone."""
+    """A file of a context is not what was written: truncated, changed, or gone.
+
+    Attributes:
+        path: that file.
+    """
+
+    path: Path | None = None
 
 
 def checksum(*parts: bytes | bytearray | memoryview) -> bytes:
@@ -26,10 +33,18 @@ def checksum(*parts: bytes | bytearray | memoryview) -> bytes:
 
 def damaged(path: Path, field: str, expected: str, found: str) -> DamagedContext:
     """The error that names file, field, what was expected and what is there."""
-    return DamagedContext(
+    error = DamagedContext(
         f"{path}: {field} is damaged: expected {expected}, found {found}; restore the context from a copy, "
         "or ingest its documents again"
     )
+    error.path = path
+    return error
+
+
+def seal(record: Mapping[str, Any]) -> bytes:
+    """A record as JSON, with a checksum of all of it in the last line."""
+    lines = json.dumps(record, indent=1, ensure_ascii=True)
+    return f'{lines[:-2]},\n "checksum": "{checksum(lines.encode()).hex()}"\n}}\n'.encode()
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -49,6 +64,15 @@ def write_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)  # a full disk is not kept full
         raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_file`, of bytes that are at hand."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(data)
+
+    write_file(path, write)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..engine.documents import Document
 from ..runs import FolderLock, write_errors
 from ..runs.lock import LOCK_FILE
-from .checks import checksum, damaged, write_file
+from .checks import checksum, damaged, write_bytes
 from .manifest import MANIFEST, Manifest, TextFile, read_manifest
 from .segment import Counter, Part, SegmentFile, Written, write_segment
 
@@ -111,12 +111,8 @@ class ContextFolder:
         """Write documents under a new name, likewise."""
         path = self._new_name("text", "json")
         data = json.dumps([[d.name, d.text] for d in documents]).encode()
-
-        def write(file: IO[bytes]) -> None:
-            file.write(data)
-
         with write_errors(self.path, ADVICE):
-            write_file(path, write)
+            write_bytes(path, data)
         return TextFile(path.name, len(data), checksum(data).hex(), [d.name for d in documents])
 
     def _new_name(self, kind: str, ending: str) -> Path:

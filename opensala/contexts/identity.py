@@ -88,26 +88,34 @@ def _tokenizer(tokenizer: Any) -> dict[str, str | None]:
     }
 
 
-def check_identity(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+_ADVICE = "Open it with the model and the options that made it, or ingest its documents again"
+
+
+def check_identity(
+    folder: Path, there: dict[str, Any], here: dict[str, Any], what: str = "context", advice: str = _ADVICE
+) -> None:
     """Refuse a context of another model.
+
+    Args:
+        folder: where it lies.
+        there, here: identities of the context and of the model.
+        what, advice: for the message, what it is and what to do.
 
     Raises:
         ValueError: naming each thing that differs.
     """
-    found = [*_weights(there.get("weights"), here["weights"]), *_fields(there.get("config"), here["config"])]
+    found = [*_weights(there.get("weights"), here["weights"])]
+    found += _fields(there.get("config"), here["config"], what)
     for name in ("dtype", "tokenizer", "chat_template"):
         if there.get(name) != here[name]:
-            found.append(f"{name} is {there.get(name)!r} in the context and {here[name]!r} in the model")
+            found.append(f"{name} is {there.get(name)!r} in the {what} and {here[name]!r} in the model")
     kept = [str(record.get("kv_dtype", "auto")) for record in (there, here)]
     if kept[0] != kept[1]:
-        found.append(f"keys and values are kept in kv_dtype {kept[0]} in the context and {kept[1]} here")
+        found.append(f"keys and values are kept in kv_dtype {kept[0]} in the {what} and {kept[1]} here")
     if found:
         if len(found) > _NAMED:
             found[_NAMED:] = [f"and {len(found) - _NAMED} more"]
-        raise ValueError(
-            f"{folder}: the context was made by another model: {'; '.join(found)}. Open it with the model "
-            "and the options that made it, or ingest its documents again"
-        )
+        raise ValueError(f"{folder}: the {what} was made by another model: {'; '.join(found)}. {advice}")
 
 
 def _weights(there: Any, here: dict[str, str]) -> list[str]:
@@ -119,11 +127,11 @@ def _weights(there: Any, here: dict[str, str]) -> list[str]:
     return [f"weights differ in {share} tensors, the first of them {different[0]}"]
 
 
-def _fields(there: Any, here: dict[str, Any]) -> list[str]:
+def _fields(there: Any, here: dict[str, Any], what: str) -> list[str]:
     there = there if isinstance(there, dict) else {}
     a, b = _flat(there), _flat(here)
     return [
-        f"config.{name} is {a.get(name)!r} in the context and {b.get(name)!r} in the model"
+        f"config.{name} is {a.get(name)!r} in the {what} and {b.get(name)!r} in the model"
         for name in sorted({*a, *b})
         if a.get(name) != b.get(name)
     ]

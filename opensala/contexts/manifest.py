@@ -5,11 +5,12 @@ line.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from .checks import DamagedContext, checksum, damaged, write_file
+from .checks import DamagedContext, damaged, seal, write_bytes
 from .segment import Written
 
 FORMAT = "opensala-context"
@@ -78,12 +79,8 @@ class Manifest:
         return sum(s.size for s in self.segments) + sum(t.size for t in self.texts)
 
     def page_sources(self) -> list[tuple[int, int]]:
-        """For each page of the text: the last segment that holds it, and which of its pages it is there."""
-        sources: list[tuple[int, int]] = []
-        for number, segment in enumerate(self.segments):
-            del sources[segment.first_page :]
-            sources += [(number, i) for i in range(segment.pages)]
-        return sources
+        """See `page_sources`."""
+        return page_sources(self.segments)
 
     def upto(self, tokens: int) -> "Manifest":
         """The same context with only the segments of its first so many tokens, which end at a snapshot."""
@@ -94,18 +91,21 @@ class Manifest:
 
     def text(self) -> bytes:
         """What the file holds."""
-        record = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        lines = json.dumps(record, indent=1, ensure_ascii=True)
-        return f'{lines[:-2]},\n "checksum": "{checksum(lines.encode()).hex()}"\n}}\n'.encode()
+        return seal({"format": FORMAT, "version": VERSION, **asdict(self)})
 
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest by this one."""
-        data = self.text()
+        write_bytes(folder / MANIFEST, self.text())
 
-        def write(file: IO[bytes]) -> None:
-            file.write(data)
 
-        write_file(folder / MANIFEST, write)
+def page_sources(segments: Sequence[Written]) -> list[tuple[int, int]]:
+    """For each page of segments that follow one another: the last segment that holds it, and which of its
+    pages it is there."""
+    sources: list[tuple[int, int]] = []
+    for number, segment in enumerate(segments):
+        del sources[segment.first_page - segments[0].first_page :]
+        sources += [(number, i) for i in range(segment.pages)]
+    return sources
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -183,4 +183,4 @@ def _check_order(path: Path, manifest: Manifest) -> None:
             raise damaged(path, "a text's name", "a file in this folder", repr(text.file))
 
 
-__all__ = ["MANIFEST", "DamagedContext", "Manifest", "TextFile", "Turn", "read_manifest"]
+__all__ = ["MANIFEST", "DamagedContext", "Manifest", "TextFile", "Turn", "page_sources", "read_manifest"]

@@ -13,6 +13,7 @@ from ..engine.scheduler import Hold
 from .backing import DiskBacking
 from .checks import damaged
 from .folder import ContextFolder
+from .manifest import page_sources
 from .segment import Part, SegmentFile, expected
 
 Note = Callable[[Running], None]
@@ -93,19 +94,15 @@ def load(engine: Engine, folder: ContextFolder, namespace: str = "") -> Hold:
     """
     backing, manifest = DiskBacking.of(engine), folder.manifest
     files = [folder.segment(known, backing.counter) for known in manifest.segments]
-    for file in files:
-        _check_shapes(engine, file)
-    tokens = array("i")
-    for file in files:
-        tokens.frombytes(file.tensor("tokens").numpy().tobytes())
-    if len(tokens) != manifest.tokens or max(tokens) >= engine.config.vocab_size or min(tokens) < 0:
-        raise damaged(folder.path, "tokens", f"{manifest.tokens:,} of the model's", f"{len(tokens):,} others")
+    tokens = tokens_of(engine, files)
+    if len(tokens) != manifest.tokens:
+        raise damaged(folder.path, "tokens", f"{manifest.tokens:,}", f"{len(tokens):,}")
     found = engine.scheduler.hold(tokens, manifest.sparse, namespace)
     if found is not None:
         return found
     hold = engine.scheduler.place(tokens, manifest.sparse, namespace)
     try:
-        _fill(engine, backing, files, hold, manifest.page_sources())
+        _fill(engine, backing, files, hold)
         engine.scheduler.settle(hold)
         if engine.device.type != "cpu":  # a device would wait for each choice of blocks
             backing.bring(hold.pages)
@@ -115,13 +112,46 @@ def load(engine: Engine, folder: ContextFolder, namespace: str = "") -> Hold:
     return hold
 
 
-def _fill(
-    engine: Engine,
-    backing: DiskBacking,
-    files: list[SegmentFile],
-    hold: Hold,
-    sources: list[tuple[int, int]],
-) -> None:
+def restore(engine: Engine, files: Sequence[SegmentFile], sparse: bool, namespace: str, prompt: array) -> int:
+    """Put a text of before a restart into the prefix tree, all of it read and checked; the files are not
+    needed any more. Returns its number of tokens.
+
+    Raises:
+        ValueError: it does not fit into memory, is damaged, or `prompt` does not begin with it.
+    """
+    backing, tokens = DiskBacking.of(engine), tokens_of(engine, files)
+    if tokens != prompt[: len(tokens)]:
+        raise damaged(files[-1].path, "tokens", "those that its name is the hash of", "others")
+    hold = engine.scheduler.place(tokens, sparse, namespace)
+    try:
+        _fill(engine, backing, files, hold)
+        backing.bring(hold.pages)
+        for page in hold.pages:
+            backing.forget(page)
+        engine.scheduler.settle(hold, restored=True)
+    finally:
+        engine.scheduler.let_go(hold)  # the tree keeps it as long as there is room
+    return len(tokens)
+
+
+def tokens_of(engine: Engine, files: Sequence[SegmentFile]) -> array:
+    """The tokens of segments that follow one another, whose shapes are those of the engine's model.
+
+    Raises:
+        DamagedContext: they are not.
+    """
+    tokens = array("i")
+    for file in files:
+        _check_shapes(engine, file)
+        tokens.frombytes(file.tensor("tokens").numpy().tobytes())
+    if not tokens or max(tokens) >= engine.config.vocab_size or min(tokens) < 0:
+        raise damaged(files[0].path.parent, "tokens", "some of the model's", f"{len(tokens):,} others")
+    return tokens
+
+
+def _fill(engine: Engine, backing: DiskBacking, files: Sequence[SegmentFile], hold: Hold) -> None:
+    """Compressed keys and last states now; keys and values are expected from the files."""
+    sources = page_sources([file.known for file in files])
     where, index = (np.array(x) for x in zip(*sources, strict=True))
     pages = np.array(hold.pages)
     for number, file in enumerate(files):

@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 from ..runs import FolderLock, write_errors
-from .checks import write_file
+from .checks import write_bytes
 from .folder import ContextFolder, link_files
 
 _log = logging.getLogger("opensala.server")
@@ -114,13 +113,8 @@ class Shelf:
         Raises:
             ValueError: it cannot be written; what was there is as it was.
         """
-        data = json.dumps(asdict(record)).encode()
-
-        def write(file: IO[bytes]) -> None:
-            file.write(data)
-
         with write_errors(self.root):
-            write_file(self._record_path(record.id), write)
+            write_bytes(self._record_path(record.id), json.dumps(asdict(record)).encode())
 
     def fork(self, source: str, record: Record) -> None:
         """A second context, of this record, with the files of another one.

@@ -22,7 +22,7 @@ class Generation:
 
     `confidence` is the mean, `least_confidence` the least probability of the answer's tokens under the
     model's own distribution (null without tokens). `reused_tokens` of the prompt were at hand and not read
-    again.
+    again, `restored_tokens` of these from a folder of prefixes.
     """
 
     text: str
@@ -43,6 +43,7 @@ class Generation:
     dtype: str
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    restored_tokens: int = 0
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,5 +118,6 @@ def generate(
         dtype=str(engine.dtype).removeprefix("torch."),
         drafted_tokens=done.drafted,
         accepted_tokens=done.accepted,
+        restored_tokens=done.reuse.restored,
         notes=notes,
     )

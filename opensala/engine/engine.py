@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -81,6 +81,14 @@ class EngineOptions:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
         if self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype must be {' or '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
+
+
+class KeptPrefixes(Protocol):
+    """Beginnings of texts that outlive the engine (see `opensala.contexts.prefixes`)."""
+
+    def bring(self, engine: "Engine", tokens: array, sparse: bool, namespace: str) -> None:
+        """Put the longest beginning of `tokens` at hand that is kept, if the engine lacks it. What cannot be
+        had (damaged, too little memory) is left for the engine to read anew."""
 
 
 @dataclass(eq=False)
@@ -160,6 +168,7 @@ class Engine:
         self.runner = Runner(model, self.storage)
         self.end_ids = _end_ids(model)
         self.grammars = Grammars(tokenizer, self.config.vocab_size, self.end_ids)
+        self.prefixes: KeptPrefixes | None = None  # asked for each prompt
         self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
 
@@ -307,6 +316,9 @@ class Engine:
             targets,
             None if params.grammar is None else self.grammars.guide(params.grammar),
         )
+        if self.prefixes is not None:
+            wanted = sequence.tokens[: self.scheduler.wanted_length(sequence)]
+            self.prefixes.bring(self, wanted, sequence.is_sparse(0), namespace)
         self.scheduler.add(sequence)
         return request_id
 

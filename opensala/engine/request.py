@@ -149,11 +149,13 @@ class FinishReason(Enum):
 
 @dataclass
 class Reuse:
-    """An account of a prompt: tokens that were at hand, tokens that were read, and why those had to be."""
+    """An account of a prompt: tokens that were at hand, tokens that were read, and why those had to be;
+    `restored` of those at hand were computed before a restart, and read from disk since."""
 
     reused: int = 0
     computed: int = 0
     why: str = ""
+    restored: int = 0
 
 
 @dataclass(frozen=True)

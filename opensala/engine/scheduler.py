@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..cache import Pool, PrefixTree
+from ..cache import Match, Pool, PrefixTree
 from .request import FinishReason, Reuse, Sequence, Status
 
 
@@ -179,9 +179,10 @@ class Scheduler:
         self.holds.append(Hold(tokens, sparse, self.pages.take(pages), self.slots.take()[0], namespace))
         return self.holds[-1]
 
-    def settle(self, hold: Hold) -> None:
-        """Let prompts find a text whose pages and states have been filled."""
-        swapped = self.tree.insert(hold.tokens, hold.sparse, hold.pages, hold.slot, hold.namespace)
+    def settle(self, hold: Hold, restored: bool = False) -> None:
+        """Let prompts find a text whose pages and states have been filled; `restored`: with what an engine
+        of before a restart had computed."""
+        swapped = self.tree.insert(hold.tokens, hold.sparse, hold.pages, hold.slot, hold.namespace, restored)
         self.pages.share(swapped.values())
         self.pages.release(swapped)
         hold.pages = [swapped.get(page, page) for page in hold.pages]
@@ -191,6 +192,12 @@ class Scheduler:
         self.holds.remove(hold)
         self.pages.release(hold.pages)
         self.slots.release([hold.slot])
+
+    def wanted_length(self, sequence: Sequence) -> int:
+        """How many of its first tokens need not be read if they are at hand: all of one mode but the last
+        one."""
+        limit = sequence.reuse_limit
+        return sequence.mode_end(0, limit) if limit else 0
 
     def room(self, tokens: array, sparse: bool, namespace: str = "") -> int:
         """Tokens that a prompt which begins with these can come to, beside the texts that are held."""
@@ -336,7 +343,7 @@ class Scheduler:
         """Start a waiting sequence from the longest beginning that is at hand; False if there is no memory
         for it."""
         sparse = sequence.is_sparse(0)
-        limit = sequence.mode_end(0, sequence.reuse_limit) if sequence.reuse_limit else 0
+        limit = self.wanted_length(sequence)
         match = self.tree.match(sequence.tokens, sparse, limit, sequence.namespace)
         full, part = divmod(match.length, self.page_size)
         self.pages.share(match.pages)  # held before anything is evicted to make room
@@ -354,7 +361,7 @@ class Scheduler:
                     [match.pages[full]]
                 )  # stays as it is until the step is done: see Engine.step
                 sequence.pages.append(copy)
-            self._start(sequence, match.length, match.paged)
+            self._start(sequence, match)
             step.admitted.append(sequence)
         else:
             self.pages.release(match.pages)
@@ -368,13 +375,15 @@ class Scheduler:
             self.tree.evict_pages(pages)
         return self.pages.num_free >= pages and self.slots.num_free >= slots
 
-    def _start(self, sequence: Sequence, reused: int, paged: int) -> None:
+    def _start(self, sequence: Sequence, match: Match) -> None:
+        reused, paged = match.length, match.paged
         self.waiting.remove(sequence)
         sequence.status, sequence.num_cached = Status.RUNNING, reused
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.arrival)
         if sequence.reuse is None:
-            sequence.reuse = Reuse(reused, sequence.num_prompt - reused, _why(sequence, reused, paged))
+            why = _why(sequence, reused, paged)
+            sequence.reuse = Reuse(reused, sequence.num_prompt - reused, why, match.restored)
             if paged >= reused + self.limits.min_shared and paged < sequence.num_prompt:
                 _mark(sequence, paged)  # where this text parts from another: the next one may continue here
         interval = self.limits.snapshot_interval

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from ..contexts import DamagedContext
 from ..contexts.kept import Kept
+from ..contexts.prefixes import PrefixFolder
 from ..engine import Completion, Engine, FinishReason, SamplingParams, TokenEvent
 from ..engine.request import as_token_ids
 from .fairness import FairQueue
@@ -25,6 +26,7 @@ from .pace import Pace
 
 T = TypeVar("T")
 _log = logging.getLogger("opensala.server")
+_IDLE_SECONDS = 0.5  # without anything to do, before what was read is kept
 
 
 class Closed(RuntimeError):
@@ -44,7 +46,7 @@ class Job:
 
 @dataclass(frozen=True)
 class LoopStats:
-    """What the engine holds, as of its last step."""
+    """What the engine holds, as of its last step; `kept` is what its prefix tree has on disk."""
 
     waiting: int = 0
     running: int = 0
@@ -54,6 +56,8 @@ class LoopStats:
     slots_free: int = 0
     snapshots: int = 0
     steps: int = 0
+    kept_texts: int = 0
+    kept_bytes: int = 0
 
 
 class Ticket:
@@ -108,10 +112,12 @@ class EngineLoop:
     Args:
         engine: nobody else may use it from `start` to `close`.
         stall: see `Pace`.
+        prefixes: where beginnings of texts outlive the engine; closed with the loop. None for nowhere.
     """
 
-    def __init__(self, engine: Engine, stall: float = 2.5) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, stall: float = 2.5, prefixes: PrefixFolder | None = None) -> None:
+        self.engine, self.prefixes = engine, prefixes
+        engine.prefixes = prefixes
         self.pace = Pace(stall, engine.options.max_batch_tokens)
         self.stats = LoopStats()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -234,13 +240,25 @@ class EngineLoop:
             self._end_all(why)
             self._note_stats()
             self._deliver()
+            if self.prefixes is not None:
+                self.prefixes.close()
 
     def _take_commands(self) -> None:
         """Do what callers asked for; wait for them if there is nothing else to do."""
         if not self.engine.has_work and not len(self._waiting):
-            self._inbox.get()()
+            self._next_command()()
         while not self._inbox.empty():
             self._inbox.get()()
+
+    def _next_command(self) -> Callable[[], None]:
+        """Wait for a command; what was read is kept meanwhile, piece by piece."""
+        while self.prefixes is not None:
+            with contextlib.suppress(queue.Empty):
+                return self._inbox.get(timeout=_IDLE_SECONDS)
+            if not self.prefixes.write_next():
+                break
+            self._note_stats()
+        return self._inbox.get()
 
     def _enqueue(self, ticket: Ticket) -> None:
         for index in range(len(ticket.jobs)):
@@ -351,6 +369,8 @@ class EngineLoop:
             slots_free=scheduler.slots.num_free,
             snapshots=scheduler.tree.num_snapshots,
             steps=self._steps,
+            kept_texts=0 if self.prefixes is None else self.prefixes.num_texts,
+            kept_bytes=0 if self.prefixes is None else self.prefixes.num_bytes,
         )
 
 

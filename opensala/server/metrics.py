@@ -25,6 +25,12 @@ class Metrics:
         self.requests = Counter("requests", "Requests answered.", ["path", "status"], **where)
         self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens of finished requests.", **where)
         self.cached_tokens = Counter("cached_prompt_tokens", "Of them, not read again.", **where)
+        self.restored_tokens = Counter(
+            "restored_prompt_tokens", "Of the cached ones, read by a server before the last start.", **where
+        )
+        self.restored_prompts = Counter(
+            "restored_prompts", "Prompts that such tokens were found for.", **where
+        )
         self.new_tokens = Counter("generated_tokens", "Tokens generated.", **where)
         self.first_token = Histogram(
             "time_to_first_token_seconds", "From request to first token.", buckets=_SECONDS, **where
@@ -53,5 +59,7 @@ class _Gauges(Collector):
             ("state_slots", "Places for states.", stats.slots),
             ("state_slots_free", "Of them, held by nobody.", stats.slots_free),
             ("snapshots", "States kept for prompts that begin alike.", stats.snapshots),
+            ("kept_prefixes", "Texts kept on disk for the next start.", stats.kept_texts),
+            ("kept_prefix_bytes", "What they take there.", stats.kept_bytes),
         ):
             yield GaugeMetricFamily(f"opensala_{name}", text, value)

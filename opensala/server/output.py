@@ -47,12 +47,14 @@ class Usage:
     Attributes:
         prompt: of the prompts, each counted once.
         cached: of them, those that were not read again.
+        restored: of these, those that were read before the server was started.
         new: generated.
         why: why the rest of the first prompt was read.
     """
 
     prompt: int = 0
     cached: int = 0
+    restored: int = 0
     new: int = 0
     why: str = ""
 
@@ -64,12 +66,14 @@ class Usage:
         """Count what was at hand of a prompt; once for each prompt."""
         if done.reuse is not None:
             self.cached += done.reuse.reused
+            self.restored += done.reuse.restored
             self.why = self.why or done.reuse.why
 
     @property
     def extension(self) -> dict[str, Any]:
         """What no API has a field for."""
-        return {"read_tokens": self.prompt - self.cached, "read_because": self.why}
+        restored = {"restored_tokens": self.restored} if self.restored else {}
+        return {"read_tokens": self.prompt - self.cached, **restored, "read_because": self.why}
 
     def openai(self) -> dict[str, Any]:
         return {

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from ..contexts import DamagedContext
 from ..contexts.kept import Kept, identity
+from ..contexts.prefixes import PrefixFolder
 from ..contexts.shelf import Shelf
 from ..engine import Engine, SamplingParams
 from ..engine.chat import ChatPrompt, Message, encode_chat
@@ -56,6 +57,7 @@ class Service:
         options: limits.
         keys: who may use it; None for anybody who can connect.
         contexts: the folder of kept contexts; None to keep none.
+        prefixes: where beginnings of texts outlive the engine; closed with the service.
 
     Raises:
         ValueError: an engine without a tokenizer; a folder that cannot be written.
@@ -68,12 +70,13 @@ class Service:
         options: ServerOptions | None = None,
         keys: KeyFile | None = None,
         contexts: str | Path | None = None,
+        prefixes: PrefixFolder | None = None,
     ) -> None:
         if engine.tokenizer is None:
             raise ValueError("a server needs an engine with a tokenizer")
         self.engine, self.name, self.keys = engine, name, keys
         self.options = options or ServerOptions()
-        self.loop = EngineLoop(engine, self.options.stall)
+        self.loop = EngineLoop(engine, self.options.stall, prefixes)
         self.gate = Gate(self.options)
         self.metrics = Metrics(lambda: self.loop.stats)
         self.created = int(time.time())
@@ -283,6 +286,8 @@ class Service:
                 yield Piece(index, run.trim[index].add(event.text), event)
             self.metrics.prompt_tokens.inc(run.usage.prompt)
             self.metrics.cached_tokens.inc(run.usage.cached)
+            self.metrics.restored_tokens.inc(run.usage.restored)
+            self.metrics.restored_prompts.inc(run.usage.restored > 0)
         finally:
             run.ticket.cancel()
             if pending is not None:

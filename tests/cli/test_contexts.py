@@ -125,3 +125,25 @@ def test_bad_input_is_one_line(run, tmp_path, arguments, words):
         (code, out, len(lines)) == (2, "", 1) and lines[0].startswith("opensala: ") and words in lines[0]
     ), err
     assert not (tmp_path / "b.ctx").exists() and (tmp_path / "full" / "mine.txt").exists()
+
+
+def test_what_was_asked_before_is_not_read_again(run, tmp_path):
+    folder = ("--prefix-dir", "kept", "--prefix-limit", "200MB")
+    code, out, err = run("ask", "report.txt", "-q", QUESTION, *folder)
+    assert (code, out) == (0, "48213\n") and "in an earlier run" not in err
+    code, out, _ = run("ask", "report.txt", "-q", "Who is the captain?", *folder, "--json", "--quiet")
+    record = json.loads(out)
+    assert code == 0 and 0 < record["prompt_tokens"] - record["restored_tokens"] < 40
+    assert record["restored_tokens"] == record["reused_tokens"]
+    code, out, err = run("ask", "report.txt", "-q", QUESTION, *folder)
+    assert (code, out) == (0, "48213\n") and "of them in an earlier run)" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept", "more.txt", "report.txt"]
+    for words, said in (
+        (("--prefix-dir", "kept", "--prefix-limit", "some"), "--prefix-limit: must be a size like"),
+        (("--prefix-dir", "report.txt"), "report.txt is a file"),
+    ):
+        code, out, err = run("ask", "report.txt", "-q", QUESTION, "--quiet", *words)
+        assert code == 2 and out == "" and said in err and err.count("\n") == 1
+    assert run("ingest", "report.txt", "-o", "a.ctx", "--quiet")[0] == 0
+    code, _, err = run("ask", "a.ctx", "-q", QUESTION, *folder)
+    assert code == 2 and "not for a context" in err

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from opensala.contexts.prefixes import PrefixFolder
 from opensala.engine import EngineOptions, load_engine
 
 if importlib.util.find_spec("fastapi") is None:  # the extra `serve` is not installed
@@ -22,8 +23,9 @@ QUESTION = "What is the access code for the north gate?"
 class Live:
     """A server in a thread of this process."""
 
-    def __init__(self, engine, options=None, keys=None, contexts=None):
-        self.service = Service(engine, "small", options or ServerOptions(grace_seconds=0.5), keys, contexts)
+    def __init__(self, engine, options=None, keys=None, contexts=None, prefixes=None):
+        options = options or ServerOptions(grace_seconds=0.5)
+        self.service = Service(engine, "small", options, keys, contexts, prefixes)
         self.server = build_server(self.service, port=0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -59,8 +61,10 @@ def start(model):
 
     started = []
 
-    def one(options=None, keys=None, engine=OPTIONS, contexts=None):
-        started.append(Live(Engine(model.model, model.tokenizer, engine), options, keys, contexts))
+    def one(options=None, keys=None, engine=OPTIONS, contexts=None, prefixes=None):
+        running = Engine(model.model, model.tokenizer, engine)
+        folder = None if prefixes is None else PrefixFolder(prefixes, running, 1 << 30)
+        started.append(Live(running, options, keys, contexts, folder))
         return started[-1]
 
     yield one
