@@ -18,6 +18,7 @@ from .guard import Guard
 from .http import api_of
 from .messages import count_tokens, messages
 from .openai_schema import ChatRequest, CompletionRequest, ResponsesRequest
+from .page import add_page
 from .responses import responses
 from .schema import ApiRequest
 from .service import Service
@@ -68,6 +69,7 @@ def create_app(service: Service, hosts: frozenset[str] | None = None) -> FastAPI
         )
     _add_contexts(app, service)
     _add_gets(app, service)
+    add_page(app)
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(Guard, service=service, hosts=hosts)

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 from .http import Gone, api_of
+from .page import is_page
 from .service import Service
 
 _log = logging.getLogger("opensala.server")
@@ -100,7 +101,7 @@ class Guard:
     def _owner(self, path: str, headers: Headers) -> str:
         """The id of the key that was presented; "" for a server without keys."""
         keys = self.service.keys
-        if keys is None or path in _OPEN:
+        if keys is None or path in _OPEN or is_page(path):
             return ""
         bearer = headers.get("authorization", "")
         scheme, _, token = bearer.partition(" ")
