@@ -1,12 +1,16 @@
 """Requests of Anthropic's API: messages, and counting their tokens."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from ..engine import Grammar
 from ..engine.chat import Message
+from ..engine.tools import ToolCall
 from .errors import bad_request
 from .schema import ApiRequest, ContextId, Count, Parts, Probability, StopText, Strict, TextPart, texts
+from .tools import MAX_TOOLS, AnthropicTool, ToolChoice, ToolUse, anthropic_use
 
 
 class DocumentSource(BaseModel):
@@ -22,6 +26,12 @@ class Block(TextPart):
 
     source: DocumentSource | None = None
     title: str | None = None
+    id: str = ""
+    name: str = ""
+    input: dict[str, Any] | None = None
+    tool_use_id: str = ""
+    content: Parts = []
+    is_error: bool = False
 
     def as_text(self, place: str) -> str:
         if self.type != "document":
@@ -46,16 +56,49 @@ class Turn(Strict):
     role: Literal["user", "assistant", "system"]
     content: Blocks
 
+    def as_messages(self, place: str) -> Iterator[Message]:
+        """Results of calls come before what the user says beside them.
+
+        Raises:
+            ApiError: 400, a call without its fields, or where none can be.
+        """
+        said: list[str] = []
+        calls: list[ToolCall] = []
+        for number, block in enumerate(self.content):
+            where = f"{place}.content[{number}]"
+            if block.type not in ("tool_use", "tool_result"):
+                said.append(block.as_text(where))
+            elif self.role != ("assistant" if block.type == "tool_use" else "user"):
+                raise bad_request(
+                    f"Invalid '{where}': no {block.type} can be in a turn of the {self.role}", where
+                )
+            elif block.type == "tool_use":
+                if not block.id or not block.name or block.input is None:
+                    raise bad_request(f"Missing in '{where}': a tool_use has 'id', 'name' and 'input'", where)
+                calls.append(ToolCall(block.id, block.name, block.input))
+            else:
+                error = ("Error:",) if block.is_error else ()  # templates have no other way to say it
+                yield Message("tool", error + texts(block.content, where), call_id=block.tool_use_id)
+        if said or calls or not self.content:
+            yield Message(self.role, tuple(said), tuple(calls))
+
+
+class OutputFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Strict):
+    effort: str | None = None
+    format: OutputFormat | None = None
+
 
 class CountRequest(ApiRequest):
     """POST /v1/messages/count_tokens."""
 
     ignored: ClassVar = frozenset({"cache_control", "speed", "user_profile_id", "workspace_id"})
     unsupported: ClassVar = {
-        "tools": ([],),
-        "tool_choice": ({"type": "none"}, {"type": "auto"}),
         "thinking": ({"type": "disabled"},),
-        "output_config": ({},),
         "mcp_servers": ([],),
         "container": (),
         "context_management": ({},),
@@ -65,16 +108,22 @@ class CountRequest(ApiRequest):
     messages: Annotated[list[Turn], Field(min_length=1)]
     system: Parts = []
     context: ContextId | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] = []
+    tool_choice: ToolChoice | None = None
+    output_config: OutputConfig = OutputConfig()
 
     def conversation(self) -> list[Message]:
         system = texts(self.system, "system")
         first = [Message("system", system)] if any(system) else []
-        return first + [
-            Message(
-                turn.role, tuple(b.as_text(f"messages[{n}].content[{i}]") for i, b in enumerate(turn.content))
-            )
-            for n, turn in enumerate(self.messages)
-        ]
+        return first + [m for n, turn in enumerate(self.messages) for m in turn.as_messages(f"messages[{n}]")]
+
+    def tool_use(self) -> ToolUse:
+        """The tools of the answer; raises ApiError where they contradict each other."""
+        return anthropic_use([tool.as_tool() for tool in self.tools], self.tool_choice)
+
+    def grammar(self) -> Grammar | None:
+        given = self.output_config.format
+        return None if given is None else Grammar.json_schema(given.schema_)
 
 
 class MessagesRequest(CountRequest):

@@ -7,16 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..engine import Completion, SamplingParams
+from ..engine.calls import CallArguments, CallEnds, Part, Text
 from ..engine.chat import ChatPrompt
+from .answers import reply
 from .errors import ApiError, bad_request
-from .http import COMMENT, EventStream, event, read_json, while_connected
+from .http import COMMENT, event, read_json
 from .openai_schema import ChatRequest, SamplingRequest
 from .output import openai_finish
 from .selections import Watch
 from .service import Run, Service
+from .tools import Shape
 
 DONE = event("[DONE]")
 
@@ -28,19 +31,18 @@ async def chat_completions(service: Service, request: Request) -> Response:
     if asked.top_logprobs is not None and not asked.logprobs:
         raise bad_request("Invalid 'top_logprobs': needs logprobs=true", "top_logprobs", "invalid_value")
     kept = await service.kept(request.scope["owner"], asked.context)
-    prompt = await service.chat(asked.conversation(), kept=kept)
+    use = asked.tool_use()
+    shape = await service.shape(use, asked.grammar(), "response_format")
+    prompt = await service.chat(asked.conversation(), kept=kept, tools=use.tools)
     limit, field = _limit(asked)
     new = service.room(len(prompt.ids), limit, service.options.default_new_tokens, field)
     top = asked.top_logprobs or 0
-    params = sampling(service, asked, prompt, new, field, top)
+    params = sampling(service, asked, prompt, new, field, top, shape)
     watch = service.selections.watch(request.scope["owner"], asked, len(prompt.ids), kept)
     if watch is not None:
         params = [replace(one, selection=watch.limit) for one in params]
-    run = service.submit(request.scope["owner"], [prompt], params, asked.n, kept)
-    answer = _Answer(service, asked, run, watch)
-    if asked.stream:
-        return stream(service, run, answer.events())
-    return JSONResponse(await while_connected(request, answer.whole()))
+    run = service.submit(request.scope["owner"], [prompt], params, asked.n, kept, shape)
+    return await reply(service, request, _Answer(service, asked, run, watch), asked.stream)
 
 
 def _limit(asked: ChatRequest) -> tuple[int | None, str]:
@@ -50,7 +52,13 @@ def _limit(asked: ChatRequest) -> tuple[int | None, str]:
 
 
 def sampling(
-    service: Service, asked: SamplingRequest, prompt: ChatPrompt, new: int, field: str, logprobs: int
+    service: Service,
+    asked: SamplingRequest,
+    prompt: ChatPrompt,
+    new: int,
+    field: str,
+    logprobs: int,
+    shape: Shape | None = None,
 ) -> list[SamplingParams]:
     """The parameters of each choice: alike but for the seed, which counts on."""
     seeds = [None if asked.seed is None else (asked.seed + i) % (1 << 63) for i in range(asked.n)]
@@ -68,6 +76,7 @@ def sampling(
             seed=seed,
             logprobs=logprobs,
             stop=(*asked.stop, *prompt.stop),
+            shape=shape,
             stop_token_ids=tuple(asked.stop_token_ids),
             ignore_eos=asked.ignore_eos,
         )
@@ -75,30 +84,41 @@ def sampling(
     ]
 
 
-def stream(service: Service, run: Run, events: AsyncIterator[bytes]) -> EventStream:
-    """A stream in which errors have OpenAI's shape."""
-    return EventStream(
-        events,
-        on_error=openai_error,
-        on_close=run.ticket.cancel,
-        write_seconds=service.options.write_seconds,
-    )
-
-
 def openai_error(error: ApiError) -> bytes:
     return event(error.body("openai", ""))
 
 
-class _Answer:
+class OpenAIAnswer:
+    """A stream of it that fails ends with an error in OpenAI's shape."""
+
+    def error(self, error: ApiError) -> bytes:
+        return openai_error(error)
+
+
+class _Answer(OpenAIAnswer):
     """One chat completion, whole or as chunks."""
 
     def __init__(self, service: Service, asked: ChatRequest, run: Run, watch: Watch | None = None) -> None:
         self.service, self.asked, self.run, self.watch = service, asked, run, watch
-        self.head: dict[str, Any] = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": service.name,
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+        self.called = [False] * asked.n  # whether a choice made a whole call
+
+    def _delta(self, index: int, part: Part) -> dict[str, Any]:
+        """What a part adds to the message of a choice; empty for the end of a call."""
+        if isinstance(part, Text):
+            return {"content": part.text}
+        if isinstance(part, CallEnds):
+            self.called[index] = True
+            return {}
+        if isinstance(part, CallArguments):
+            return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+        call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+        return {
+            "tool_calls": [{"index": part.index, **call, "function": {"name": part.name, "arguments": ""}}]
         }
+
+    def _finish(self, index: int, done: Completion) -> str:
+        return openai_finish(done.finish_reason, self.called[index])
 
     def _logprobs(self, piece_event: Any) -> list[dict[str, Any]] | None:
         if not self.asked.logprobs:
@@ -111,23 +131,27 @@ class _Answer:
             self.watch.keep(self.head["id"], completion)
 
     async def whole(self) -> dict[str, Any]:
-        texts, finish = [""] * self.asked.n, [""] * self.asked.n
-        logprobs: list[list[dict[str, Any]]] = [[] for _ in range(self.asked.n)]
+        messages: list[dict[str, Any]] = [
+            {"role": "assistant", "content": "", "refusal": None, "annotations": []} for _ in self.called
+        ]
+        finish = [""] * self.asked.n
+        logprobs: list[list[dict[str, Any]]] = [[] for _ in messages]
         async for piece in self.service.pieces(self.run):
             if piece is not None:
-                texts[piece.index] += piece.text
+                for part in piece.parts:
+                    _add(messages[piece.index], self._delta(piece.index, part))
                 logprobs[piece.index] += self._logprobs(piece.event) or []
                 if piece.completion is not None:
                     self._end(piece.completion)
-                    finish[piece.index] = openai_finish(piece.completion.finish_reason)
+                    finish[piece.index] = self._finish(piece.index, piece.completion)
         choices: list[dict[str, Any]] = [
             {
                 "index": i,
-                "message": {"role": "assistant", "content": text, "refusal": None, "annotations": []},
+                "message": _whole_message(message),
                 "logprobs": {"content": logprobs[i], "refusal": None} if self.asked.logprobs else None,
                 "finish_reason": finish[i],
             }
-            for i, text in enumerate(texts)
+            for i, message in enumerate(messages)
         ]
         return {
             **self.head,
@@ -146,11 +170,13 @@ class _Answer:
                 yield COMMENT
                 continue
             logprobs = self._logprobs(piece.event)
-            if piece.text or logprobs:
-                yield self._chunk(piece.index, {"content": piece.text}, logprobs)
+            deltas = [delta for part in piece.parts if (delta := self._delta(piece.index, part))]
+            for delta in deltas or ([{"content": ""}] if logprobs else []):
+                yield self._chunk(piece.index, delta, logprobs)
+                logprobs = [] if logprobs else logprobs  # with the first of them
             if piece.completion is not None:
                 self._end(piece.completion)
-                yield self._chunk(piece.index, {}, finish=openai_finish(piece.completion.finish_reason))
+                yield self._chunk(piece.index, {}, finish=self._finish(piece.index, piece.completion))
         if self._wants_usage:
             yield event(self._frame([], self.run.usage.openai()))
         yield DONE
@@ -179,3 +205,19 @@ class _Answer:
             "choices": choices,
         }
         return {**frame, "usage": usage} if self._wants_usage else frame
+
+
+def _add(message: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Make a delta part of a message, as a client would."""
+    message["content"] += delta.get("content", "")
+    for call in delta.get("tool_calls", ()):
+        calls = message.setdefault("tool_calls", [])
+        if call["index"] == len(calls):
+            calls.append({"id": call["id"], "type": "function", "function": dict(call["function"])})
+        else:
+            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+
+
+def _whole_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with calls and no text has none, not an empty one."""
+    return {**message, "content": None} if "tool_calls" in message and not message["content"] else message

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..engine import TokenEvent
-from .chat import DONE, sampling, stream
+from .answers import reply
+from .chat import DONE, OpenAIAnswer, sampling
 from .errors import bad_request
-from .http import COMMENT, event, read_json, while_connected
+from .http import COMMENT, event, read_json
 from .openai_schema import MAX_CHOICES, CompletionRequest
 from .output import openai_finish
 from .service import Run, Service
@@ -37,13 +38,10 @@ async def completions(service: Service, request: Request) -> Response:
         new = service.room(len(prompt.ids), asked.max_tokens, _DEFAULT_TOKENS, "prompt")
         params += sampling(service, asked, prompt, new, "max_tokens", asked.logprobs or 0)
     run = service.submit(request.scope["owner"], prompts, params, asked.n, kept)
-    answer = _Answer(service, asked, run)
-    if asked.stream:
-        return stream(service, run, answer.events())
-    return JSONResponse(await while_connected(request, answer.whole()))
+    return await reply(service, request, _Answer(service, asked, run), asked.stream)
 
 
-class _Answer:
+class _Answer(OpenAIAnswer):
     """One completion, whole or as chunks."""
 
     def __init__(self, service: Service, asked: CompletionRequest, run: Run) -> None:

@@ -10,10 +10,12 @@ from starlette.responses import JSONResponse, Response
 from ..contexts.kept import Kept
 from ..engine import Completion, FinishReason
 from ..engine.chat import ChatPrompt
+from .answers import Block, Blocks, Step, reply
 from .anthropic_schema import CountRequest, MessagesRequest
 from .errors import ApiError
-from .http import EventStream, event, read_json, while_connected
+from .http import event, read_json
 from .service import Run, Service
+from .tools import ToolUse
 
 
 async def count_tokens(service: Service, request: Request) -> Response:
@@ -27,6 +29,7 @@ async def messages(service: Service, request: Request) -> Response:
     asked = MessagesRequest.parse(await read_json(request, service.options))
     service.check_model(asked.model)
     kept = await service.kept(request.scope["owner"], asked.context)
+    shape = await service.shape(asked.tool_use(), asked.grammar(), "output_config.format")
     prompt = await _prompt(service, asked, kept)
     new = service.room(len(prompt.ids), asked.max_tokens, asked.max_tokens, "max_tokens")
     params = service.params(
@@ -36,23 +39,20 @@ async def messages(service: Service, request: Request) -> Response:
         top_p=asked.top_p,
         top_k=asked.top_k,
         stop=(*asked.stop_sequences, *prompt.stop),
+        shape=shape,
     )
-    run = service.submit(request.scope["owner"], [prompt], [params], kept=kept)
+    run = service.submit(request.scope["owner"], [prompt], [params], kept=kept, shape=shape)
     answer = _Answer(service, asked, run, request.scope["request_id"])
-    if not asked.stream:
-        return JSONResponse(await while_connected(request, answer.whole()))
-    return EventStream(
-        answer.events(),
-        on_error=answer.error,
-        on_close=run.ticket.cancel,
-        write_seconds=service.options.write_seconds,
-    )
+    return await reply(service, request, answer, asked.stream)
 
 
 async def _prompt(service: Service, asked: CountRequest, kept: Kept | None) -> ChatPrompt:
     """A conversation that ends with the assistant's words is continued from there."""
     conversation = asked.conversation()
-    return await service.chat(conversation, conversation[-1].role == "assistant", kept)
+    tools = asked.tool_use().tools
+    if tools:  # a template that does not show them would count and read less than was sent
+        await service.shape(ToolUse(tools), None, "tools")
+    return await service.chat(conversation, conversation[-1].role == "assistant", kept, tools)
 
 
 class _Answer:
@@ -61,6 +61,7 @@ class _Answer:
     def __init__(self, service: Service, asked: MessagesRequest, run: Run, request_id: str) -> None:
         self.service, self.asked, self.run, self.request_id = service, asked, run, request_id
         self.id = f"msg_{uuid.uuid4().hex}"
+        self.blocks = Blocks(service, run)
 
     def _message(self, content: list[dict[str, Any]], done: Completion | None) -> dict[str, Any]:
         reason, sequence = self._stop(done)
@@ -84,29 +85,32 @@ class _Answer:
             return "max_tokens", None
         if done.stop in self.asked.stop_sequences:
             return "stop_sequence", done.stop
+        if self.blocks.calls:
+            return "tool_use", None
         return "end_turn", None
 
     async def whole(self) -> dict[str, Any]:
-        text, done = "", None
-        async for piece in self.service.pieces(self.run):
-            if piece is not None:
-                text, done = text + piece.text, piece.completion
-        return self._message([_block(text)] if text else [], done)
+        async for _ in self.blocks.steps():
+            pass
+        said = [block for block in self.blocks.all if block.text or block.kind == "call"]
+        return self._message([_block(block, begun=False) for block in said], self.blocks.done)
 
     async def events(self) -> AsyncIterator[bytes]:
         yield _event("message_start", message=self._message([], None))
-        yield _event("content_block_start", index=0, content_block=_block(""))
-        yield _event("ping")
-        done = None
-        async for piece in self.service.pieces(self.run):
-            if piece is None:
+        if self.run.has_tools:
+            yield _event("ping")
+        async for step in self.blocks.steps():
+            if step is None:
                 yield _event("ping")
-                continue
-            done = piece.completion
-            if piece.text:
-                yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": piece.text})
-        yield _event("content_block_stop", index=0)
-        reason, sequence = self._stop(done)
+            elif step.what == "begin":
+                yield _event("content_block_start", index=step.block.index, content_block=_block(step.block))
+                if not step.block.index and not self.run.has_tools:
+                    yield _event("ping")
+            elif step.what == "end":
+                yield _event("content_block_stop", index=step.block.index)
+            elif step.delta:
+                yield _event("content_block_delta", index=step.block.index, delta=_delta(step))
+        reason, sequence = self._stop(self.blocks.done)
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         yield _event("message_delta", delta=delta, usage=self.run.usage.anthropic())
         yield _event("message_stop")
@@ -115,8 +119,18 @@ class _Answer:
         return event(error.body("anthropic", self.request_id), "error")
 
 
-def _block(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text, "citations": None}
+def _block(block: Block, begun: bool = True) -> dict[str, Any]:
+    """A block as it is, or without its content as it is when it begins."""
+    if block.kind == "text":
+        return {"type": "text", "text": "" if begun else block.text, "citations": None}
+    call = {"type": "tool_use", "id": f"toolu_{block.id}", "name": block.name}
+    return {**call, "input": {} if begun else block.arguments, "caller": {"type": "direct"}}
+
+
+def _delta(step: Step) -> dict[str, Any]:
+    if step.block.kind == "text":
+        return {"type": "text_delta", "text": step.delta}
+    return {"type": "input_json_delta", "partial_json": step.delta}
 
 
 def _event(name: str, **data: Any) -> bytes:

@@ -1,11 +1,13 @@
 """Requests of OpenAI's API: chat completions, completions, responses."""
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from ..engine import Grammar
 from ..engine.chat import Message
-from .errors import bad_request
+from .errors import ApiError, bad_request
 from .schema import (
     ApiRequest,
     ContextId,
@@ -20,6 +22,17 @@ from .schema import (
     TopK,
     texts,
 )
+from .tools import (
+    MAX_TOOLS,
+    ChatTool,
+    Choice,
+    ResponseFormat,
+    ResponsesTool,
+    TextOptions,
+    ToolUse,
+    openai_use,
+    parse_call,
+)
 
 _WITHOUT_EFFECT = frozenset(
     {
@@ -27,7 +40,6 @@ _WITHOUT_EFFECT = frozenset(
         "metadata",
         "store",
         "service_tier",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -70,32 +82,48 @@ class SamplingRequest(ApiRequest):
             )
 
 
+class FunctionMade(Strict):
+    name: str
+    arguments: str
+
+
+class CallMade(Strict):
+    """A call in an earlier answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: FunctionMade
+
+
 class ChatMessage(Strict):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Parts | None = None
     name: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[CallMade], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
 
     def as_message(self, place: str) -> Message:
-        if self.role in ("tool", "function"):
+        if self.role == "tool" and self.tool_call_id is None:
+            raise _missing(f"{place}.tool_call_id")
+        if self.tool_calls and self.role != "assistant":
             raise bad_request(
-                f"Invalid '{place}.role': tools are not implemented by this server, got {self.role!r}",
-                f"{place}.role",
-                "invalid_value",
+                f"Invalid '{place}.tool_calls': only the assistant calls tools", f"{place}.tool_calls"
             )
+        calls = tuple(
+            parse_call(
+                c.id, c.function.name, c.function.arguments, f"{place}.tool_calls[{n}].function.arguments"
+            )
+            for n, c in enumerate(self.tool_calls or ())
+        )
         if self.content is None and self.role != "assistant":
-            raise bad_request(
-                f"Missing required parameter: '{place}.content'",
-                f"{place}.content",
-                "missing_required_parameter",
-            )
+            raise _missing(f"{place}.content")
         role = "system" if self.role == "developer" else self.role
-        return Message(role, texts(self.content or [], place))
+        return Message(role, texts(self.content or [], place), calls, self.tool_call_id or "")
 
 
 class ChatRequest(SamplingRequest):
@@ -103,11 +131,8 @@ class ChatRequest(SamplingRequest):
 
     ignored: ClassVar = _WITHOUT_EFFECT | {"reasoning_effort", "verbosity", "prediction"}
     unsupported: ClassVar = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "logit_bias": ({},),
         "modalities": (["text"],),
         "audio": (),
@@ -122,9 +147,21 @@ class ChatRequest(SamplingRequest):
     selection: Annotated[
         bool, Field(description="Keep which blocks were selected, for GET /v1/selections/{id}.")
     ] = False
+    tools: Annotated[list[ChatTool], Field(max_length=MAX_TOOLS)] = []
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
 
     def conversation(self) -> list[Message]:
         return [m.as_message(f"messages[{n}]") for n, m in enumerate(self.messages)]
+
+    def tool_use(self) -> ToolUse:
+        """The tools of the answer; raises ApiError where they contradict each other."""
+        tools = [tool.function.as_tool() for tool in self.tools]
+        return openai_use(tools, self.tool_choice, self.parallel_tool_calls)
+
+    def grammar(self) -> Grammar | None:
+        return None if self.response_format is None else self.response_format.grammar()
 
 
 def _as_prompts(value: Any) -> Any:
@@ -163,8 +200,8 @@ class CompletionRequest(SamplingRequest):
 
 
 class InputItem(Strict):
-    """A message of a response's input. What else an item may be (calls of tools, references) is refused by
-    its type."""
+    """A part of a response's input: a message, a call of a tool, or its result. What else an item may be
+    (references, reasoning) is refused by its type."""
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -172,17 +209,35 @@ class InputItem(Strict):
     id: str | None = None
     status: str | None = None
     phase: str | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: Parts | None = None
 
     def as_message(self, place: str) -> Message:
-        if self.role is None or self.content is None:
-            name = "role" if self.role is None else "content"
-            raise bad_request(
-                f"Missing required parameter: '{place}.{name}'",
-                f"{place}.{name}",
-                "missing_required_parameter",
-            )
+        """Raises ApiError if it lacks what its type needs."""
+        for name in _NEEDED[self.type]:
+            if getattr(self, name) is None:
+                raise _missing(f"{place}.{name}")
+        if self.type == "function_call":
+            call = parse_call(self.call_id or "", self.name or "", self.arguments or "", f"{place}.arguments")
+            return Message("assistant", (), (call,))
+        if self.type == "function_call_output":
+            return Message("tool", texts(self.output or [], place), call_id=self.call_id or "")
+        assert self.role is not None, "it is needed"
         role = "system" if self.role == "developer" else self.role
-        return Message(role, texts(self.content, place))
+        return Message(role, texts(self.content or [], place))
+
+
+_NEEDED = {
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+}
+
+
+def _missing(place: str) -> ApiError:
+    return bad_request(f"Missing required parameter: '{place}'", place, "missing_required_parameter")
 
 
 def _as_items(value: Any) -> Any:
@@ -190,9 +245,9 @@ def _as_items(value: Any) -> Any:
         return [{"role": "user", "content": value}]
     for number, item in enumerate(value) if isinstance(value, list) else ():
         kind = item.get("type", "message") if isinstance(item, dict) else None
-        if isinstance(kind, str) and kind != "message":
+        if isinstance(kind, str) and kind not in _NEEDED:
             raise bad_request(
-                f"Invalid 'input[{number}].type': this server takes messages only, got {kind[:60]!r}",
+                f"Invalid 'input[{number}].type': must be one of {', '.join(_NEEDED)}, got {kind[:60]!r}",
                 f"input[{number}].type",
                 "invalid_value",
             )
@@ -219,9 +274,6 @@ class ResponsesRequest(ApiRequest):
         "stream_options",
     }
     unsupported: ClassVar = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "text": ({"format": {"type": "text"}}, {}),
         "background": (False,),
         "background_options": (),
         "previous_response_id": (),
@@ -242,7 +294,34 @@ class ResponsesRequest(ApiRequest):
     metadata: Annotated[dict[str, str], Field(max_length=16)] = {}
     stream: bool = False
     context: ContextId | None = None
+    text: TextOptions = TextOptions()
+    tools: Annotated[list[ResponsesTool], Field(max_length=MAX_TOOLS)] = []
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool = True
 
     def conversation(self) -> list[Message]:
-        first = [Message("system", (self.instructions,))] if self.instructions else []
-        return first + [item.as_message(f"input[{n}]") for n, item in enumerate(self.input)]
+        """Calls belong to the assistant's message before them, as templates write them."""
+        made = [Message("system", (self.instructions,))] if self.instructions else []
+        for number, item in enumerate(self.input):
+            message = item.as_message(f"input[{number}]")
+            if message.calls and made and made[-1].role == "assistant":
+                made[-1] = replace(made[-1], calls=(*made[-1].calls, *message.calls))
+            else:
+                made.append(message)
+        return made
+
+    def tool_use(self) -> ToolUse:
+        """See `ChatRequest.tool_use`."""
+        return openai_use([tool.as_tool() for tool in self.tools], self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def tools_as_given(self) -> list[dict[str, Any]]:
+        """As a response repeats them, with what its description wants to be there."""
+        return [tool.model_dump() for tool in self.tools]
+
+    @property
+    def choice_as_given(self) -> Any:
+        choice = self.tool_choice
+        if choice is None:
+            return "auto"
+        return {"type": choice.type, "name": choice.name} if choice.name is not None else choice.type

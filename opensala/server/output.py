@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine import Completion, FinishReason, TokenEvent
+from ..engine.calls import Part, Text
 
 
 @dataclass
@@ -23,17 +24,34 @@ class Trimmer:
         self._begun, self._held = self._begun or bool(kept), text[len(kept) :]
         return kept
 
-    def whole(self, text: str) -> str:
-        return text.strip() if self.active else text
+
+class TextReader:
+    """An answer that is nothing but text.
+
+    Args:
+        trims: see `Trimmer`.
+    """
+
+    def __init__(self, trims: bool) -> None:
+        self._trimmer = Trimmer(trims)
+
+    def add(self, text: str, last: bool = False) -> list[Part]:
+        """Take the next piece; returns what it adds to the answer."""
+        text = self._trimmer.add(text)
+        return [Text(text)] if text else []
 
 
 @dataclass
 class Piece:
-    """One event of one choice: the text it adds, and the completion if it is the last."""
+    """One event of one choice: what it adds, and the completion if it is the last."""
 
     index: int
-    text: str
+    parts: list[Part]
     event: TokenEvent
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
 
     @property
     def completion(self) -> Completion | None:
@@ -143,5 +161,8 @@ class TokenTexts:
         return {**self.entry(event.token, event.logprob), "top_logprobs": top}
 
 
-def openai_finish(reason: FinishReason | None) -> str:
+def openai_finish(reason: FinishReason | None, called: bool = False) -> str:
+    """OpenAI's word for the end of a choice, which called a tool or not."""
+    if called and reason is FinishReason.STOP:
+        return "tool_calls"
     return "length" if reason is FinishReason.LENGTH else "stop"

@@ -3,15 +3,16 @@
 import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..engine import FinishReason
+from .answers import Block, Blocks, Step, reply
 from .errors import ApiError
-from .http import COMMENT, EventStream, event, read_json, while_connected
+from .http import COMMENT, event, read_json
 from .openai_schema import ResponsesRequest
 from .service import Run, Service
 
@@ -22,7 +23,9 @@ async def responses(service: Service, request: Request) -> Response:
     asked = ResponsesRequest.parse(await read_json(request, service.options))
     service.check_model(asked.model)
     kept = await service.kept(request.scope["owner"], asked.context)
-    prompt = await service.chat(asked.conversation(), kept=kept)
+    use = asked.tool_use()
+    shape = await service.shape(use, asked.text.grammar(), "text.format")
+    prompt = await service.chat(asked.conversation(), kept=kept, tools=use.tools)
     new = service.room(
         len(prompt.ids), asked.max_output_tokens, service.options.default_new_tokens, "max_output_tokens"
     )
@@ -33,17 +36,10 @@ async def responses(service: Service, request: Request) -> Response:
         top_p=asked.top_p,
         logprobs=asked.top_logprobs,
         stop=prompt.stop,
+        shape=shape,
     )
-    run = service.submit(request.scope["owner"], [prompt], [params], kept=kept)
-    answer = _Answer(service, asked, run)
-    if not asked.stream:
-        return JSONResponse(await while_connected(request, answer.whole()))
-    return EventStream(
-        answer.events(),
-        on_error=answer.error,
-        on_close=run.ticket.cancel,
-        write_seconds=service.options.write_seconds,
-    )
+    run = service.submit(request.scope["owner"], [prompt], [params], kept=kept, shape=shape)
+    return await reply(service, request, _Answer(service, asked, run), asked.stream)
 
 
 class _Answer:
@@ -51,8 +47,9 @@ class _Answer:
 
     def __init__(self, service: Service, asked: ResponsesRequest, run: Run) -> None:
         self.service, self.asked, self.run = service, asked, run
-        self.id, self.item_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
-        self.created, self.text, self.logprobs = int(time.time()), "", list[dict[str, Any]]()
+        self.id, self.created = f"resp_{uuid.uuid4().hex}", int(time.time())
+        self.blocks = Blocks(service, run)
+        self.logprobs: dict[int, list[dict[str, Any]]] = {}  # of each block of text
         self.finish: FinishReason | None = None
         self._numbers = itertools.count()
 
@@ -62,16 +59,21 @@ class _Answer:
             return "in_progress"
         return "incomplete" if self.finish is FinishReason.LENGTH else "completed"
 
-    def _part(self) -> dict[str, Any]:
-        part: dict[str, Any] = {"type": "output_text", "text": self.text, "annotations": []}
-        return part | {"logprobs": self.logprobs}
+    def _part(self, block: Block) -> dict[str, Any]:
+        part: dict[str, Any] = {"type": "output_text", "text": block.text, "annotations": []}
+        return part | {"logprobs": self.logprobs.get(block.index, [])}
 
-    def _item(self, begun: bool = True) -> dict[str, Any]:
-        content = [self._part()] if begun else []
+    def _item(self, block: Block, begun: bool = False) -> dict[str, Any]:
+        """A block as an item of the output; without its content if it just `begun`."""
+        status = "in_progress" if begun else self._status if self.finish is not None else "completed"
+        if block.kind == "call":
+            call = {"id": f"fc_{block.id}", "type": "function_call", "call_id": f"call_{block.id}"}
+            return {**call, "name": block.name, "arguments": block.text, "status": status}
+        content = [] if begun else [self._part(block)]
         return {
-            "id": self.item_id,
+            "id": f"msg_{block.id}",
             "type": "message",
-            "status": self._status,
+            "status": status,
             "role": "assistant",
             "content": content,
         }
@@ -90,17 +92,17 @@ class _Answer:
             "instructions": asked.instructions,
             "max_output_tokens": asked.max_output_tokens,
             "model": self.service.name,
-            "output": [self._item()] if self.finish is not None else [],
-            "parallel_tool_calls": False,
+            "output": [self._item(block) for block in self.blocks.all] if self.finish is not None else [],
+            "parallel_tool_calls": asked.parallel_tool_calls,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "background": False,
             "service_tier": "default",
             "store": False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "none",
-            "tools": [],
+            "text": asked.text.model_dump(exclude_none=True, by_alias=True),
+            "tool_choice": asked.choice_as_given,
+            "tools": asked.tools_as_given,
             "top_logprobs": asked.top_logprobs,
             "top_p": params.top_p,
             "presence_penalty": params.presence_penalty,
@@ -115,40 +117,65 @@ class _Answer:
         }
 
     async def whole(self) -> dict[str, Any]:
-        async for _ in self._deltas():
+        async for _ in self._steps():
             pass
         return self._response()
 
-    async def _deltas(self) -> AsyncIterator[tuple[str, list[dict[str, Any]]] | None]:
+    async def _steps(self) -> AsyncIterator[tuple[Step, list[dict[str, Any]]] | None]:
+        """Steps of the answer's blocks, each with the log-probabilities that belong to it."""
         wanted = self.asked.top_logprobs > 0 or _LOGPROBS in self.asked.include
-        async for piece in self.service.pieces(self.run):
-            if piece is None:
+        async for step in self.blocks.steps():
+            if step is None:
                 yield None
                 continue
-            shown = wanted and self.service.tokens.is_shown(piece.event, [])
-            logprobs = [_with_bytes(self.service.tokens.logprob(piece.event))] if shown else []
-            self.text += piece.text
-            self.logprobs += logprobs
-            if piece.completion is not None:
-                self.finish = piece.completion.finish_reason
-            if piece.text or logprobs:
-                yield piece.text, logprobs
+            tokens, shown = self.service.tokens, list[dict[str, Any]]()
+            if wanted and step.event is not None and tokens.is_shown(step.event, []):
+                shown = [_with_bytes(tokens.logprob(step.event))] if step.block.kind == "text" else []
+            self.logprobs.setdefault(step.block.index, []).extend(shown)
+            if self.blocks.done is not None:
+                self.finish = self.blocks.done.finish_reason
+            yield step, shown
 
     async def events(self) -> AsyncIterator[bytes]:
-        place = {"item_id": self.item_id, "output_index": 0, "content_index": 0}
         yield self._event("response.created", response=self._response())
         yield self._event("response.in_progress", response=self._response())
-        yield self._event("response.output_item.added", output_index=0, item=self._item(begun=False))
-        yield self._event("response.content_part.added", **place, part=self._part())
-        async for delta in self._deltas():
-            if delta is None:
+        async for found in self._steps():
+            if found is None:
                 yield COMMENT
-            else:
-                yield self._event("response.output_text.delta", **place, delta=delta[0], logprobs=delta[1])
-        yield self._event("response.output_text.done", **place, text=self.text, logprobs=self.logprobs)
-        yield self._event("response.content_part.done", **place, part=self._part())
-        yield self._event("response.output_item.done", output_index=0, item=self._item())
+                continue
+            tell = self._tell_text if found[0].block.kind == "text" else self._tell_call
+            for data in tell(*found):
+                yield data
         yield self._event(f"response.{self._status}", response=self._response())
+
+    def _tell_text(self, step: Step, logprobs: list[dict[str, Any]]) -> Iterator[bytes]:
+        block = step.block
+        item = {"output_index": block.index, "item": self._item(block, begun=step.what == "begin")}
+        place = {"item_id": f"msg_{block.id}", "output_index": block.index, "content_index": 0}
+        if step.what == "begin":
+            yield self._event("response.output_item.added", **item)
+            yield self._event("response.content_part.added", **place, part=self._part(block))
+        elif step.what == "end":
+            part = self._part(block)
+            yield self._event(
+                "response.output_text.done", **place, text=block.text, logprobs=part["logprobs"]
+            )
+            yield self._event("response.content_part.done", **place, part=part)
+            yield self._event("response.output_item.done", **item)
+        elif step.delta or logprobs:
+            yield self._event("response.output_text.delta", **place, delta=step.delta, logprobs=logprobs)
+
+    def _tell_call(self, step: Step, logprobs: list[dict[str, Any]]) -> Iterator[bytes]:
+        block = step.block
+        item = {"output_index": block.index, "item": self._item(block, begun=step.what == "begin")}
+        place = {"item_id": f"fc_{block.id}", "output_index": block.index}
+        if step.what == "begin":
+            yield self._event("response.output_item.added", **item)
+        elif step.what == "end":
+            yield self._event("response.function_call_arguments.done", **place, arguments=block.text)
+            yield self._event("response.output_item.done", **item)
+        else:
+            yield self._event("response.function_call_arguments.delta", **place, delta=step.delta)
 
     def error(self, error: ApiError) -> bytes:
         self.finish = None

@@ -16,16 +16,19 @@ from ..contexts import DamagedContext
 from ..contexts.kept import Kept, identity
 from ..contexts.prefixes import PrefixFolder
 from ..contexts.shelf import Shelf
-from ..engine import Engine, SamplingParams
+from ..engine import Completion, Engine, Grammar, SamplingParams
+from ..engine.calls import CallReader
 from ..engine.chat import ChatPrompt, Message, encode_chat
+from ..engine.tools import CallForm, Tool
 from .errors import ApiError, bad_request, from_value_error
 from .keeping import Keeper
 from .keys import KeyFile
 from .limits import Gate, ServerOptions
 from .loop import Closed, EngineLoop, Job, Ticket
 from .metrics import Metrics
-from .output import Piece, TokenTexts, Trimmer, Usage
+from .output import Piece, TextReader, TokenTexts, Usage
 from .selections import Selections
+from .tools import Shape, ToolUse
 
 T = TypeVar("T")
 _log = logging.getLogger("opensala.server")
@@ -37,14 +40,16 @@ class Run:
     """A request under way: its jobs, and what they cost so far.
 
     Attributes:
-        trim: one for each job.
+        readers: one for each job.
+        has_tools: whether its answers may call tools.
         counted: jobs whose account of the prompt counts; the other ones have a prompt in common with these.
     """
 
     ticket: Ticket
-    trim: list[Trimmer]
+    readers: Sequence[TextReader | CallReader]
     counted: Collection[int]
     usage: Usage
+    has_tools: bool = False
     started: float = field(default_factory=time.monotonic)
 
 
@@ -90,6 +95,7 @@ class Service:
         self._encoder = ThreadPoolExecutor(_ENCODERS, "encoder")  # so that a long text stops no stream
         self.temperature, self.top_p = _defaults(engine)
         self.selections = Selections(engine)
+        self._form: CallForm | None = None  # how the model calls tools, once somebody asked
         self.keeper = None if contexts is None else Keeper(self, Shelf(contexts), identity(engine))
 
     def start(self) -> None:
@@ -161,13 +167,53 @@ class Service:
             raise from_value_error(error, {}) from None
 
     async def chat(
-        self, messages: Sequence[Message], continue_final: bool = False, kept: Kept | None = None
+        self,
+        messages: Sequence[Message],
+        continue_final: bool = False,
+        kept: Kept | None = None,
+        tools: Sequence[Tool] = (),
     ) -> ChatPrompt:
         """The prompt of a conversation, about a context if one is given."""
         how: dict[str, Any] = {"continue_final": continue_final, "stable": self.options.stable_prefix}
+        how |= {"tools": tools}
         return await self.aside(
             lambda t: encode_chat(t, messages, **how) if kept is None else kept.chat(t, messages, **how)
         )
+
+    async def shape(self, use: ToolUse, grammar: Grammar | None, field: str) -> Shape:
+        """What an answer may look like; what cannot be enforced is refused before it begins.
+
+        Args:
+            use: tools.
+            grammar: the form that is asked for beside them.
+            field: the request's name of that form.
+
+        Raises:
+            ApiError: 400.
+        """
+        if use.tools and grammar is not None:
+            raise bad_request(
+                f"Unsupported: '{field}' together with 'tools'; give one of them",
+                field,
+                "unsupported_parameter",
+            )
+
+        def work(tokenizer: Any) -> Shape:
+            self._form = self._form or (CallForm.of(tokenizer) if use.tools else None)
+            form, literal = self._form if use.tools else None, self.engine.grammars.literal
+            found = Shape(use, form, grammar, literal, tokenizer.all_special_tokens)
+            if found.grammar is not None:
+                self.engine.grammars.compile(found.grammar)
+            return found
+
+        try:
+            return await self.aside(work)
+        except ApiError as error:
+            if error.status != 400:
+                raise
+            param = "tools" if use.tools else field
+            text = f"Invalid '{param}': {error.message}"
+            raise bad_request(text, param, "unsupported_parameter") from None
 
     async def raw(self, prompt: str | list[int], kept: Kept | None = None) -> ChatPrompt:
         """A prompt that is taken as it is, right behind the documents of a context if one is given."""
@@ -212,12 +258,16 @@ class Service:
 
         Args:
             fields: the request's names of parameters that have another name there.
-            given: as the request has them.
+            given: as the request has them; `shape` is what its answer may look like.
 
         Raises:
             ApiError: 400.
         """
         temperature, top_p = given.pop("temperature"), given.pop("top_p")
+        shape: Shape | None = given.pop("shape", None)
+        if shape is not None:
+            given |= {"grammar": shape.grammar, "keep_special": shape.keep_special}
+            given["stop"] = (*given["stop"], *shape.stop)
         temperature = self.temperature if temperature is None else temperature
         top_p = self.top_p if top_p is None else top_p
         if top_p == 0:  # the most likely token alone
@@ -235,12 +285,14 @@ class Service:
         params: Sequence[SamplingParams],
         count: int = 1,
         kept: Kept | None = None,
+        shape: Shape | None = None,
     ) -> Run:
         """Hand prompts to the engine, `count` times each.
 
         Args:
             params: of each choice, those of the first prompt first.
             kept: what the prompts are about; it is put at hand for them.
+            shape: of the answers.
 
         Raises:
             ApiError: the engine cannot take them (400), or takes nothing any more (503).
@@ -254,7 +306,13 @@ class Service:
         except Closed as error:
             raise ApiError(503, str(error), code="unavailable", retry_after=5) from None
         usage = Usage(prompt=sum(len(p.ids) for p in prompts))
-        return Run(ticket, [Trimmer(p.trims) for p in every], range(0, len(jobs), count), usage)
+        form = None if shape is None else shape.form
+        if form is None or shape is None:
+            readers = [TextReader(p.trims) for p in every]
+            return Run(ticket, readers, range(0, len(jobs), count), usage)
+        names, most = {tool.name for tool in shape.use.tools}, None if shape.use.parallel else 1
+        calls = [CallReader(form, names, most) for _ in every]
+        return Run(ticket, calls, range(0, len(jobs), count), usage, has_tools=True)
 
     async def pieces(self, run: Run, every: float | None = None) -> AsyncGenerator[Piece | None, None]:
         """What the jobs of a request have to say, as it comes; None where there was nothing to say for
@@ -279,11 +337,12 @@ class Service:
                 (index, event), pending = pending.result(), None
                 self._measure(run, last, index, event.token is not None)
                 if event.completion is not None:
-                    _check(event.completion.error)
+                    _check(event.completion)
                     run.usage.add(event.completion)
                     if index in run.counted:
                         run.usage.account(event.completion)
-                yield Piece(index, run.trim[index].add(event.text), event)
+                parts = run.readers[index].add(event.text, event.completion is not None)
+                yield Piece(index, parts, event)
             self.metrics.prompt_tokens.inc(run.usage.prompt)
             self.metrics.cached_tokens.inc(run.usage.cached)
             self.metrics.restored_tokens.inc(run.usage.restored)
@@ -305,9 +364,12 @@ class Service:
         last[index] = now
 
 
-def _check(error: str | None) -> None:
+def _check(done: Completion) -> None:
+    error = done.error
     if error is None:
         return
+    if done.by_request:
+        raise bad_request(error, code="invalid_value")
     if "shutting down" in error:
         raise ApiError(503, error, code="unavailable", retry_after=5)
     raise ApiError(500, error, code="engine_error")
