@@ -100,7 +100,8 @@ class _Answer(OpenAIAnswer):
 
     def __init__(self, service: Service, asked: ChatRequest, run: Run, watch: Watch | None = None) -> None:
         self.service, self.asked, self.run, self.watch = service, asked, run, watch
-        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.head = {"id": self.id, "created": int(time.time()), "model": service.name}
         self.called = [False] * asked.n  # whether a choice made a whole call
 
     def _delta(self, index: int, part: Part) -> dict[str, Any]:
@@ -128,7 +129,7 @@ class _Answer(OpenAIAnswer):
 
     def _end(self, completion: Completion) -> None:
         if self.watch is not None:
-            self.watch.keep(self.head["id"], completion)
+            self.watch.keep(self.id, completion)
 
     async def whole(self) -> dict[str, Any]:
         messages: list[dict[str, Any]] = [
