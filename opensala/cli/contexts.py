@@ -182,6 +182,15 @@ def fork(context: Context, target: Annotated[str, typer.Argument(help="Folder of
 
 
 @app.command()
+def compact(context: Context) -> None:
+    """Merge the small segments that a context consists of after many extensions or turns."""
+    from ..contexts import store
+
+    before, after = store.compact(context)
+    print(f"{context}: {after} segments of {before}")
+
+
+@app.command()
 @with_options
 def extend(
     context: Context,

@@ -19,11 +19,13 @@ from ..engine.decode import check_text
 from ..engine.documents import join_documents
 from ..engine.progress import token_progress
 from ..engine.request import Sequence
-from ..engine.scheduler import Hold
+from ..engine.scheduler import Hold, common_length
 from .backing import DiskBacking
+from .checks import DamagedContext
 from .folder import ContextFolder, link_files
 from .identity import check_identity, identity
 from .manifest import MANIFEST, Manifest, Turn
+from .merge import merge_if_worth_it
 from .pages import load, pages_of, read_tokens, states_of
 from .segment import Written
 from .wording import Tail, Wording
@@ -129,6 +131,18 @@ class Context:
         if host_memory is not None and host_memory < 1:
             raise ValueError(f"host_memory must be at least 1 byte, got {host_memory}")
         folder = ContextFolder.open(path, write=write)
+        try:
+            return cls._opened(engine, folder, host_memory)
+        except DamagedContext:
+            folder.close()
+            again = ContextFolder.open(path, write=write)
+            if again.manifest == folder.manifest:
+                again.close()
+                raise
+        return cls._opened(engine, again, host_memory)  # another process replaced files in the meantime
+
+    @classmethod
+    def _opened(cls, engine: Engine, folder: ContextFolder, host_memory: int | None) -> "Context":
         try:
             check_identity(folder.path, folder.manifest.identity, identity(engine))
             context = cls(engine, folder.manifest, folder)
@@ -350,8 +364,22 @@ class Context:
         if self._hold is not None and len(self._hold.tokens) > len(self.tokens):
             sparse = self.engine.config.attends_sparsely(len(self.tokens))
             kept = self.engine.scheduler.hold(self.tokens[:], sparse) if self.tokens else None
+            kept = kept or self._hold_on_disk(sparse)
             self.engine.scheduler.let_go(self._hold)
             self._hold = kept  # without one, what is needed is read again
+
+    def _hold_on_disk(self, sparse: bool) -> Hold | None:
+        """What the folder has of the tokens up to a snapshot, at hand again; None if it has none, or lacks
+        it."""
+        if self.folder is None:
+            return None
+        part = self.folder.manifest.upto(common_length(self._saved, self.tokens))
+        if not part.segments or part.sparse != sparse:
+            return None
+        try:
+            return load(self.engine, self.folder, manifest=part)
+        except DamagedContext:  # or gone: the next answer reads these tokens again
+            return None
 
     def fork(self, path: str | Path) -> "Context":
         """A second context that begins like this one, in a folder of its own; files are shared where they can
@@ -467,7 +495,7 @@ class Context:
         hold = self._whole_hold()
         base: list[Written] = []
         if hold is not None and self.manifest.segments and hold.sparse == self.manifest.sparse:
-            base = self.manifest.upto(_common(self._saved, self.tokens)).segments
+            base = self.manifest.upto(common_length(self._saved, self.tokens)).segments
         if hold is None:
             self._put(replace(self.manifest, segments=[], turns=list(self.turns), planned=0))
         elif base and base[-1].end_token == len(self.tokens):
@@ -511,6 +539,7 @@ class Context:
             )
         )
         self._saved = tokens[:]
+        self.manifest = merge_if_worth_it(self.folder)
 
     def _put(self, manifest: Manifest) -> None:
         assert self.folder is not None, "it has one"
@@ -520,10 +549,3 @@ class Context:
 
 def _manifest(engine: Engine) -> Manifest:
     return Manifest(identity(engine), engine.config.block_spec.block_size, False)
-
-
-def _common(a: array, b: array) -> int:
-    short = min(len(a), len(b))
-    if a[:short] == b[:short]:
-        return short
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)

@@ -16,9 +16,11 @@ import numpy as np
 from ..data.prompts import PromptFormat
 from ..engine import Document, Engine
 from ..engine.chat import ChatPrompt, Message, OtherTokens, encode_chat
+from ..engine.scheduler import common_length
 from .folder import ContextFolder, link_files
 from .identity import check_identity, identity
 from .manifest import Manifest
+from .merge import merge_if_worth_it
 from .pages import load, pages_of, states_of
 from .segment import Part, Written
 from .wording import Tail, Wording
@@ -162,7 +164,7 @@ class Draft:
             if self.base is not None:
                 link_files(self.base.folder, folder.path)
                 if old is not None and old.sparse == self.sparse and not self.base.distrusted:
-                    self.segments = old.upto(_common(self.base.tokens, self.tokens)).segments
+                    self.segments = old.upto(common_length(self.base.tokens, self.tokens)).segments
             texts = [*manifest.texts, folder.add_texts(self.documents)]
         except BaseException:
             folder.close()
@@ -213,17 +215,10 @@ class Draft:
             ValueError: it cannot be written.
         """
         folder.put(replace(folder.manifest, segments=self.segments))
-        return folder.manifest
+        return merge_if_worth_it(folder, _SEGMENT_PAGES)
 
 
 Piece = tuple[np.ndarray, dict[int, Part], dict[int, Any], int, int]
-
-
-def _common(a: array, b: array) -> int:
-    """Tokens that two texts begin with alike."""
-    short = min(len(a), len(b))
-    different = np.frombuffer(a, np.int32)[:short] != np.frombuffer(b, np.int32)[:short]
-    return int(different.argmax()) if different.any() else short
 
 
 __all__ = ["Draft", "Kept", "Piece", "identity"]

@@ -13,7 +13,7 @@ from ..engine.scheduler import Hold
 from .backing import DiskBacking
 from .checks import damaged
 from .folder import ContextFolder
-from .manifest import page_sources
+from .manifest import Manifest, page_sources
 from .segment import Part, SegmentFile, expected
 
 Note = Callable[[Running], None]
@@ -85,14 +85,19 @@ def states_of(engine: Engine, slot: int) -> dict[int, Tensor]:
     return {layer: states[slot].cpu().clone() for layer, states in engine.storage.states.items()}
 
 
-def load(engine: Engine, folder: ContextFolder, namespace: str = "") -> Hold:
+def load(
+    engine: Engine, folder: ContextFolder, namespace: str = "", manifest: Manifest | None = None
+) -> Hold:
     """Put a context at hand for prompts of a namespace: its tokens, compressed keys and last states now, keys
     and values when wanted.
+
+    Args:
+        manifest: of the part of it that is wanted; None for all.
 
     Raises:
         ValueError: it does not fit into memory, or is damaged.
     """
-    backing, manifest = DiskBacking.of(engine), folder.manifest
+    backing, manifest = DiskBacking.of(engine), manifest or folder.manifest
     files = [folder.segment(known, backing.counter) for known in manifest.segments]
     tokens = tokens_of(engine, files)
     if len(tokens) != manifest.tokens:

@@ -191,7 +191,7 @@ class SegmentFile:
         except BaseException:
             self.close()
             raise
-        self._sums: dict[int, np.ndarray] = {}
+        self._sums: dict[int, bytes] = {}
         self._places: dict[int, tuple[int, int]] = {}
 
     def _read_header(self) -> dict[str, tuple[torch.dtype, list[int], int]]:
@@ -235,6 +235,8 @@ class SegmentFile:
             if count == 0:
                 raise damaged(self.path, "the length", f"{self.known.size:,} bytes", f"{place:,}")
             self.counter.bytes += count
+            if count == sum(map(len, targets)):  # nearly always
+                return
             place += count
             while targets and count >= len(targets[0]):
                 count -= len(targets[0])
@@ -283,11 +285,11 @@ class SegmentFile:
             DamagedContext: they are not what was written.
         """
         if layer not in self._sums:
-            self._sums[layer] = self.tensor(f"sums.{layer}").numpy()
+            self._sums[layer] = self.tensor(f"sums.{layer}").numpy().tobytes()
         self._read_into([keys, values], self._page_place(layer, index)[0])
         self.counter.pages += 1
         found = checksum(keys, values)
-        wanted = self._sums[layer][index].tobytes()
+        wanted = self._sums[layer][SUM_BYTES * index : SUM_BYTES * (index + 1)]
         if found != wanted:
             where = f"page {self.known.first_page + index} of layer {layer}"
             raise damaged(self.path, f"{where} (keys and values)", f"checksum {wanted.hex()}", found.hex())

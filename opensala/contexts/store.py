@@ -12,6 +12,7 @@ from ..runs import write_errors
 from .checks import damaged, sync_folder
 from .folder import ContextFolder, is_ours, link_files
 from .manifest import MANIFEST, Manifest, read_manifest
+from .merge import FULL_PAGES, groups_to_merge, merge
 from .segment import Counter
 
 SUFFIX = ".ctx"  # of a context's folder, by custom
@@ -101,6 +102,21 @@ def _verify(folder: ContextFolder, progress: Progress) -> None:
                 progress(size)
         finally:
             file.close()
+
+
+def compact(path: str | Path) -> tuple[int, int]:
+    """Merge all small segments of a context; returns how many segments it had and has.
+
+    Raises:
+        ValueError: it is no context, damaged, in use by another process, or cannot be written; it is as it
+            was.
+    """
+    folder = ContextFolder.open(path, write=True)
+    try:
+        groups = groups_to_merge(folder.manifest, FULL_PAGES, youngest=0)
+        return len(folder.manifest.segments), len(merge(folder, groups).segments)
+    finally:
+        folder.close()
 
 
 def fork(source: str | Path, target: str | Path) -> Manifest:

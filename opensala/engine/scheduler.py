@@ -111,7 +111,7 @@ class Scheduler:
         for other in self.sequences():
             if other.is_reading and _may_share(other, sequence):
                 common = min(
-                    _common(other.tokens, sequence.tokens), other.num_prompt - 1, sequence.reuse_limit
+                    common_length(other.tokens, sequence.tokens), other.num_prompt - 1, sequence.reuse_limit
                 )
                 if common >= self.limits.min_shared and common > other.num_cached:
                     _mark(other, common)
@@ -207,7 +207,7 @@ class Scheduler:
             for h in self.holds
             if h.namespace == namespace
             and h.sparse == sparse
-            and _common(h.tokens, tokens) == len(h.tokens) < len(tokens)
+            and common_length(h.tokens, tokens) == len(h.tokens) < len(tokens)
         )
         return (self.pages.size - 1 - len(held) + max(shared, default=0)) * self.page_size
 
@@ -333,7 +333,7 @@ class Scheduler:
         here = self.tree.match(sequence.tokens, sequence.is_sparse(0), limit, sequence.namespace).length
         for other in self.running:
             if other.is_reading and _may_share(other, sequence):
-                common = min(_common(other.tokens, sequence.tokens), limit)
+                common = min(common_length(other.tokens, sequence.tokens), limit)
                 coming = [m for m in other.marks if other.num_cached < m <= common]
                 if coming and max(coming) >= here + self.limits.min_shared:
                     return None
@@ -421,7 +421,7 @@ def _may_share(a: Sequence, b: Sequence) -> bool:
     return a.namespace == b.namespace and a.is_sparse(0) == b.is_sparse(0)
 
 
-def _common(a: array, b: array) -> int:
+def common_length(a: array, b: array) -> int:
     """Tokens that two texts begin with alike."""
     x, y = np.frombuffer(a, np.int32), np.frombuffer(b, np.int32)
     short = min(len(x), len(y))
