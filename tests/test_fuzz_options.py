@@ -61,7 +61,7 @@ CASES = [
     *cases(["generate", "x"], SHARED),
     *cases(["eval", "--no-cache"], EVAL),
     *cases(["ingest", "DOC", "-o", "a.ctx"], CONTEXTS),
-    *cases(["chat"], {**CHAT, "--host-memory": ["", "x", "0MB", "-1GB"]}),
+    *cases(["chat"], {**CHAT, "--host-memory": ["", "x", "0MB", "-1GB"], "--device-memory": ["x", "1GB"]}),
     *cases(["plan"], PLAN),
     *cases(["demo"], DEMO),
     *cases(["bench", "ops"], BENCH),

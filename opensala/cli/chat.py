@@ -89,6 +89,8 @@ class Chat:
         result = self.context.ask(question, self.params, keep=True, quiet=True, on_event=show)
         print(flush=True)
         if not self.quiet:
+            if self.context.engine.tiers().is_bounded:
+                result.notes.append(self.context.traffic())
             show_cost(result)
 
     def _save(self, path: str) -> None:

@@ -94,6 +94,13 @@ class EngineOptions:
         ),
     ] = "auto"
     device: Device = "auto"
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes of keys and values on the GPU at most, as 4GB; the others lie in main memory. "
+            "Default: all on the GPU."
+        ),
+    ] = None
 
     def load(self, model: str | None, quiet: bool, options: "Bounds | None" = None) -> "Engine":
         """The engine of a checkpoint (None: the small one) with these bounds; without progress bars and notes
@@ -105,7 +112,8 @@ class EngineOptions:
 
         if model is not None and not model.strip():
             raise ValueError("--model is empty: name a checkpoint folder or a hub name, or omit it")
-        bounds = replace(options or Bounds(), kv_dtype=self.kv_dtype)
+        above = None if self.device_memory is None else byte_count(self.device_memory, "--device-memory")
+        bounds = replace(options or Bounds(), kv_dtype=self.kv_dtype, device_memory=above)
         if quiet:
             disable_progress_bars()
             logging.getLogger("opensala").setLevel(logging.ERROR)

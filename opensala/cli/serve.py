@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from .group import RunUnlessNamed
-from .options import EngineOptions, Json, PrefixOptions, Quiet, with_options
+from .options import EngineOptions, HostMemory, Json, PrefixOptions, Quiet, with_options
+from .sizes import byte_count
 
 app = typer.Typer(
     cls=RunUnlessNamed,
@@ -76,6 +77,7 @@ def run(
         float, typer.Option(help="Times that a long prompt may slow down running streams; 0 for no limit.")
     ] = 2.5,
     speculate: Annotated[int, typer.Option(help="Tokens to draft at most by prompt lookup; 0 for none.")] = 8,
+    host_memory: HostMemory = None,
     stable_prefix: Annotated[
         bool,
         typer.Option(
@@ -114,6 +116,7 @@ def run(
         max_batch_tokens=max_batch_tokens,
         max_cached_tokens=max_cached_tokens,
         speculate=speculate,
+        host_memory=None if host_memory is None else byte_count(host_memory, "--host-memory"),
     )
     prefixes.check()  # before seconds of loading
     loaded = engine.load(model, quiet, bounds)

@@ -122,11 +122,11 @@ class Context:
         """Put a kept context at hand, for asking; with `write` also for changing it on disk.
 
         `host_memory` bounds the bytes of keys and values that the engine has in memory from all its contexts
-        on disk; what is wanted beyond it is read again when it is wanted.
+        on disk, as `EngineOptions.host_memory`; what is wanted beyond it is read again when it is wanted.
 
         Raises:
             ValueError: it is no context, damaged, in use by another process (`write`), of another model (what
-                differs is named), or too long for the engine's memory.
+                differs is named), or too long for the engine's memory; a budget that holds no step.
         """
         if host_memory is not None and host_memory < 1:
             raise ValueError(f"host_memory must be at least 1 byte, got {host_memory}")
@@ -190,13 +190,12 @@ class Context:
         return what + ("" if self.is_whole else f", {self.manifest.planned:,} planned: not read to its end")
 
     def traffic(self) -> str:
-        """One line: what of the engine's contexts was read from disk, and how often that was not needed."""
-        backing = DiskBacking.of(self.engine)
-        rate = backing.traffic.hit_rate
-        hits = "" if rate is None else f"; {rate:.0%} of what was attended to was in memory"
+        """One line: what of the engine's contexts was moved between disk, memory and device."""
+        tiers = self.engine.tiers()
+        more = tiers.describe()
         return (
-            f"{backing.counter.bytes:,} of the context's {self.manifest.num_bytes:,} bytes were read{hits}; "
-            f"{backing.resident_bytes:,} are in memory, {backing.traffic.evictions:,} times a page gave way"
+            f"{tiers.counter.bytes:,} bytes read from disk, where the context has {self.manifest.num_bytes:,}"
+            f"{more and '; '}{more}"
         )
 
     def _all_batches(self) -> list[list[Document]]:

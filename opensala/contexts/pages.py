@@ -65,14 +65,12 @@ def read_tokens(
 def pages_of(engine: Engine, pages: Sequence[int], last: int) -> dict[int, Part]:
     """Pages of all sparse layers, on the CPU; the last of them holds `last` tokens, what lies behind them is
     zeroed."""
-    if engine.storage.backing is not None:
-        engine.storage.backing.begin(pages)
     spec = engine.config.block_spec
     strides = (1, 1, spec.kernel_stride, spec.coarse_stride)
     parts = {}
     for layer, pool in engine.storage.kv.items():
-        index = torch.tensor(list(pages), device=pool.keys.device)
-        taken = [x.index_select(0, index).cpu() for x in pool]
+        index = torch.tensor(list(pages), device=pool.k1.device)
+        taken = [*engine.tiers().read(layer, pages), *(x.index_select(0, index).cpu() for x in pool[2:])]
         for x, stride in zip(taken, strides, strict=True):
             x[-1, -(-last // stride) :] = 0
         keys, values, k1, k2 = taken
@@ -109,7 +107,8 @@ def load(
     try:
         _fill(engine, backing, files, hold)
         engine.scheduler.settle(hold)
-        if engine.device.type != "cpu":  # a device would wait for each choice of blocks
+        # a device would wait for each choice of blocks, unless it does so anyway
+        if engine.device.type != "cpu" and backing.device is None:
             backing.bring(hold.pages)
     except BaseException:
         engine.scheduler.let_go(hold)
@@ -130,9 +129,7 @@ def restore(engine: Engine, files: Sequence[SegmentFile], sparse: bool, namespac
     hold = engine.scheduler.place(tokens, sparse, namespace)
     try:
         _fill(engine, backing, files, hold)
-        backing.bring(hold.pages)
-        for page in hold.pages:
-            backing.forget(page)
+        backing.keep(hold.pages)
         engine.scheduler.settle(hold, restored=True)
     finally:
         engine.scheduler.let_go(hold)  # the tree keeps it as long as there is room

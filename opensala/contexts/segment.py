@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.tiers import Counter
 from .checks import SUM_BYTES, checksum, damaged, write_file
 
 _NAMES = {
@@ -153,14 +154,6 @@ def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
     text = json.dumps(record, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text, 8 + len(text) + place
-
-
-class Counter:
-    """Bytes and pages that were read from disk."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.pages = 0
 
 
 class SegmentFile:

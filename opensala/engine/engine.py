@@ -20,7 +20,8 @@ from torch import Tensor
 from ..cache import Pool
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.batch import on_device
-from ..model.storage import CacheStorage, cache_sizes
+from ..model.storage import CacheStorage, cache_sizes, compressed_bytes
+from ..model.tiers import Allocate, Tiers
 from .detokenize import Detokenizer
 from .grammar import Grammars, GrammarTooComplex, Guide
 from .memory import cache_budget
@@ -58,6 +59,9 @@ class EngineOptions:
         min_shared: prompts that begin with so many equal tokens share the reading of them.
         speculate: tokens to draft at most by prompt lookup, for requests that do not say.
         kv_dtype: `auto` keeps keys and values in the model's dtype, `int8` in eight bits (on a CPU).
+        host_memory: bytes of keys and values in main memory, of those that also lie on disk.
+        device_memory: bytes of keys and values on the GPU; the others lie in main memory and are copied up
+            when blocks of them are chosen. None for all on the GPU.
     """
 
     max_batch_tokens: int = 4096
@@ -69,10 +73,13 @@ class EngineOptions:
     min_shared: int = 64
     speculate: int = 0
     kv_dtype: str = "auto"
+    host_memory: int | None = None
+    device_memory: int | None = None
 
     def __post_init__(self) -> None:
         least = {"max_batch_tokens": 1, "max_running": 1, "min_shared": 1, "speculate": 0}
         least |= {"memory_bytes": 1, "max_cached_tokens": 1, "max_snapshots": 0, "snapshot_interval": 0}
+        least |= {"host_memory": 1, "device_memory": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is None and EngineOptions.__dataclass_fields__[name].default is None:
@@ -121,6 +128,7 @@ class Engine:
         model: a MiniCPM-SALA model; it is put into evaluation mode.
         tokenizer: of transformers, for texts; None for token ids only.
         options: bounds.
+        allocate: makes the memory of the device tier (shape, dtype), if it is not to be the GPU's.
         name: what to call the model in messages.
 
     Raises:
@@ -133,6 +141,7 @@ class Engine:
         tokenizer: Any = None,
         options: EngineOptions | None = None,
         *,
+        allocate: Allocate | None = None,
         name: str = "model",
     ) -> None:
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
@@ -146,6 +155,8 @@ class Engine:
                 f"kv_dtype int8 runs on a CPU only, and this model is on {self.device}: use kv_dtype auto"
             )
         self.sizes = cache_sizes(self.config, self.dtype, self.kv_dtype)
+        if self.options.device_memory is not None and allocate is None:
+            allocate = _on_gpu(model)
         pages, slots = self._pool_sizes()
         page_size = self.config.block_spec.block_size
         self.storage = CacheStorage(
@@ -155,6 +166,7 @@ class Engine:
             self.dtype,
             model.model.layer_devices(),
             kv_dtype=self.kv_dtype,
+            kv_device=None if self.options.device_memory is None else torch.device("cpu"),
             scratch=True,
         )
         interval = self.options.snapshot_interval
@@ -171,13 +183,30 @@ class Engine:
         self.prefixes: KeptPrefixes | None = None  # asked for each prompt
         self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
+        if self.options.host_memory is not None or self.options.device_memory is not None:
+            self.tiers(allocate).budget = self.options.host_memory
+
+    def tiers(self, allocate: Allocate | None = None) -> Tiers:
+        """Where its keys and values lie; made at the first call."""
+        if not isinstance(self.storage.backing, Tiers):
+            most = self.options.max_running
+            found = Tiers(self.storage, most, self.options.device_memory, allocate)
+            self.storage.backing = found
+            self.scheduler.pages.freed = found.forget
+        return self.storage.backing
 
     def _pool_sizes(self) -> tuple[int, int]:
-        options, (page, slot) = self.options, self.sizes
+        options, (page, slot), host = self.options, self.sizes, 0
+        compressed = compressed_bytes(self.config, self.dtype)
         size = self.config.block_spec.block_size
         budget = options.memory_bytes or cache_budget(
             self.device, self.config, self.dtype, options.max_batch_tokens
         )
+        if options.device_memory is not None:  # pages are on the device with their compressed keys only
+            budget -= options.device_memory
+            above = torch.device("cpu")
+            host = cache_budget(above, self.config, self.dtype, 0) // (page - compressed)
+            page = compressed
         running = 2 * options.max_running + 2
         kept = options.max_snapshots
         if kept is None:
@@ -189,6 +218,8 @@ class Engine:
         pages = (budget - (running + kept) * slot) // max(1, page)
         if options.max_cached_tokens is not None:
             pages = -(-options.max_cached_tokens // size) + 1
+        if options.device_memory is not None:
+            pages = min(pages, host)
         most = 16 * max(1 << 20, self.config.max_position_embeddings) // size
         if pages < 2:
             raise ValueError(
@@ -233,6 +264,8 @@ class Engine:
                 f"engine has {self.scheduler.pages.size * page:,} ({self.capacity:,} tokens): shorten the "
                 "document, free memory, or use a smaller dtype"
             )
+        if self.storage.backing is not None:
+            self.storage.backing.check_prompt(total)
         limit = self.config.max_position_embeddings
         if total > limit:
             return [f"the prompt and its answer take {total:,} tokens; the model was made for {limit:,}"]
@@ -666,6 +699,17 @@ def _most_likely(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
         return ()
     best = logprobs.topk(count)
     return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def _on_gpu(model: MiniCPMSALAForCausalLM) -> Allocate:
+    """What makes the frames of the device tier on the model's GPU."""
+    devices = {model.device, *model.model.layer_devices()}
+    if len(devices) > 1 or model.device.type == "cpu":
+        raise ValueError(
+            f"device_memory bounds what lies on one GPU, and this model is on "
+            f"{', '.join(sorted(map(str, devices)))}: leave it out, or use host_memory"
+        )
+    return lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=model.device)
 
 
 def _generator(seed: int | None) -> torch.Generator:

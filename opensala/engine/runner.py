@@ -43,7 +43,6 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """Compute a step: normalised hidden states `[T, W]` of its tokens, work behind work."""
-        backed = self._bring_up(step)
         self.storage.copy_pages(step.copies)
         ids, rows = array("i"), []
         for work in step.works:
@@ -54,6 +53,7 @@ class Runner:
             rows.append(
                 BatchRow(pages, sequence.num_cached, work.count, work.sparse, sequence.slot, work.slot)
             )
+        backed = self.storage.backing is not None and self.storage.backing.begin(rows)
         record = any(work.drafted for work in step.works)
         numbers = np.frombuffer(ids, np.int32)
         model = self.model.model
@@ -77,23 +77,6 @@ class Runner:
     def _embed(self, ids: Tensor) -> Tensor:
         """Scaled embeddings `[1, T, W]` of tokens `[T]`."""
         return self.model.model.embed_tokens(ids)[None] * self.model.config.scale_emb
-
-    def _bring_up(self, step: Step) -> bool:
-        """See that pages which are copied, or into whose windows new tokens reach back, are here; whether the
-        step needs others that are not: the layers bring them up as they choose them."""
-        backing = self.storage.backing
-        if backing is None:
-            return False
-        pages = [source for source, _ in step.copies]
-        spec = self.model.config.block_spec
-        back = -(-spec.coarse_size // spec.block_size)
-        lacking = False
-        for work in step.works:
-            mine, start = work.sequence.pages, work.sequence.num_cached // spec.block_size
-            pages += mine[max(0, start - back) : start + 1]
-            lacking = lacking or backing.is_needed(mine[:start])
-        backing.begin(pages)
-        return lacking
 
     def selected(self, rows: SequenceOf[int]) -> dict[int, np.ndarray]:
         """Blocks `[N, Hkv, K]` that each sparse layer selected for rows of the last step, in which a request

@@ -120,9 +120,15 @@ class SparseMixer(nn.Module):
 
     def attend_pages(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
         """The batch's next tokens, q `[T, H, D]`, k and v `[T, Hkv, D]`, into and over pages: `[T, H, D]`."""
-        pool = batch.storage.kv[self.layer]
-        store_kv(k, v, pool, batch.table, self.spec)
-        blocks = None
+        pool, tiers, blocks = batch.storage.kv[self.layer], batch.storage.backing, None
+        if tiers is None:
+            store_kv(k, v, pool, batch.table, self.spec)
+        else:
+            tiers.store(
+                self.layer,
+                batch.table,
+                lambda some, to, table: store_kv(k[some], v[some], to, table, self.spec),
+            )
         if batch.any_sparse:
             blocks = select_blocks_paged(
                 q,
@@ -135,9 +141,15 @@ class SparseMixer(nn.Module):
             )
             if batch.chosen is not None:
                 batch.chosen[self.layer] = blocks
-        if batch.storage.backing is not None:
-            batch.storage.backing.bring_selected(self.layer, batch.table, blocks)
-        return paged_attention(q, pool, batch.table, blocks, self.spec, scale=self.scale)
+        if tiers is None:
+            return paged_attention(q, pool, batch.table, blocks, self.spec, scale=self.scale)
+        parts = [
+            paged_attention(
+                q[some], at, table, None if blocks is None else blocks[some], self.spec, scale=self.scale
+            )
+            for some, at, table in tiers.pieces(self.layer, batch.table, blocks)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _whole(self, x: Tensor, layout: SequenceLayout) -> Tensor:
         """All tokens x `[B, T, W]` of whole sequences: `[B, T, H, D]`."""

@@ -5,8 +5,8 @@ sparse layer. A slot is the float32 states of all Lightning layers at one positi
 to whom is the business of `opensala.cache`; what is written into them that of the ops.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 from ..ops import KVPages, PageTable
 from ..ops.sparse.int8 import SCALE_BYTES
 from .config import MiniCPMSALAConfig
+
+if TYPE_CHECKING:
+    from .batch import BatchRow
 
 _AS_INTEGERS = {torch.bfloat16: np.dtype(np.uint16)}  # numpy has no such type
 
@@ -36,9 +39,16 @@ def cache_sizes(
     spec, layers = config.block_spec, config.num_hidden_layers
     sparse = sum(config.is_sparse(i) for i in range(layers))
     rows = 2 * spec.block_size * row_bytes(config.head_dim, kv_dtype or dtype)
-    rows += sum(_compressed_per_page(config)) * config.head_dim * dtype.itemsize
-    page = sparse * rows * config.num_key_value_heads
+    page = sparse * rows * config.num_key_value_heads + compressed_bytes(config, dtype)
     return CacheSizes(page, (layers - sparse) * 4 * config.lightning_nh * config.lightning_head_dim**2)
+
+
+def compressed_bytes(config: MiniCPMSALAConfig, dtype: torch.dtype) -> int:
+    """What a page's compressed keys take, over all layers."""
+    assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
+    sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
+    rows = sparse * sum(_compressed_per_page(config))
+    return rows * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 def row_bytes(dim: int, dtype: torch.dtype) -> int:
@@ -54,16 +64,23 @@ def _compressed_per_page(config: MiniCPMSALAConfig) -> tuple[int, int]:
 class Backing(Protocol):
     """Pages of the pool whose keys and values still lie elsewhere; their compressed keys are always here."""
 
-    def is_needed(self, pages: Sequence[int] | np.ndarray) -> bool:
-        """Whether any of these pages lacks something."""
+    def bring(self, pages: Sequence[int] | np.ndarray, layer: int | None = None) -> None:
+        """Fill these pages, of one layer or of all."""
 
-    def begin(self, pages: Sequence[int] | np.ndarray) -> None:
-        """A step begins, in which every layer may read these pages: fill them, and keep them until the
-        next."""
+    def begin(self, rows: "Sequence[BatchRow]") -> bool:
+        """A step begins; whether a layer may want what is not at hand."""
 
-    def bring_selected(self, layer: int, table: PageTable, blocks: Tensor | None) -> None:
-        """Fill what a layer is about to attend to: the blocks `[T, Hkv, K]` chosen, or all of a dense
-        sequence."""
+    def store(self, layer: int, table: PageTable, write: Callable[[slice, KVPages, PageTable], None]) -> None:
+        """Let `write` put the step's new tokens where they belong."""
+
+    def pieces(
+        self, layer: int, table: PageTable, blocks: Tensor | None
+    ) -> "Iterator[tuple[slice, KVPages, PageTable]]":
+        """The step's tokens, some at a time, with pool and table of what they attend to: the blocks
+        `[T, Hkv, K]` chosen, or all of a dense sequence."""
+
+    def check_prompt(self, tokens: int) -> None:
+        """Refuse (ValueError) a text of so many tokens that cannot be attended to."""
 
 
 class CacheStorage:
@@ -78,6 +95,7 @@ class CacheStorage:
         dtype: of keys and values; states are float32.
         devices: the device of each layer, or one for all.
         kv_dtype: torch.int8 for keys and values in eight bits; compressed keys are in `dtype` as ever.
+        kv_device: where keys and values lie, if not where their layers do: under a device tier.
         scratch: one page and one slot more, that belong to nobody and that nobody reads: what the padding of
             a recorded step writes (`self.scratch`, else None).
     """
@@ -91,6 +109,7 @@ class CacheStorage:
         devices: Sequence[torch.device] | torch.device,
         *,
         kv_dtype: torch.dtype | None = None,
+        kv_device: torch.device | None = None,
         scratch: bool = False,
     ) -> None:
         self.scratch = (pages, slots) if scratch else None
@@ -98,7 +117,7 @@ class CacheStorage:
         self.config, self.dtype, self.kv_dtype = config, dtype, kv_dtype or dtype
         layers = range(config.num_hidden_layers)
         self.devices = [devices] * len(layers) if isinstance(devices, torch.device) else list(devices)
-        self.num_pages, self.num_slots = pages, slots
+        self.num_pages, self.num_slots, self.kv_device = pages, slots, kv_device
         self.backing: Backing | None = None
         self.kv = {i: self._new_pages(self.devices[i], pages) for i in layers if config.is_sparse(i)}
         self.states = {i: self._new_slots(self.devices[i], slots) for i in layers if not config.is_sparse(i)}
@@ -108,7 +127,7 @@ class CacheStorage:
         assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
         heads, kv = config.num_key_value_heads, self.kv_dtype
         width = row_bytes(config.head_dim, kv) // kv.itemsize
-        tensors = [_zeros((pages, size, heads, width), kv, device) for _ in range(2)]
+        tensors = [_zeros((pages, size, heads, width), kv, self.kv_device or device) for _ in range(2)]
         for n in _compressed_per_page(config):
             tensors.append(_zeros((pages, n, heads, config.head_dim), self.dtype, device))
         return KVPages(*tensors)
@@ -126,7 +145,9 @@ class CacheStorage:
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages, (from, to) each, in all layers."""
-        for pool in self.kv.values():
+        for layer, pool in self.kv.items():
+            if self.backing is not None and pairs:
+                self.backing.bring([source for source, _ in pairs], layer)
             for tensor in pool:
                 for source, target in pairs:
                     tensor[target].copy_(tensor[source])

@@ -58,6 +58,7 @@ class LoopStats:
     steps: int = 0
     kept_texts: int = 0
     kept_bytes: int = 0
+    tiers: dict[str, int] | None = None  # what moved between tiers of memory, if keys and values have several
 
 
 class Ticket:
@@ -371,6 +372,7 @@ class EngineLoop:
             steps=self._steps,
             kept_texts=0 if self.prefixes is None else self.prefixes.num_texts,
             kept_bytes=0 if self.prefixes is None else self.prefixes.num_bytes,
+            tiers=None if self.engine.storage.backing is None else self.engine.tiers().stats(),
         )
 
 

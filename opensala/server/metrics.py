@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from .loop import LoopStats
@@ -49,7 +49,7 @@ class _Gauges(Collector):
     def __init__(self, stats: Callable[[], LoopStats]) -> None:
         self._stats = stats
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         stats = self._stats()
         for name, text, value in (
             ("requests_waiting", "Prompts that wait for a place in the engine.", stats.waiting),
@@ -63,3 +63,7 @@ class _Gauges(Collector):
             ("kept_prefix_bytes", "What they take there.", stats.kept_bytes),
         ):
             yield GaugeMetricFamily(f"opensala_{name}", text, value)
+        for name, value in (stats.tiers or {}).items():  # since the start, but for bytes that are there now
+            text = f"Keys and values by tier of memory: {name.replace('_', ' ')}."
+            kind = GaugeMetricFamily if name in ("host_bytes", "device_bytes") else CounterMetricFamily
+            yield kind(f"opensala_tier_{name}", text, value)

@@ -85,6 +85,10 @@ def test_a_conversation(run):
     assert (code, out, err) == (0, "48213\n", "")
     code, out, err = run("chat", "--max-new-tokens", "4", stdin=f"{FACT} {QUESTION}\n/save c.ctx\n/save\n")
     assert code == 0 and err.count("saved to c.ctx") == 2
+    code, out, err = run("chat", "b.ctx", "--host-memory", "40MB", stdin=f"{QUESTION}\n")
+    assert code == 0 and out == "48213\n" and "bytes read from disk, where the context has" in err
+    said = run("chat", "b.ctx", "--host-memory", "1MB", stdin=f"{QUESTION}\n")
+    assert said[:2] == (2, "") and "one step needs 64 pages of 32,768 bytes at a time, and" in said[2]
     code, _, err = run("chat", stdin="/save\nhello\n")
     assert code == 0 and "the context has no folder yet" in err and "1 question with answer not saved" in err
 
