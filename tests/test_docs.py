@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from opensala import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from opensala.cli import main
 from opensala.engine import shipped_model
 
 from .convert.test_transfer import make_teacher
 from .lm_eval_tasks import answer_task
+from .model.test_sglang import FITS
 from .serving import serving
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +170,8 @@ def test_command(command, folder, monkeypatch, capsys, request):
         if "import" in words:
             shutil.copy(made / "book.tar", folder)
         monkeypatch.setattr(sys, "stdin", io.StringIO("/docs\n/quit\n"))  # of a conversation
+    if words[1:2] == ["check"]:
+        MiniCPMSALAForCausalLM(MiniCPMSALAConfig(**FITS)).save_pretrained(folder / words[2])
     if words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
         return

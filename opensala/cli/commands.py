@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import __version__
+from .check import check
 from .contexts import add_commands
 from .contexts import app as contexts_app
 from .convert import app as convert_app
@@ -54,6 +55,7 @@ app.add_typer(contexts_app, name="contexts")
 app.command()(pull)
 app.command()(models)
 app.command()(quantize)
+app.command()(check)
 app.add_typer(serve_app, name="serve")
 
 
