@@ -346,7 +346,14 @@ def smollm2_135m(teacher: str) -> ConvertConfig:
             teacher_length=8192,
         ),
         trainable="lora",
-        sparse_config={"dense_len": 4096, "topk": 32, "window_size": 1024},
+        # Its copying heads match single tokens, which a mean over 32 keys hides (docs/smollm2.md).
+        sparse_config={
+            "dense_len": 4096,
+            "kernel_size": 4,
+            "kernel_stride": 2,
+            "topk": 64,
+            "window_size": 1024,
+        },
         probes=Probes(512, 32, 16),
         save_every=200,
         validate_every=100,

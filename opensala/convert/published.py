@@ -45,8 +45,10 @@ def pull(name: str, source: str | None = None, quiet: bool = False) -> Path:
     delta = DELTAS[name]
     record = read_manifest(delta)
     found = installed(name)
-    if found is not None and (read_json(found / RECORD) or {}).get("weights") == record["weights"]:
-        return found
+    if found is not None:  # of this very delta: weights may stay while the configuration changes
+        made_of = read_json(found / RECORD) or {}
+        if all(made_of.get(key) == record[key] for key in ("weights", "files")):
+            return found
     base = pull_base(delta.base, source, quiet)
     of = (read_json(base / RECORD) or {}).get("sha256")
     if of != record["base"]["sha256"]:
@@ -96,7 +98,8 @@ def _assembled(delta: Delta, record: dict[str, Any], base: Path) -> Path:
             raise ValueError(f"{target.parent}: {error}: nothing was installed") from error
         AutoTokenizer.from_pretrained(base).save_pretrained(partial)
         shutil.copyfile(delta.folder / _NOTICE, partial / _NOTICE)
-        own = {"name": delta.name, "licence": delta.licence, "base": record["base"], "weights": found}
+        own = {"name": delta.name, "licence": delta.licence, "base": record["base"]}
+        own |= {"weights": found, "files": record["files"]}
         write_json(partial / RECORD, own)
     return target
 

@@ -95,10 +95,11 @@ def test_the_hybrid_is_assembled_and_runs_by_its_name(delta, home):
     assert published.pull(NAME, quiet=True) == folder  # offline, and not made again
 
 
-def test_a_newer_delta_takes_the_place_of_an_older_one(delta, home):
+@pytest.mark.parametrize("older", [{"weights": "older"}, {"files": {"outcome.json": "older"}}])
+def test_a_newer_delta_takes_the_place_of_an_older_one(delta, home, older):
     folder = published.pull(NAME, str(delta[0]), quiet=True)
     record = json.loads((folder / "source.json").read_text())
-    (folder / "source.json").write_text(json.dumps(record | {"weights": "older"}))
+    (folder / "source.json").write_text(json.dumps(record | older))
     (folder / "model.safetensors").unlink()
     assert published.pull(NAME, quiet=True) == folder and (folder / "model.safetensors").exists()
 

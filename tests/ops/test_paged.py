@@ -33,6 +33,7 @@ SPECS = {
     "a second-level window spans two blocks": BlockSpec(32, 32, 64, 1, 128, 3),
     "windows wider than a block": SMALL._replace(kernel_size=40, init_blocks=2),
     "nothing a power of two": BlockSpec(6, 3, 15, 3, 30, 5),
+    "fine windows": BlockSpec(4, 2, 64, 1, 128, 4),
 }
 # With wide windows, selection begins before the second level does.
 INVARIANT = {name: SPECS[name] for name in ("small", "windows wider than a block", "nothing a power of two")}

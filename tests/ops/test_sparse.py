@@ -57,12 +57,12 @@ ODD = [
     SMALL._replace(kernel_stride=8),
     SMALL._replace(window_size=0, topk=9),
     BlockSpec(kernel_size=6, kernel_stride=3, block_size=15, init_blocks=3, window_size=30, topk=5),
+    BlockSpec(kernel_size=4, kernel_stride=2, window_size=128, topk=4),
 ]
+ODD_NAMES = ["wide windows", "two windows a block", "no local window", "nothing a power of two", "fine windows"]
 
 
-@pytest.mark.parametrize(
-    "spec", ODD, ids=["wide windows", "two windows a block", "no local window", "nothing a power of two"]
-)
+@pytest.mark.parametrize("spec", ODD, ids=ODD_NAMES)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 60), (6, 2, 20), (8, 1, 64)])
 def test_selection_for_any_spec_and_head_grouping(heads, kv_heads, dim, spec):
     q, k, _ = draw(600, 450, heads, kv_heads, dim)

@@ -16,7 +16,7 @@ from opensala.ops import (
 )
 from opensala.ops.sparse.naive import naive_block_scores, naive_compress_keys
 from tests.ops.grid import HAS_TRITON, TRITON_DEVICE, assert_close
-from tests.ops.test_sparse import ODD, SMALL, draw, gradients
+from tests.ops.test_sparse import ODD, ODD_NAMES, SMALL, draw, gradients
 
 if HAS_TRITON:
     from opensala.ops.sparse import (
@@ -96,9 +96,7 @@ def test_programs_that_share_the_keys_of_a_query(lse, cores, monkeypatch):
     assert_close(out, sparse_attention(q, k, v, blocks, 16, backend="naive"), 2e-5)
 
 
-@pytest.mark.parametrize(
-    "spec", ODD, ids=["wide windows", "two windows a block", "no local window", "nothing a power of two"]
-)
+@pytest.mark.parametrize("spec", ODD, ids=ODD_NAMES)
 def test_selection_for_any_spec(spec):
     q, k, _ = draw(330, 40, 6, 2, 20)
     assert_best(select_blocks(*on_device(q, k), spec, backend="triton").cpu(), q, k, spec)
