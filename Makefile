@@ -3,16 +3,18 @@
 # make lock: renews the lock files, from which all of these install.
 # make gpu: tests, times and report of the GPU kernels, with the Python that has torch and Triton; OUT is where they go,
 # GPU holds options of scripts/gpu.py (GPU='--seconds 270').
+# make reproduce: the SmolLM2 hybrid from the original's weights to its tables, in RUN; make smoke: the same steps at tiny sizes.
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= benchmarks
+RUN ?= runs/reproduce
 TORCH := torch==2.13.0
 # A process for each core (four at most, each takes 1 to 2 GB), with one thread: tests of threads ask for theirs.
 PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 COMPATIBILITY := -m 'not triton' tests/model tests/engine tests/test_docs.py tests/test_cli.py tests/test_fuzz_options.py \
 	tests/cli/test_entry.py::test_stderr_holds_what_we_print_and_nothing_else
 
-.PHONY: demo test test-oldest test-newest check lock gpu clean
+.PHONY: demo test test-oldest test-newest check lock gpu reproduce smoke clean
 
 # An environment is made anew when its inputs change, so that nothing of an older one stays in it.
 define make-venv
@@ -74,6 +76,13 @@ lock: .venv/ready
 
 gpu:
 	$(PYTHON) scripts/gpu.py --output $(OUT) $(GPU)
+
+# The GGUF reader of the pull and all of this package's own come with the lock.
+reproduce: .venv/ready
+	$(BIN)/python scripts/reproduce.py $(RUN) $(REPRODUCE)
+
+smoke: .venv/ready
+	$(BIN)/python scripts/reproduce.py $(RUN)-smoke --smoke
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist

@@ -58,42 +58,55 @@ def trained(run: Path) -> dict[str, dict[str, int]]:
     }
 
 
+def base_of(name: str, given: str | None) -> tuple[Path | str, dict[str, str]]:
+    """Where the base lies, and what names it in the manifest: the catalogue's, or a folder of one's own."""
+    if given is not None and given != DELTAS[name].base:
+        weights = Path(given) / "model.safetensors"
+        return given, {"name": Path(given).name, "sha256": sha256_of(weights)}
+    base = installed(DELTAS[name].base)
+    if base is None:
+        raise typer.BadParameter(f"opensala pull {DELTAS[name].base} first")
+    return base, {"name": DELTAS[name].base, "sha256": CATALOG[DELTAS[name].base].sha256}
+
+
 def main(
     name: Annotated[str, typer.Argument(help="Of the delta in the catalogue.")],
     run: Annotated[Path, typer.Argument(help="Folder of the conversion, its outcome in outcome/.")],
     tokens: Annotated[Path, typer.Option(help="Array of ids of training texts (.npy).")],
     limit_mb: Annotated[float, typer.Option(help="Size of the tensors' files, in 10^6 bytes.")] = 24.43,
     outcome: Annotated[Path | None, typer.Option(help="Where the outcome lies, if elsewhere.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder to write instead of the one in the package.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder of the base, if it is another one.")] = None,
 ) -> None:
-    delta = DELTAS[name]
-    base = installed(delta.base)
-    if base is None:
-        raise typer.BadParameter(f"opensala pull {delta.base} first")
-    shutil.rmtree(delta.folder, ignore_errors=True)
+    base, named = base_of(name, teacher)
+    folder = output or DELTAS[name].folder
+    shutil.rmtree(folder, ignore_errors=True)
     source = outcome or run / "outcome"
     shrink_outcome(
-        load_teacher(base), source, delta.folder, limit_mib=limit_mb * 1e6 / 2**20, tokens=pieces(tokens)
+        load_teacher(base), source, folder, limit_mib=limit_mb * 1e6 / 2**20, tokens=pieces(tokens)
     )
-    record = read_json(delta.folder / "outcome.json")
+    record = read_json(folder / "outcome.json")
     kinds = record["config"]["mixer_types"]
     kept = [i for i, kind in enumerate(kinds) if kind == "minicpm4"]
-    (delta.folder / "NOTICE").write_text(NOTICE.format(name=name, kept=", ".join(map(str, kept))))
-    files = {file.name: sha256_of(file) for file in sorted(delta.folder.iterdir())}
+    (folder / "NOTICE").write_text(NOTICE.format(name=name, kept=", ".join(map(str, kept))))
+    files = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
     manifest = {
         "format": FORMAT,
         "name": name,
-        "licence": delta.licence,
-        "base": {"name": delta.base, "sha256": CATALOG[delta.base].sha256},
+        "licence": DELTAS[name].licence,
+        "base": named,
         "files": files,
         "dtype": DTYPE,
-        "weights": weights_checksum(assembled(base, delta.folder, getattr(torch, DTYPE))),
+        "weights": weights_checksum(assembled(base, folder, getattr(torch, DTYPE))),
         "method": "HALO: alignment, distillation at 1,024 tokens, then at 4,096 tokens with sparse attention",
         "kept_layers": kept,
         "trained": trained(run),
         "result": read_json(run / "result.json"),
     }
-    write_json(delta.folder / MANIFEST, manifest)
-    print(sum(file.stat().st_size for file in delta.folder.iterdir()), "bytes in", delta.folder)
+    write_json(folder / MANIFEST, manifest)
+    print(sum(file.stat().st_size for file in folder.iterdir()), "bytes in", folder)
 
 
 if __name__ == "__main__":

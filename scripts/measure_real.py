@@ -117,11 +117,11 @@ def load(folder: str, device: str, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
-def note(row: dict[str, Any]) -> None:
+def note(row: dict[str, Any], rows: Path) -> None:
     """Print a row and add it to the file."""
     print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-    new = not ROWS.exists()
-    with ROWS.open("a", newline="") as file:
+    new = not rows.exists()
+    with rows.open("a", newline="") as file:
         writer = csv.DictWriter(
             file, ["model", "what", "kind", "tokens", "count", "figure", "seconds", "device", "dtype", "date"]
         )
@@ -139,6 +139,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Hidden numbers per length.")] = 20,
     each: Annotated[int, typer.Option(help="Windows of 2,048 tokens per kind of text.")] = 8,
     teacher_most: Annotated[int, typer.Option(help="Tokens up to which the teacher is asked.")] = 8192,
+    rows: Annotated[Path, typer.Option(help="Rows are added here.")] = ROWS,
 ) -> None:
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(teacher)
@@ -161,7 +162,8 @@ def main(
                     "count": len(found),
                     **figure,
                     **common,
-                }
+                },
+                rows,
             )
         mean = sum(means.values()) / len(means)
         print(f"{name}: mean loss {mean:.4f}, perplexity {math.exp(mean):.2f}", flush=True)
@@ -185,7 +187,8 @@ def main(
                     "count": samples,
                     **figure,
                     **common,
-                }
+                },
+                rows,
             )
         del model
     sys.stdout.flush()

@@ -72,11 +72,11 @@ STAGES: tuple[Stage, ...] = (
 )
 # With --start: learnt in short texts first, then held in long ones.
 WRITTEN_STAGES: tuple[Stage, ...] = (
-    Stage(210, 512, 8, 8, alignment=0.1, written=0.6, absent=0.3),
-    Stage(80, 1024, 4, 12, alignment=0.3, written=0.6, absent=0.3),
-    Stage(80, 2048, 2, 18, alignment=0.3, written=0.6, absent=0.3),
-    Stage(70, 4096, 1, 28, "sparse", alignment=0.3, written=0.6, absent=0.3),
-    Stage(12, 8192, 1, 40, "sparse", alignment=0.3, written=0.6, absent=0.3),
+    Stage(290, 512, 8, 8, alignment=0.1, written=0.7, absent=0.3),
+    Stage(80, 1024, 4, 14, alignment=0.3, written=0.7, absent=0.3),
+    Stage(40, 2048, 2, 20, alignment=0.3, written=0.7, absent=0.3),
+    Stage(40, 4096, 1, 32, "sparse", alignment=0.3, written=0.7, absent=0.3),
+    Stage(4, 8192, 1, 44, "sparse", alignment=0.3, written=0.7, absent=0.3),
 )
 PEAK_LR, WRITTEN_PEAK_LR, LAST_LR, WARMUP = 3e-3, 1.5e-3, 1e-4, 100
 

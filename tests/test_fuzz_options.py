@@ -32,7 +32,11 @@ EVAL = {
     "--dtype": ["int8"],
     "--device": ["tpu"],
 }
-DEMO = {"--tokens": [*NOT_INTEGERS, "-1", "2047", HUGE], "--seed": ["x", "-1", HUGE]}
+DEMO = {
+    "--tokens": [*NOT_INTEGERS, "-1", "2047", HUGE],
+    "--seed": ["x", "-1", HUGE],
+    "--model": ["", "x", "smollm2-135m"],
+}
 BENCH = {"--device": ["tpu", ""]}
 
 

@@ -5,6 +5,7 @@ scaled_dot_product_attention)."""
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,25 +64,32 @@ def build_dense(
 
 @torch.inference_mode()
 def time_twin(
-    twin: Qwen3ForCausalLM, ids: Tensor, new_tokens: int = 16, on_layer: Callable[[], None] | None = None
+    twin: Any,
+    ids: Tensor,
+    new_tokens: int = 16,
+    on_layer: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> TwinTiming:
     """Prefill `ids` `[1, T]` in one call (the fastest way for dense attention), then decode greedily.
 
-    `on_layer` is called when the prefill has finished a layer.
+    Args:
+        twin: a causal language model of transformers, its layers in `model.layers`.
+        on_layer: called when the prefill has finished a layer.
+        clock: seconds; `time.process_time` where other processes disturb.
     """
     hooks = (
         [layer.register_forward_hook(lambda *_: on_layer()) for layer in twin.model.layers]
         if on_layer
         else []
     )
-    start = time.perf_counter()
+    start = clock()
     output = twin(ids, use_cache=True, logits_to_keep=1)
-    first = time.perf_counter() - start
+    first = clock() - start
     for hook in hooks:
         hook.remove()
     cache = output[CACHE_ARGUMENT]
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(new_tokens):
         output = twin(output.logits[:, -1:].argmax(-1), use_cache=True, **{CACHE_ARGUMENT: cache})
-    return TwinTiming(first, new_tokens / (time.perf_counter() - start), size)
+    return TwinTiming(first, new_tokens / (clock() - start), size)

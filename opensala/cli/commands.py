@@ -173,13 +173,24 @@ def generate(
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(min=2048, max=4 << 20, help="Length of the document.")] = 32768,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=2048,
+            max=4 << 20,
+            help="Length of the text; 16384 for a converted model, 32768 for the small.",
+        ),
+    ] = None,
     seed: Seed = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A pulled hybrid, or small. Default: the hybrid if it was pulled, else small."),
+    ] = None,
 ) -> None:
-    """Hide a fact in the standard library's sources, ask for it, and time a full-attention twin beside."""
+    """Ask about a long text, and time full attention beside: the original of a pulled hybrid, or a twin."""
     from ..bench.demo import run
 
-    run(tokens, seed)
+    run(tokens, seed, model)
 
 
 @benches.command()

@@ -123,6 +123,21 @@ def long_document(characters: int, seed: int = 0, kinds: tuple[str, ...] = ("cod
     return "\n".join(parts)[:characters]
 
 
+def chapter(topic: str, characters: int) -> str:
+    """A chapter of the Python Language Reference as `help` shows it, up to so many characters; the other
+    topics follow, the longest first, where it is too short."""
+    from pydoc_data.topics import topics
+
+    others = sorted((name for name in topics if name != topic), key=lambda name: -len(topics[name]))
+    parts, total = [], 0
+    for name in [topic, *others]:
+        if total >= characters:
+            break
+        parts.append(topics[name].strip())
+        total += len(parts[-1]) + 2
+    return "\n\n".join(parts)[:characters]
+
+
 def provenance() -> str:
     """Which installation the texts come from."""
     return f"Python {sys.version.split()[0]} standard library"

@@ -8,215 +8,26 @@ thing that is there.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from . import values
 from .facts import Fact, compound, invented_word
+from .forms import FORMS, Form
 from .values import listed
 
 ABSENT = "not found"  # the answer to a question whose fact is not in the document
 Words = Sequence[str]
 
 
-@dataclass(frozen=True)
-class Form:
-    """One way to say a kind of fact: `{thing}`, `{attribute}` and `{value}` are filled in.
-
-    `statements` and `questions` belong together: any question asks what any statement says.
-    """
-
-    make: Callable[[random.Random], str]
-    statements: tuple[str, ...]
-    questions: tuple[str, ...]
-    attributes: tuple[str, ...] = ("",)
-    things: str = "object"
-
-
-_NAMED = (
-    "The {attribute} of {thing} is {value}.",
-    "The {attribute} of {thing} is {value}.",
-    "Please note that the {attribute} of {thing} is {value}.",
-    "For {thing}, the {attribute} was given as {value}.",
-    "According to the register, {thing} has {value} as its {attribute}.",
-    "{attribute_cap} of {thing}: {value}",
-)
-_ASKED = (
-    "What is the {attribute} of {thing}?",
-    "What is the {attribute} of {thing}?",
-    "Which {attribute} is given for {thing}?",
-    "What does the text give as the {attribute} of {thing}?",
-)
-
-
-def _attributes(text: str) -> tuple[str, ...]:
-    return tuple(listed(text))
-
-
-def _measured(kind: str, attributes: str) -> Form:
-    return Form(lambda rng: values.measure(rng, kind), _NAMED, _ASKED, _attributes(attributes))
-
-
-FORMS: dict[str, tuple[Form, ...]] = {
-    "number": (
-        Form(
-            values.number,
-            _NAMED,
-            _ASKED,
-            _attributes("population|serial number|account number|score|number of members|index|mass ratio"),
-        ),
-    ),
-    "price": (
-        Form(
-            values.price,
-            (
-                "{thing_cap} costs {value}.",
-                "{thing_cap} was sold for {value}.",
-                "They asked {value} for {thing}.",
-                "The price of {thing} has been set at {value}.",
-            ),
-            ("How much does {thing} cost?", "What is the price of {thing}?", "How much is {thing}?"),
-        ),
-        Form(
-            values.price,
-            _NAMED,
-            _ASKED,
-            _attributes("deposit|monthly fee|annual budget|rent|repair cost|fine"),
-        ),
-    ),
-    "date": (
-        Form(
-            values.date,
-            (
-                "{thing_cap} was {attribute} on {value}.",
-                "It was on {value} that {thing} was {attribute}.",
-                "The records show that {thing} was {attribute} on {value}.",
-            ),
-            ("When was {thing} {attribute}?", "On what date was {thing} {attribute}?"),
-            _attributes("opened|repaired|delivered|inspected|sold|completed|founded|closed"),
-        ),
-    ),
-    "time": (
-        Form(
-            values.clock,
-            (
-                "{thing_cap} {attribute} at {value}.",
-                "Remember that {thing} {attribute} at {value}.",
-                "On most days {thing} {attribute} at {value}.",
-            ),
-            ("At what time is it that {thing} {attribute}?", "When is it that {thing} {attribute}?"),
-            _attributes("opens|closes|leaves|starts|arrives"),
-        ),
-    ),
-    "duration": (
-        Form(
-            values.duration,
-            (
-                "{thing_cap} takes {value}.",
-                "One should allow {value} for {thing}.",
-                "In practice {thing} takes {value}.",
-            ),
-            ("How long does {thing} take?", "How much time does {thing} take?"),
-            things="task",
-        ),
-        Form(
-            values.duration,
-            _NAMED,
-            _ASKED,
-            _attributes("timeout|warranty|retention period|age|service interval"),
-        ),
-    ),
-    "measure": (
-        _measured("weight", "weight|payload|mass"),
-        _measured("length", "length|height|width|depth|range"),
-        _measured("speed", "top speed|average speed"),
-        _measured("temperature", "operating temperature|temperature|melting point"),
-        _measured("voltage", "supply voltage|voltage"),
-        _measured("power", "power|rated output"),
-        _measured("frequency", "frequency|clock rate"),
-        _measured("capacity", "capacity|volume|tank volume"),
-        _measured("storage", "file size|memory limit|disk quota"),
-        _measured("pressure", "pressure|test pressure"),
-        _measured("area", "area|floor area"),
-    ),
-    "percentage": (
-        Form(
-            values.percentage,
-            _NAMED,
-            _ASKED,
-            _attributes("share|interest rate|yield|error rate|humidity|discount"),
-        ),
-    ),
-    "version": (
-        Form(
-            values.version,
-            (
-                "{thing_cap} runs version {value}.",
-                "The version installed on {thing} is {value}.",
-                "{thing_cap} was upgraded to version {value}.",
-            ),
-            ("Which version does {thing} run?", "What version is installed on {thing}?"),
-            things="machine",
-        ),
-    ),
-    "address": (
-        Form(
-            values.address,
-            (
-                "{thing_cap} lives at {value}.",
-                "The address of {thing} is {value}.",
-                "Letters to {thing} should be sent to {value}.",
-            ),
-            ("What is the address of {thing}?", "Where does {thing} live?"),
-            things="person",
-        ),
-    ),
-    "network": (
-        Form(
-            values.network,
-            _NAMED,
-            _ASKED,
-            _attributes("address|endpoint|contact|location|URL"),
-            things="machine",
-        ),
-    ),
-    "code": (
-        Form(
-            values.code,
-            (*_NAMED, "{thing_cap} can be opened with {attribute} {value}."),
-            _ASKED,
-            _attributes(
-                "access code|booking code|part number|registration|licence key|order number|ticket number"
-            ),
-        ),
-    ),
-    "phone": (
-        Form(
-            values.phone,
-            ("{thing_cap} can be reached on {value}.", "The phone number of {thing} is {value}."),
-            ("What is the phone number of {thing}?", "On which number can {thing} be reached?"),
-            things="person",
-        ),
-    ),
-    "person": (
-        Form(
-            values.person,
-            (
-                "{thing_cap} is managed by {value}.",
-                "The person in charge of {thing} is {value}.",
-                "{value} is in charge of {thing}.",
-            ),
-            ("Who is in charge of {thing}?", "Who manages {thing}?"),
-        ),
-        Form(
-            values.person,
-            ("The {attribute} of {thing} is {value}.", "{value} is the {attribute} of {thing}."),
-            ("Who is the {attribute} of {thing}?",),
-            _attributes("owner|author|captain|editor|chief engineer|founder|treasurer"),
-        ),
-    ),
-}
 WRITTEN_KINDS = tuple(FORMS)
+# What may follow a value in its sentence, so that not only a full stop ends it.
+_TAILS = listed(
+    "at present|for now|as everybody knows|according to the minutes|on weekdays|this year|if all goes well|"
+    "and nobody objected|which surprised the council|at least until spring|after the repair|in most years|"
+    "as the letter says|including everything|to this day|and that is final|when it rains|by agreement|"
+    "although some disagree|and has been for years"
+)
 _OBJECTS = listed(
     "bridge|boat|ferry|mill|pump|archive|workshop|greenhouse|lighthouse|tram|clinic|bakery|painting|"
     "piano|generator|warehouse|theatre|museum|garden|tower|cottage|chapel|laboratory|turbine|telescope|"
@@ -260,6 +71,9 @@ def thing(rng: random.Random, kind: str = "object", words: Words = ()) -> str:
             f"the {place} {noun}",
             f"the {compound(rng).replace('-', ' ')}",
             f"{values.person(rng)}'s {noun}",
+            f"the {noun} to {place}",
+            f"each {noun} of the {compound(rng).split('-')[0]} series",
+            f"the {rng.choice(('first', 'second', 'third', 'old', 'new', 'last'))} {noun}",
             f"the {noun} called {invented_word(rng).capitalize()}",
             f"{rng.choice(_TITLES)} {invented_word(rng).capitalize()}",
         )
@@ -296,6 +110,8 @@ class _Subject:
             attribute_cap=_capital(self.attribute),
             value=value,
         )
+        if statement.endswith(f"{value}.") and rng.random() < 0.3:
+            statement = f"{statement[:-1]}{rng.choice((' ', ', '))}{rng.choice(_TAILS)}."
         statement = statement.replace("..", ".")  # after a value that ends with a full stop
         return Fact(statement, self.question(rng), value, kind=self.kind)
 

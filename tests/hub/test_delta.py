@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from opensala.bench import demo
 from opensala.cli import main
 from opensala.convert import published
 from opensala.convert.lora import add_lora, merge_lora
@@ -93,6 +94,16 @@ def test_the_hybrid_is_assembled_and_runs_by_its_name(delta, home):
     assert (found - expected).norm() < 0.1 * (expected - teacher).norm()
     assert load_engine(NAME).model.generation_config.eos_token_id == 2
     assert published.pull(NAME, quiet=True) == folder  # offline, and not made again
+
+
+def test_the_demonstration_takes_it_where_it_was_pulled(delta, home, capsys):
+    with pytest.raises(ValueError, match="model must be one of small, smollm2-135m-sala, got 'x'"):
+        demo.run(2048, model="x")
+    published.pull(NAME, str(delta[0]), quiet=True)
+    demo.run(2048)
+    out, said = capsys.readouterr()
+    assert f"question: {demo.QUESTION}\nanswer:" in out and "time to first token" in out
+    assert BASE in out.split("MiniCPM-SALA")[1].splitlines()[0] and "of the Python Language Reference" in said
 
 
 @pytest.mark.parametrize("older", [{"weights": "older"}, {"files": {"outcome.json": "older"}}])
