@@ -144,6 +144,16 @@ def test_damage_is_seen_when_a_page_comes_up(kept, tmp_path):
     running.check_integrity()
 
 
+def test_a_page_that_is_given_to_others_is_not_found_read_ahead(kept):
+    of, folder, *_ = kept
+    running = engine(of, max_cached_tokens=8000)
+    with Context.open(running, folder) as context:
+        tiers, page = running.tiers(), context._hold.pages[9]
+        tiers.ahead.ask(0, [(page, *tiers._sources[page])])
+        tiers.forget(page)
+        assert tiers.ahead.take(0, page) is None
+
+
 def test_budgets_that_hold_no_step_are_refused(kept):
     of, folder, docs, _ = kept
     said = "one step needs 16 pages of .* bytes at a time, and {} are allowed: allow at least .* bytes, or"
