@@ -7,6 +7,7 @@ Rounds are interleaved; rates are the best of them, bytes those of one round.
 
 import argparse
 import logging
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def opened(like: Engine, path: Path, name: str, budget: int | None, ahead: bool 
     return Row(name, context)
 
 
+def decoded(context: Context) -> float:
+    """Tokens a second behind the first one, of an answer that does not end."""
+    engine = context.engine
+    engine.add(context._prompt("Tell a story."), LONG)
+    times = []
+    while engine.has_work:
+        events = engine.step()
+        times += [time.perf_counter()] * sum(event.token is not None for event in events)
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--context", type=Path, required=True)
@@ -48,7 +60,9 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("opensala").setLevel(logging.ERROR)
     like = load_engine(options=EngineOptions(max_cached_tokens=300_000, kv_dtype=options.kv_dtype))
-    rows = [opened(like, options.context, "resident", None)]
+    names = ("resident", "resident, layer by layer")
+    rows = [opened(like, options.context, name, None) for name in names]
+    rows[1].context.engine.runner.graphs.reason = "to see what recorded steps save"
     tiers = rows[0].context.engine.tiers()
     whole = len(rows[0].context._hold.pages) * len(tiers.layers) * tiers.page_bytes  # type: ignore[union-attr]
     print(f"{len(rows[0].context.tokens):,} tokens, keys and values {whole:,} bytes")
@@ -62,14 +76,14 @@ def main() -> None:
     for _ in range(options.rounds):
         for row in rows:
             before = row.context.engine.tiers().stats()
-            more = row.context.ask("Tell a story.", LONG)
+            rate = decoded(row.context)
             after = row.context.engine.tiers().stats()
             n = {key: after[key] - before[key] for key in after}
             wanted = n["host_hits"] + n["host_misses"]
-            rate = f"{n['host_hits'] / wanted:.1%} of {wanted:,}" if wanted else "all"
-            row.rates.append(more.decode_tokens_per_second or 0)
+            here = f"{n['host_hits'] / wanted:.1%} of {wanted:,}" if wanted else "all"
+            row.rates.append(rate)
             row.moved.append(
-                f"{n['disk_bytes_read'] / 1e6:.2f} MB read, {rate} at hand, {n['pages_read_ahead_used']} of "
+                f"{n['disk_bytes_read'] / 1e6:.2f} MB read, {here} at hand, {n['pages_read_ahead_used']} of "
                 f"{n['pages_read_ahead']} read ahead used"
             )
     for row in rows:

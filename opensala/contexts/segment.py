@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.tiers import Counter
+from ..model.traffic import Counter
 from .checks import SUM_BYTES, checksum, damaged, write_file
 
 _NAMES = {

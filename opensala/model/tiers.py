@@ -13,7 +13,6 @@ pool is on the device.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -27,33 +26,12 @@ from .batch import BatchRow
 from .device_frames import Allocate, DeviceFrames, Write, page_table
 from .prefetch import Prefetcher, Source
 from .storage import CacheStorage
+from .traffic import Counter, Traffic, describe, stats
 
 Piece = tuple[slice, KVPages, PageTable]
 _AHEAD = 8  # one part in so many of the host's budget is for pages that are read ahead
 _AHEAD_ALWAYS = 64  # such pages where there is no budget
 _ONCE = 256  # queries of a layer, at most, whose choice says what the next token will choose
-
-
-class Counter:
-    """Bytes and pages that were read from disk."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.pages = 0
-
-
-@dataclass
-class Traffic:
-    """Of one tier: how often a layer's page was wanted and at hand, wanted and fetched, and gave way."""
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-
-    @property
-    def hit_rate(self) -> float | None:
-        wanted = self.hits + self.misses
-        return self.hits / wanted if wanted else None
 
 
 class _Engine(Protocol):
@@ -239,8 +217,8 @@ class Tiers:
     # --- up to the host ---
 
     def bring(self, pages: Sequence[int] | np.ndarray, layer: int | None = None) -> None:
-        """Fill these pages of the pool, of one layer or of all; together they must fit into the budget, in all these
-        layers.
+        """Fill these pages of the pool, of one layer or of all; together, in all these layers, they must fit
+        into the budget.
 
         Raises:
             DamagedContext: what lies on disk is not what was written.
@@ -428,35 +406,12 @@ class Tiers:
         return self._budget is not None or self.device is not None
 
     def stats(self) -> dict[str, int]:
-        """Counts since the engine was made: pages (of one layer) wanted and at hand, wanted and fetched, and
-        given way, by tier; bytes moved up; pages read ahead of their use, and of them those then used."""
-        found = {"disk_bytes_read": self.counter.bytes, "disk_pages_read": self.counter.pages}
-        found |= {"pages_read_ahead": self.ahead.read, "pages_read_ahead_used": self.ahead.used}
-        tiers = {"host": (self.traffic, self.host)}
-        if self.device is not None:
-            tiers["device"] = (self.device_traffic, self.device.frames)
-            found["device_bytes_copied"] = self.copied
-        for name, (traffic, frames) in tiers.items():
-            for what in ("hits", "misses", "evictions"):
-                found[f"{name}_{what}"] = getattr(traffic, what)
-            found[f"{name}_bytes"] = frames.count * self.page_bytes
-        return found
+        """What moved since the engine was made: see `traffic.stats`."""
+        return stats(self)
 
     def describe(self) -> str:
         """The same for people, in one line."""
-        n, parts = self.stats(), []
-        for name in ("device", "host"):
-            wanted = n.get(f"{name}_hits", 0) + n.get(f"{name}_misses", 0)
-            if wanted:
-                parts.append(
-                    f"{name}: {n[f'{name}_hits'] / wanted:.0%} of {wanted:,} pages wanted were at hand, "
-                    f"{n[f'{name}_bytes']:,} bytes there, {n[f'{name}_evictions']:,} gave way"
-                )
-        if self.copied:
-            parts.append(f"{self.copied:,} bytes copied to the device")
-        if self.ahead.read:
-            parts.append(f"{self.ahead.used:,} of {self.ahead.read:,} pages read ahead were used")
-        return "; ".join(parts)
+        return describe(self)
 
     def check_integrity(self) -> None:
         """Assert that each tier's frames are right."""

@@ -241,7 +241,8 @@ def _by_query(
 
 
 def _rows(tokens: int, pool: KVPages, table: PageTable) -> Rows:
-    room = pool.keys.shape[0] * pool.keys.shape[1]
+    # A pool may hold fewer pages than a sequence has: those that its queries chose (`model.tiers`).
+    room = max(pool.keys.shape[0], table.pages.shape[1]) * pool.keys.shape[1]
     return Rows(tokens, room, 0, table.lengths, table.cu_seqlens, None, table.pages, table.sparse)
 
 
