@@ -192,7 +192,7 @@ def test_command(command, folder, monkeypatch, capsys, request):
     else:
         assert words[0] == "opensala", f"no test knows how to run {command!r}"
         if (
-            words[1:3] == ["bench", "ops"] and "--quick" not in words
+            words[1] == "bench" and "--quick" not in words
         ):  # minutes: the command is there and takes these options
             words.append("--help")
         words = planned(words, folder) if words[1] == "convert" else words

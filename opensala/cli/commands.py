@@ -33,7 +33,7 @@ from .options import (
 )
 from .quantize import quantize
 from .serve import app as serve_app
-from .sizes import byte_count
+from .sizes import byte_count, token_count
 from .train import app as train_app
 
 if TYPE_CHECKING:
@@ -212,6 +212,52 @@ def ops(
     from ..bench.ops import run
 
     run(quick, device, rows, million)
+
+
+@benches.command()
+def speed(
+    preset: Annotated[
+        str, typer.Option(help="135m, small (the shape that ships), 9b beside Qwen3-8B, or quick.")
+    ] = "135m",
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of prompts, as 4K,32K. Default: some for the device.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Contenders, separated by commas, as sala-int4,llama.cpp-Q4_0. Default: all."),
+    ] = None,
+    generate: Annotated[int, typer.Option(help="Tokens generated behind each prompt.")] = 32,
+    limit: Annotated[
+        float,
+        typer.Option(help="Seconds that reading a prompt may be expected to take; beyond, it is left out."),
+    ] = 1800,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny shape and short prompts: seconds.")] = False,
+    llama_cpp: Annotated[
+        str | None, typer.Option(help="A Python that has llama_cpp. Default: what bench llama-cpp made.")
+    ] = None,
+    device: Device = "auto",
+    rows: Annotated[Path, typer.Option(help="CSV file the rows are added to.")] = Path(
+        "benchmarks/speed.csv"
+    ),
+    plots: Annotated[Path | None, typer.Option(help="Folder for pictures.")] = None,
+) -> None:
+    """Time to first token, ms per token and memory by length, beside a dense model in transformers and
+    llama.cpp; the last line on stdout is JSON."""
+    from ..bench.speed.run import Options, run
+
+    tokens = tuple(token_count(n, "--lengths") for n in (lengths or "").split(",") if n)
+    names = tuple(n for n in (against or "").split(",") if n)
+    if quick:
+        preset, tokens = "quick", tokens or (128, 1024)
+    run(Options(preset, tokens, names, generate, limit, device, llama_cpp), rows, plots)
+
+
+@benches.command("llama-cpp")
+def llama_cpp() -> None:
+    """Build llama.cpp for this processor in an environment of its own; prints its Python."""
+    from ..bench.speed.llama_setup import build
+
+    print(build())
 
 
 def _version(asked: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.layers import Embedding, Linear
+from ..model.quantised import QuantisedLinear, quantised_layers
 from ..ops.linear.speed import ProductTimes, kept_times
 
 logger = logging.getLogger("opensala")
@@ -84,19 +85,25 @@ def own_dtype(config: MiniCPMSALAConfig) -> torch.dtype:
 
 def precision_of(model: MiniCPMSALAForCausalLM) -> str:
     """What a model's products are computed in and its weights stored in, in words."""
-    head = model.get_output_embeddings()
-    weight = head.weight
+    stored = model.get_input_embeddings().weight.dtype
+    name = str(stored).removeprefix("torch.")
+    text = f"{name} products, {name} weights"
     if model.compute_dtype == torch.float32:
-        return str(Precision(weight.dtype, head.half_rows if isinstance(head, Linear) else None))
-    name = str(weight.dtype).removeprefix("torch.")
-    return f"{name} products, {name} weights"
+        rows = next((m.half_rows for m in model.modules() if isinstance(m, Linear)), None)
+        text = str(Precision(stored, rows))
+    quantised = quantised_layers(model)
+    if quantised:
+        bits = sorted({layer.bits for layer in quantised.values()})
+        text += f", {len(quantised)} layers in {' and '.join(map(str, bits))} bits"
+    return text
 
 
 @torch.no_grad()
 def apply_precision(model: MiniCPMSALAForCausalLM, precision: Precision) -> None:
     """Bring a model's parameters into the chosen dtypes, in place.
 
-    Weights of products and the embedding get `storage`, all other parameters (norms, biases) float32.
+    Weights of products and the embedding get `storage`, all other parameters (norms, biases) float32; codes
+    of quantised layers stay as they are.
     """
     stored = set()
     for module in model.modules():
@@ -104,7 +111,7 @@ def apply_precision(model: MiniCPMSALAForCausalLM, precision: Precision) -> None
             module.weight.data = module.weight.data.to(precision.storage)
             stored.add(id(module.weight))
             module.wide = torch.float32
-        if isinstance(module, Linear):
+        if isinstance(module, (Linear, QuantisedLinear)):
             module.half_rows = precision.half_rows
     for parameter in model.parameters():
         if id(parameter) not in stored:

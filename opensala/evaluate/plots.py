@@ -51,6 +51,24 @@ def length_curves(curves: dict[str, dict[int, float]], title: str, path: Path) -
     plt.close(figure)
 
 
+def plot_lines(curves: dict[str, dict[int, float]], title: str, path: Path) -> None:
+    """One line for each name: a figure above 0 over length, both axes logarithmic."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name, curve in curves.items():
+        axes.plot(sorted(curve), [curve[n] for n in sorted(curve)], marker="o", markersize=5, label=name)
+    lengths = sorted({n for curve in curves.values() for n in curve})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(lengths, [length_name(n) for n in lengths])
+    axes.grid(alpha=0.3)
+    axes.set_xlabel("length of the prompt in tokens")
+    axes.set_title(title)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def depth_map(rows: Sequence[dict[str, Any]], title: str, path: Path) -> bool:
     """Score in each tenth of the document and length, one panel a task (tasks are unequally hard: mixed, a
     cell would say which tasks fell into it); False if no row has a depth."""

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from ..ops.backends import planned_backend
 from ..ops.linear.gptq import Codes, GptqTensors, from_gptq, gptq_shapes, to_gptq
 from ..ops.linear.quantised import QuantisedWeight, quantised_linear
+from ..ops.linear.speed import half_product
 from .gptq_config import METHOD, GptqLayoutConfig
 from .layers import runs_alone
 
@@ -44,6 +46,7 @@ class QuantisedLinear(nn.Module):
     scales: Tensor
     g_idx: Tensor
     bias: Tensor | None
+    half_rows: int | None = None  # rows from which weights are written out in bfloat16: see `layers.product`
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class QuantisedLinear(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self._packed: QuantisedWeight | None = None
+        self._order: tuple[tuple[int, int], bool] | None = None
 
     @classmethod
     def of(
@@ -110,8 +114,7 @@ class QuantisedLinear(nn.Module):
 
     def _packable(self) -> bool:
         size = self.in_features if self.group == -1 else self.group
-        in_order = torch.equal(self.g_idx.long(), torch.arange(self.in_features) // size)
-        return in_order and (size % 16 == 0 or size == self.in_features)
+        return self._in_order and (size % 16 == 0 or size == self.in_features)
 
     def _unpack(self) -> None:
         tensors, self._packed = self._tensors(), None
@@ -132,6 +135,10 @@ class QuantisedLinear(nn.Module):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
+    def weights(self) -> Tensor:
+        """The weights `[out, in]` that the codes stand for, float32."""
+        return self.codes.weights() if self._packed is None else self._packed.dequantised()
+
     def check(self, name: str) -> None:
         """Refuse numbers that no writer of the layout makes; `name` is what the message calls the layer.
 
@@ -147,10 +154,41 @@ class QuantisedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype == torch.float32 and input.device.type == "cpu" and runs_alone(input):
             packed = self.pack()
+            if self.half_rows is not None and input.shape[:-1].numel() >= self.half_rows:
+                return half_product(input, self.weights().bfloat16(), self.bias)
             if packed is not None:
                 return quantised_linear(input, packed, self.bias)
-        weight = self.codes.weights().to(input.dtype)
+        if input.is_cuda and runs_alone(input):
+            few = self._few_rows(input)
+            if few is not None:
+                return few
+        weight = self.weights().to(input.dtype)
         return nn.functional.linear(input, weight, None if self.bias is None else self.bias.to(input.dtype))
+
+    def _few_rows(self, x: Tensor) -> Tensor | None:
+        """The product of few rows on a GPU, by codes as they lie; None where the kernel is not for it."""
+        rows = x.shape[:-1].numel()
+        if not rows or planned_backend(x) != "triton":
+            return None
+        from ..ops.linear import triton_gptq  # needs triton
+
+        if triton_gptq.beyond_triton(self.in_features, self.group, rows, self._in_order):
+            return None
+        flat = x.reshape(rows, self.in_features).contiguous()
+        found = triton_gptq.triton_gptq(flat, self._tensors(), self.bits, self.group, self.layout)
+        if self.bias is not None:
+            found = found + self.bias.to(found.dtype)
+        return found.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether columns lie in groups in their own order; looked at once for each `g_idx`."""
+        key = (self.g_idx.data_ptr(), self.g_idx._version)
+        if self._order is None or self._order[0] != key:
+            size = self.in_features if self.group == -1 else self.group
+            expected = torch.arange(self.in_features, device=self.g_idx.device) // size
+            self._order = key, torch.equal(self.g_idx.long(), expected)
+        return self._order[1]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}"

@@ -177,6 +177,23 @@ def test_packed_for_the_compiled_product(bits, sym):
     assert torch.allclose(layer.double()(x.double()).float(), plain, atol=1e-5)
 
 
+def test_many_rows_in_16_bits_where_they_are_faster():
+    codes = Codes(
+        torch.randint(0, 16, (16, 32), dtype=torch.int32),
+        (0.1 * torch.rand(16, 2)).half().float(),
+        torch.full((16, 2), 8, dtype=torch.int32),
+        torch.arange(32) // 16,
+    )
+    layer, x = QuantisedLinear.of(codes, None, bits=4, group=16), torch.randn(200, 32)
+    with torch.no_grad():
+        exact = layer(x)
+        layer.half_rows = 128
+        rounded = layer(x)
+        assert torch.equal(layer(x[:100]), exact[:100]), "few rows stay exact"
+    error = (rounded - exact).norm() / exact.norm()
+    assert 1e-4 < error < 1e-2
+
+
 def test_columns_in_another_order_are_computed_all_the_same():
     codes = Codes(
         torch.randint(0, 16, (16, 32), dtype=torch.int32),
