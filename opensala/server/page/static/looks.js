@@ -177,7 +177,7 @@ function Passage({ context, block, found, told, places, answer }) {
     <figure class="passage">
       <figcaption><p role="status">${describe(found, told, block, places)}</p></figcaption>
       <${Trouble} error=${error} />
-      ${text && html`<blockquote tabindex="0" aria-label="The passage"><p><span class="near">${text.before}</span><mark data-block=${block}>${marked(text.text, answer)}</mark><span class="near">${text.after}</span></p></blockquote>`}
+      ${text && html`<blockquote tabindex="0" aria-label="The passage"><p><span class="near">${text.before}</span><mark data-block=${text.start / found.block_size}>${marked(text.text, answer)}</mark><span class="near">${text.after}</span></p></blockquote>`}
     </figure>`;
 }
 
