@@ -1,5 +1,6 @@
 # make demo, make test: from a bare checkout to done. make check: style, types, direction of imports.
 # make test-oldest, make test-newest: what a dependency can break, with the oldest and newest versions that pyproject.toml allows.
+# make test-page: the server's page in Chromium (which has to be installed, with Node and npm); part of make test once it was made.
 # make lock: renews the lock files, from which all of these install.
 # make gpu: tests, times and report of the GPU kernels, with the Python that has torch and Triton; OUT is where they go,
 # GPU holds options of scripts/gpu.py (GPU='--seconds 270').
@@ -14,7 +15,7 @@ PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 COMPATIBILITY := -m 'not triton' tests/model tests/engine tests/test_docs.py tests/test_cli.py tests/test_fuzz_options.py \
 	tests/cli/test_entry.py::test_stderr_holds_what_we_print_and_nothing_else
 
-.PHONY: demo test test-oldest test-newest check lock gpu reproduce smoke clean
+.PHONY: demo test test-oldest test-newest test-page check lock gpu reproduce smoke clean
 
 # An environment is made anew when its inputs change, so that nothing of an older one stays in it.
 define make-venv
@@ -58,6 +59,10 @@ test: .venv/ready
 
 test-oldest test-newest: test-%: .venv-%/ready
 	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PYTEST) $(COMPATIBILITY)
+
+test-page: .venv/ready
+	npm ci --prefix tests/page/browser --ignore-scripts --no-audit --no-fund
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/page
 
 check: .venv/ready
 	$(BIN)/ruff format --check --quiet .

@@ -174,6 +174,8 @@ class Selections:
 
 def _token_texts(tokenizer: Any, tokens: list[int], text: str) -> list[str]:
     """What each token adds to the answer's text; tokens behind its end (a stop) are left out."""
+    if not tokens:
+        return []
     detokenizer = Detokenizer(tokenizer, ())
     parts = [detokenizer.add(token) for token in tokens]
     parts[-1] += detokenizer.finish()

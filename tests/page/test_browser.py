@@ -76,7 +76,7 @@ def note(tmp_path):
     return {"file": str(path), "text": QUESTION, "answer": "48213"}
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (360, "dark"), (360, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (360, "dark")])
 def test_a_real_document_its_answer_and_the_block_that_holds_the_fact(browser, url, width, scheme):
     found = browser("finds", url, width=width, scheme=scheme, **FOUND)
     assert found["block"] > 0
@@ -145,6 +145,10 @@ def test_what_the_server_does_not_take(browser, start, tmp_path):
     (tmp_path / "large.txt").write_text(FILLER * 2000)
     files = {name: str(next(tmp_path.glob(f"{name}.*"))) for name in ("broken", "large")}
     browser("refused", live.url, **files, told=["400"])
+
+
+def test_a_server_that_does_not_answer(browser, url, note):
+    browser("lost", url, **note, told=["ERR_INTERNET_DISCONNECTED"])
 
 
 def test_a_server_without_a_folder(browser, live):

@@ -279,11 +279,19 @@ export async function refused(page, { url, broken, large }) {
   await sound(page, "refused");
 }
 
-// The server goes away.
-export async function lost(page, { url }) {
-  await page.goto(`${url}/`);
+// The network goes away, and comes back.
+export async function lost(page, { url, file, text, answer }) {
+  await read(page, url, file);
+  await page.context().setOffline(true);
+  await question(page).fill(text);
+  await button(page, "Ask").click();
   await alert(page).getByText("The server does not answer. Is it still running?").waitFor();
-  await button(page, "Try again").waitFor();
+  await page.context().setOffline(false);
+  await ask(page, text, answer);
+  assert.equal(await alert(page).count(), 0);
+  await page.context().setOffline(true);
+  await button(page, "Pin").click();
+  await alert(page).getByText("The server does not answer. Is it still running?").waitFor();
 }
 
 // No folder to keep documents in.

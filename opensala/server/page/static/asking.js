@@ -43,7 +43,7 @@ export function Asking({ server, context, answers, onAnswers, eager }) {
   return html`
     <form class="ask" onSubmit=${ask}>
       <label for="question">Question</label>
-      <textarea id="question" ref=${field} rows="2" value=${question} onInput=${(e) => setQuestion(e.target.value)} onKeyDown=${press}
+      <textarea id="question" ref=${field} rows="1" value=${question} onInput=${(e) => setQuestion(e.target.value)} onKeyDown=${press}
         aria-describedby="each"></textarea>
       <p class="row">
         ${busy

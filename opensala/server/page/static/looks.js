@@ -130,7 +130,7 @@ function Track({ found, told, blocks, block, onPick, places }) {
                 style=${{ left: where(one), width: where(1), opacity: 0.3 + 0.7 * (times / Math.max(1, told.most / told.rows.length)) }}></i>`)}
           </div>`)}
         ${places.slice(1).map((place) => html`<b key=${place.start} title=${place.name} style=${{ left: where(place.start / found.block_size) }}></b>`)}
-        ${block !== undefined && html`<s style=${{ left: where(block + 0.5) }}></s>`}
+        ${block !== undefined && html`<s style=${{ left: where(block), width: `calc(${where(1)} + 6px)` }}></s>`}
       </div>
       <div class="ends" aria-hidden="true"><span>beginning</span><span>end</span></div>
     </div>`;
@@ -177,7 +177,7 @@ function Passage({ context, block, found, told, places, answer }) {
     <figure class="passage">
       <figcaption><p role="status">${describe(found, told, block, places)}</p></figcaption>
       <${Trouble} error=${error} />
-      ${text && html`<blockquote tabindex="0" aria-label="The passage"><p><span class="near">${text.before}</span><mark data-block=${block}>${marked(text.text, answer)}</mark><span class="near">${text.after}</span></p></blockquote>`}
+      ${text && html`<blockquote tabindex="0" aria-label="The passage"><p><span class="near">${text.before}</span><mark data-block=${text.start / found.block_size}>${marked(text.text, answer)}</mark><span class="near">${text.after}</span></p></blockquote>`}
     </figure>`;
 }
 
