@@ -23,7 +23,7 @@ from .pool import Pool
 Tokens = tuple[int, ...]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)  # a text of a million tokens has 16,000 of them
 class Node:
     """A page of tokens, or its beginning up to a snapshot (a tail).
 

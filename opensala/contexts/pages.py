@@ -146,7 +146,8 @@ def tokens_of(engine: Engine, files: Sequence[SegmentFile]) -> array:
     for file in files:
         _check_shapes(engine, file)
         tokens.frombytes(file.tensor("tokens").numpy().tobytes())
-    if not tokens or max(tokens) >= engine.config.vocab_size or min(tokens) < 0:
+    ids = np.frombuffer(tokens, np.int32)
+    if not len(ids) or ids.max() >= engine.config.vocab_size or ids.min() < 0:
         raise damaged(files[0].path.parent, "tokens", "some of the model's", f"{len(tokens):,} others")
     return tokens
 

@@ -3,8 +3,11 @@ there."""
 
 import errno
 import os
+import resource
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from opensala.contexts import Context, checks, context, read_manifest
 from opensala.contexts.store import fork, remove, verify
 from opensala.engine import Engine
 
+from .files import content
 from .tools import PARAMS, documents, engine, model, outcome
 
 ROOT = Path(__file__).parents[2]
@@ -122,18 +126,111 @@ def test_two_processes_and_one_context(tmp_path):
     assert outcome(reader.ask("who?", PARAMS)) == wanted
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
-def test_read_only_media(tmp_path):
+def in_a_child(work):
+    """Run `work` in a forked process, whose limits and rights it may change; what it raised, or ""."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        said = ""
+        try:
+            work()
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    return said
+
+
+@pytest.mark.parametrize("limit", [1, 5_000, 40_000, 90_000])
+def test_a_file_that_the_disk_does_not_take(limit, tmp_path):
+    """A real refusal in the middle of a write (a limit on the size of files): while saving and extending."""
     of, path = model(), tmp_path / "a.ctx"
     Context.ingest(engine(of), documents(300), path).close()
-    path.chmod(0o500)
-    try:
-        with Context.open(engine(of), path) as kept:
-            kept.ask("who?", PARAMS)
-            with pytest.raises(ValueError, match="cannot be written"):
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+
+    def limited(work):
+        def run():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            work()
+
+        return in_a_child(run)
+
+    kept = Context.open(engine(of), path, write=True)
+    said = limited(lambda: kept.extend(documents(900, 1, "more.txt")))
+    kept.close()
+    assert said.startswith("ValueError: ") and "cannot be written: File too large" in said, said
+    assert "bytes are free there. What was saved before is unharmed" in said
+    now = {p.name: p.read_bytes() for p in path.iterdir() if p.name != ".lock"}
+    assert not [name for name in now if name.endswith(".partial")] and verify(path)
+    if len(read_manifest(path).texts) == 1:
+        assert all(now[name] == data for name, data in before.items())
+    new = Context.ingest(engine(of), documents(900))
+    said = limited(lambda: new.save(tmp_path / "b.ctx"))
+    assert "b.ctx" in said and "cannot be written: File too large" in said
+    assert not (tmp_path / "b.ctx").exists() or not list((tmp_path / "b.ctx").glob("*.partial"))
+    new.save(tmp_path / "c.ctx")
+    assert verify(tmp_path / "c.ctx")
+
+
+def test_read_only_media(monkeypatch):
+    """As a user who may only read, and on a file system that says so itself."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        of, path = model(), Path(name) / "a.ctx"
+        Context.ingest(engine(of), documents(300), path).close()
+        Path(name).chmod(0o755)
+        path.chmod(0o555)
+
+        def work():
+            if os.geteuid() == 0:  # nothing is read-only to root
+                os.setgid(65534)
+                os.setuid(65534)
+            with Context.open(engine(of), path) as kept:
+                assert kept.ask("who?", PARAMS).reused_tokens == len(kept.tokens)
                 kept.extend(documents(40, 1))
-    finally:
-        path.chmod(0o700)
+
+        assert in_a_child(work).startswith(f"ValueError: {path}/.lock cannot be written: Permission denied")
+        path.chmod(0o755)
+        with Context.open(engine(of), path) as kept:
+            real = os.open
+
+            def refused(file, flags, *mode, **named):
+                if flags & os.O_CREAT:
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+                return real(file, flags, *mode, **named)
+
+            monkeypatch.setattr(os, "open", refused)
+            with pytest.raises(ValueError, match="a.ctx/.lock cannot be written: Read-only file system"):
+                kept.extend(documents(40, 1))
+            monkeypatch.undo()
+        assert verify(path)
+
+
+def test_half_written(tmp_path):
+    """What a process leaves that ends before its first manifest, and in the middle of a file."""
+    of, path = model(), tmp_path / "a.ctx"
+    Context.ingest(engine(of), documents(300), path).close()
+    wanted, whole = content(path), (path / "manifest.json").read_bytes()
+    (path / "segment-00002.safetensors.partial").write_bytes(b"half")
+    (path / "manifest.json.partial").write_bytes(whole[:100])
+    with Context.open(engine(of), path) as kept:  # readers let it be
+        assert kept.ask("who?", PARAMS).reused_tokens == len(kept.tokens)
+    Context.open(engine(of), path, write=True).close()  # a writer removes it
+    assert content(path) == wanted and not list(path.glob("*.partial"))
+    (path / "manifest.json").unlink()
+    for use in (
+        lambda: Context.open(engine(of), path),
+        lambda: verify(path),
+        lambda: fork(path, tmp_path / "b"),
+    ):
+        with pytest.raises(ValueError, match="a.ctx: no context: it has no manifest.json"):
+            use()
+    Context.ingest(engine(of), documents(300), path).close()  # begun anew, over what was left
+    assert content(path) == wanted
 
 
 def test_folders_that_hold_something_else(tmp_path):

@@ -1,6 +1,10 @@
 """The shipped model with documents of dense and sparse lengths: kept, reopened, extended, moved; bit for
 bit."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from opensala.contexts import Context
@@ -10,6 +14,7 @@ from opensala.engine import Document, Engine, EngineOptions, ask, load_engine
 
 from .tools import outcome
 
+ROOT = Path(__file__).parents[2]
 FACT = "\nThe access code for the north gate is 48213.\n"
 QUESTIONS = ("What is the access code for the north gate?", "Who is the captain of Silver Heron?")
 
@@ -64,3 +69,22 @@ def test_extended(loaded, tmp_path):
     with Context.open(new(loaded), tmp_path / "a.ctx") as context:
         found = context.ask(QUESTIONS[0])
         assert outcome(found) == outcome(joined) and found.reused_tokens == len(context.tokens)
+
+
+def test_damaged_a_few_times():
+    """In full: scripts/damage_contexts.py, which does 1,000 flips, 100 cuts and 50 kills."""
+    words = [
+        "scripts/damage_contexts.py",
+        "--flips",
+        "40",
+        "--cuts",
+        "10",
+        "--ask-every",
+        "5",
+        "--kills",
+        "0",
+    ]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "40 flipped: found by the check" in done.stdout
+    assert "10 cut short: found by the check" in done.stdout
