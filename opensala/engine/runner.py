@@ -14,6 +14,7 @@ from ..model.cache import Advance
 from ..model.storage import CacheStorage
 from .capture import CapturedSteps, Recorder
 from .graphs import DecodeGraphs
+from .native_step import MOST_TOKENS, NativeSteps
 from .scheduler import Step, Work
 
 _LOGITS_BYTES = 64 << 20  # of float32 logits at a time
@@ -37,8 +38,11 @@ class Runner:
         if (self.device.type == "cuda" and one_device) or recorder is not None:
             model.model.merge_projections()
         self.captured = CapturedSteps(model, storage, recorder)
+        self.native = NativeSteps(model, storage)
         self.graphs = DecodeGraphs(model, storage)
-        self._batch: ForwardBatch | None = None
+        self._batch: ForwardBatch | None = None  # of the last step, unless it was one call
+        self._recorded: dict[int, tuple[Tensor, Tensor]] | None = None  # of the last step
+        self._scored: tuple[Tensor, Tensor] | None = None  # hidden states and logits of the last step
 
     @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
@@ -58,21 +62,33 @@ class Runner:
         numbers = np.frombuffer(ids, np.int32)
         model = self.model.model
         model.say_attention((work.sparse for work in step.works), model.embed_tokens.weight)
+        self._scored = None
         captured = None if backed else self.captured.run(numbers, rows, record)
         if captured is not None:
-            hidden, self._batch = captured
-            return hidden
+            return self._ran(*captured)
+        if not backed and len(numbers) <= MOST_TOKENS:
+            every = all(work.completes and work.count == work.drafted + 1 for work in step.works)
+            chosen = any(work.sequence.params.selection for work in step.works)
+            done = self.native.run(numbers, rows, keep=record, logits=every, chosen=chosen)
+            if done is not None:
+                self._recorded, self._batch = done.recorded, None
+                self._scored = None if done.logits is None else (done.hidden, done.logits)
+                return done.hidden
         if self.graphs.reason is None and not backed:
             x = self._embed(on_device(numbers, self.device))
             replayed = self.graphs.run(x, rows, record)
             if replayed is not None:
-                hidden, self._batch = replayed
-                return hidden
-        self._batch = ForwardBatch.of(self.storage, rows, self.device, ids=numbers, record=record)
-        assert self._batch.ids is not None, "sent along"
+                return self._ran(*replayed)
+        batch = ForwardBatch.of(self.storage, rows, self.device, ids=numbers, record=record)
+        assert batch.ids is not None, "sent along"
         if any(work.completes and work.sequence.params.selection for work in step.works):
-            self._batch.chosen = {}
-        return model.run_batch(self._embed(self._batch.ids), self._batch)[0]
+            batch.chosen = {}
+        return self._ran(model.run_batch(self._embed(batch.ids), batch)[0], batch)
+
+    def _ran(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
+        """Keep what may be asked about the step afterwards."""
+        self._recorded, self._batch = batch.recorded, batch
+        return hidden
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Scaled embeddings `[1, T, W]` of tokens `[T]`."""
@@ -91,6 +107,8 @@ class Runner:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """`[N, V]` from normalised hidden states `[N, W]`."""
+        if self._scored is not None and hidden is self._scored[0]:  # the step made them too
+            return self._scored[1]
         return self.model.lm_head(hidden / self.model.config.logit_divisor)
 
     @property
@@ -106,8 +124,7 @@ class Runner:
         that
         the shorter step would have given. Pages need nothing: what lies behind a text's end is written again.
         """
-        batch = self._batch
-        assert batch is not None and batch.recorded is not None, "a step with drafts is recorded"
+        assert self._recorded is not None, "a step with drafts is recorded"
         first, places, counts = 0, [], []
         wanted = {id(work): count for work, count in kept}
         for work in step.works:
@@ -119,5 +136,5 @@ class Runner:
         read = [work.sequence.slot for work in step.works if id(work) in wanted]
         write = [work.slot for work in step.works if id(work) in wanted]
         advance = Advance.of(self.model.config, self.device, read, write, counts)
-        for layer, (k, v) in batch.recorded.items():
+        for layer, (k, v) in self._recorded.items():
             advance.run(k[where], v[where], self.storage.states[layer])

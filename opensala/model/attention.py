@@ -59,6 +59,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.cat(parts, 2).transpose(1, 2)
 
 
+def log_growth(positions: Tensor, base: float) -> Tensor:
+    """log(t + a) / log(a) in float64: the factor that `attn_scale_base` a puts on queries at positions t."""
+    return torch.log(positions.double() + base) / math.log(base)
+
+
 class SparseMixer(nn.Module):
     """InfLLM-V2 attention (`minicpm4`): block-sparse, or dense for a sequence that is called dense."""
 
@@ -103,7 +108,7 @@ class SparseMixer(nn.Module):
         base = self.config.attn_scale_base
         if base is None:
             return q
-        growth = torch.log(positions.double() + base) / math.log(base)
+        growth = log_growth(positions, base)
         return q * growth.to(q.dtype)[..., None, None]  # so that the selection of blocks follows
 
     def forward(self, x: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:

@@ -12,10 +12,18 @@ from opensala.ops.native.program import NotReplayable, record
 from opensala.ops.native.tensors import address
 
 from ..conftest import tiny_model
-from .test_engine import engine, ids
+from . import test_engine
+from .test_engine import ids
 
 PARAMS = SamplingParams(max_tokens=25, ignore_eos=True)
 PROMPTS = [ids(50), ids(200, 1), ids(5, 2)]
+
+
+def engine(model=None, **options):
+    """Whose steps are recorded where they can be, not run in one call (`test_native_step.py`)."""
+    running = test_engine.engine(model, **options)
+    running.runner.native.reason = "recorded steps are tested"
+    return running
 
 
 def without_graphs(model, **options):

@@ -10,26 +10,9 @@
 #include "replay.h"
 #include <vector>
 
-#include "gemm.h"
-#include "pages.h"
+#include "parts.h"
 
 namespace {
-
-// One sequence.
-struct Problem {
-  const float* q;
-  Rows k, v;  // of head 0
-  const int32_t* blocks;  // [T, Hkv, K]; null: each query attends to all blocks up to its own
-  int64_t tokens, length, heads, kv_heads, dim, value_dim, num_blocks, block_size;
-  int64_t k_head, v_head;  // elements from head to head; q is contiguous [T, Hq, D]
-  float factor;  // scale * log2(e)
-  float *out = nullptr, *lse = nullptr;  // [T, Hq, E] and, if wanted, [T, Hq]
-  int64_t slices = 1;  // parts into which the query heads of a kv head are cut; a "head" below is one such part
-  int64_t group() const { return heads / (kv_heads * slices); }
-  int64_t kv_head(int64_t head) const { return head / slices; }
-  int64_t position(int64_t t) const { return length - tokens + t; }
-  int64_t blocks_up_to(int64_t t) const { return position(t) / block_size + 1; }
-};
 
 // Queries of a tile: those listed, or all from one on.
 struct Queries {
@@ -41,7 +24,7 @@ struct Queries {
 // The (query, block) pairs of a tile, by block.
 struct Pairs {
   std::vector<int32_t> start, query;
-  void build(const Problem& p, int64_t first, int64_t last, int64_t head) {
+  void build(const Attention& p, int64_t first, int64_t last, int64_t head) {
     if (!p.blocks) return;
     int64_t total = p.blocks_up_to(last - 1);
     start.assign(total + 2, 0);
@@ -58,7 +41,7 @@ struct Pairs {
     query.resize(start.back());
     each([&](int32_t block, int64_t t) { query[start[block + 1]++] = int32_t(t); });
   }
-  Queries of(const Problem& p, int64_t block, int64_t first, int64_t last) const {
+  Queries of(const Attention& p, int64_t block, int64_t first, int64_t last) const {
     if (p.blocks) return {query.data() + start[block], 0, start[block + 1] - start[block]};
     int64_t begin = std::max<int64_t>(0, block * p.block_size - p.position(first));
     return {nullptr, begin, last - first - begin};
@@ -75,7 +58,7 @@ struct Batch {
 };
 
 template <typename Use>
-void for_each_batch(const Problem& p, const Queries& queries, int64_t block, int64_t first, const Use& use) {
+void for_each_batch(const Attention& p, const Queries& queries, int64_t block, int64_t first, const Use& use) {
   int64_t group = p.group(), base = block * p.block_size;
   Batch rows;
   for (int64_t i = 0; i < queries.count; ++i) {
@@ -93,7 +76,7 @@ void for_each_batch(const Problem& p, const Queries& queries, int64_t block, int
 // Where the keys of a block lie, as far as the tile's last query sees them: behind them may be anything.
 struct Block {
   int64_t base, keys;
-  Block(const Problem& p, int64_t block, int64_t last)
+  Block(const Attention& p, int64_t block, int64_t last)
       : base(block * p.block_size), keys(std::min(p.block_size, p.position(last - 1) + 1 - base)) {}
 };
 
@@ -102,7 +85,7 @@ void hide(float* row, int64_t seen, int64_t padded) {
   for (int64_t j = seen; j < padded; ++j) row[j] = -INF;
 }
 
-void forward_tile(const Problem& p, int64_t first, int64_t last, int64_t head) {
+void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head) {
   int64_t group = p.group(), rows_in_tile = (last - first) * group;
   int64_t padded = round_up(p.block_size, W), width = round_up(p.value_dim, W);
   Scratch keys(p.dim * padded), values(padded * width), scores(BATCH * padded), result(rows_in_tile * width);
@@ -173,7 +156,7 @@ struct Gradients {
   float *dk, *dv;                   // [Hkv, L, D], [Hkv, L, E] of this part, added to
 };
 
-void backward_tile(const Problem& p, const Gradients& g, int64_t first, int64_t last, int64_t head) {
+void backward_tile(const Attention& p, const Gradients& g, int64_t first, int64_t last, int64_t head) {
   int64_t group = p.group(), rows_in_tile = (last - first) * group;
   int64_t padded = round_up(p.block_size, W), width = round_up(p.value_dim, W), inner = round_up(p.dim, W);
   Scratch keys_t(p.dim * padded), values_t(p.value_dim * padded), keys(padded * inner), dq(rows_in_tile * inner);
@@ -238,7 +221,7 @@ void backward_tile(const Problem& p, const Gradients& g, int64_t first, int64_t 
 constexpr int64_t SHARED = 32;  // queries of a tile that a block should have, for unpacking it to pay
 
 // Queries of a tile: some tiles for each thread, but where blocks are many (a long context) rather fewer and larger ones.
-int64_t tile_queries(const Problem& p, int64_t tokens_of_call, int64_t rows, int64_t threads) {
+int64_t tile_queries(const Attention& p, int64_t tokens_of_call, int64_t rows, int64_t threads) {
   int64_t share = (tokens_of_call * p.kv_heads + threads - 1) / threads, blocks = (p.length + p.block_size - 1) / p.block_size;
   int64_t shared = p.blocks ? SHARED * blocks / p.num_blocks : SHARED;
   int64_t wanted = std::max((share + 3) / 4, std::min(share, shared));
@@ -247,7 +230,7 @@ int64_t tile_queries(const Problem& p, int64_t tokens_of_call, int64_t rows, int
 
 // A tile of queries of one head of one sequence.
 struct Unit {
-  const Problem* p;
+  const Attention* p;
   int64_t first, last, head;
   int64_t cost() const {  // multiplications at most, of queries with keys
     int64_t blocks = p->blocks_up_to(last - 1);
@@ -258,25 +241,25 @@ struct Unit {
 constexpr int64_t SMALL = 1 << 18;  // multiplications that are done before a second thread is awake
 
 // With fewer tiles than threads the query heads of a kv head are shared out: each part unpacks the blocks for itself.
-void slice_heads(std::vector<Problem>& problems, int64_t units, int64_t threads) {
-  for (Problem& p : problems) {
+void slice_heads(std::vector<Attention>& problems, int64_t units, int64_t threads) {
+  for (Attention& p : problems) {
     int64_t group = p.heads / p.kv_heads;
     while (p.slices < group && (units * p.slices < threads || group % p.slices)) ++p.slices;
   }
 }
 
-void forward_all(std::vector<Problem>& problems, int64_t tile_rows, int64_t threads) {
+void forward_all(std::vector<Attention>& problems, int64_t tile_rows, int64_t threads) {
   int64_t tokens = 0, tiles = 0;
-  for (const Problem& p : problems) tokens += p.tokens;
+  for (const Attention& p : problems) tokens += p.tokens;
   std::vector<int64_t> steps;
-  for (const Problem& p : problems) {
+  for (const Attention& p : problems) {
     steps.push_back(tile_queries(p, tokens, tile_rows, threads));
     tiles += (p.tokens + steps.back() - 1) / steps.back() * p.kv_heads;
   }
   slice_heads(problems, tiles, threads);
   std::vector<Unit> units;
   for (size_t n = 0; n < problems.size(); ++n) {
-    const Problem& p = problems[n];
+    const Attention& p = problems[n];
     for (int64_t first = 0; first < p.tokens; first += steps[n])
       for (int64_t head = 0; head < p.kv_heads * p.slices; ++head)
         units.push_back({&p, first, std::min(first + steps[n], p.tokens), head});
@@ -285,17 +268,19 @@ void forward_all(std::vector<Problem>& problems, int64_t tile_rows, int64_t thre
   int64_t work = 0;
   for (const Unit& unit : units) work += unit.cost();
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (work > SMALL)
-  for (size_t i = 0; i < units.size(); ++i) forward_tile(*units[i].p, units[i].first, units[i].last, units[i].head);
+  for (size_t i = 0; i < units.size(); ++i) tile_forward(*units[i].p, units[i].first, units[i].last, units[i].head);
 }
 
 }  // namespace
+
+void attend_head(const Attention& p, int64_t head) { tile_forward(p, 0, p.tokens, head); }
 
 extern "C" void opensala_attend_forward(
     const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, float* out, float* lse,
     int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t num_blocks,
     int64_t size, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, float factor, int64_t tile_rows,
     int64_t threads) {
-  std::vector<Problem> one{{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim,
+  std::vector<Attention> one{{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim,
                             num_blocks, size, k_head, v_head, factor, out, lse}};
   forward_all(one, tile_rows, threads);
 }
@@ -308,7 +293,7 @@ extern "C" void opensala_attend_paged(
     int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t num_blocks, int64_t size, int64_t k_page, int64_t k_token,
     int64_t k_head, int64_t v_page, int64_t v_token, int64_t v_head, float factor, int64_t tile_rows, int64_t threads) {
   PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
-  std::vector<Problem> problems;
+  std::vector<Attention> problems;
   for (int64_t n = 0; n < sequences; ++n) {
     if (!table.tokens(n)) continue;
     int64_t begin = cu_seqlens[n];
@@ -327,7 +312,7 @@ extern "C" void opensala_attend_backward(
     const float* delta, float* dq, float* dk, float* dv, int64_t tokens, int64_t length, int64_t heads, int64_t kv_heads,
     int64_t dim, int64_t value_dim, int64_t num_blocks, int64_t size, int64_t k_token, int64_t k_head, int64_t v_token,
     int64_t v_head, float factor, int64_t tile_rows, int64_t parts, int64_t threads) {
-  Problem p{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim, num_blocks, size, k_head, v_head, factor};
+  Attention p{q, {k, kind, k_token}, {v, kind, v_token}, blocks, tokens, length, heads, kv_heads, dim, value_dim, num_blocks, size, k_head, v_head, factor};
   int64_t step = tile_queries(p, tokens, tile_rows, threads), tiles = (tokens + step - 1) / step;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t unit = 0; unit < parts * kv_heads; ++unit) {

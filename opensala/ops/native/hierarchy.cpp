@@ -216,7 +216,7 @@ void select_all(const std::vector<Selection>& selections, int64_t budget, int64_
   int64_t tokens = 0;
   for (const Selection& s : selections) tokens += s.tokens;
   for (const Selection& s : selections) {
-    cut(units, s, take_all(s), s.tokens, tokens, tile_rows, threads);
+    cut(units, s, take_all(s, 0, s.kv_heads), s.tokens, tokens, tile_rows, threads);
     for (int64_t head = 0; head < s.kv_heads; ++head) statistics.emplace_back(s, head);
   }
   if (units.empty()) return;

@@ -2,21 +2,12 @@
 //
 // A compressed key is summed token by token in order, in float32, from the keys as the pages hold them: it has the same
 // bits however the tokens arrived.
+#include "parts.h"
 #include "replay.h"
-#include "pages.h"
 
 #include <vector>
 
 namespace {
-
-template <typename T>
-T narrow(float x) { return T(x); }
-template <>
-BFloat16 narrow(float x) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return {uint16_t(x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16)};
-}
 
 // Some tokens, or some windows of one level, of one sequence.
 struct Piece {
@@ -86,10 +77,51 @@ void mean(const Rows& keys, int64_t key_head, const Rows& to, int64_t to_head, i
   }
   T* out = const_cast<T*>(to.at<T>(j));
   for (int64_t h = 0; h < heads; ++h)
-    for (int64_t d = 0; d < dim; ++d) out[h * to_head + d] = narrow<T>(sum[h * dim + d] / float(size));
+    for (int64_t d = 0; d < dim; ++d) out[h * to_head + d] = narrowed<T>(sum[h * dim + d] / float(size));
+}
+
+// Calls use(T{}) with the type of compressed keys, and of keys and values that are not int8.
+template <typename Use>
+void with_level_type(const Store& s, const Use& use) { with_type(s.level_kind, use); }
+
+void copy_tokens(const Store& s, int64_t n, int64_t a, int64_t b) {
+  int64_t shift = s.table.cu_seqlens[n + 1] - s.table.lengths[n];  // from a token's position to its place in the call
+  auto put = [&](const void* x, const Place& place, int64_t width) {
+    Rows to = s.rows(n, place, s.kind);
+    if (s.kind == INT8) return copy_quantized(static_cast<const float*>(x), to, place.head, a, a + shift, b + shift, s.kv_heads, width);
+    with_level_type(s, [&](auto type) {
+      copy(static_cast<const decltype(type)*>(x), to, place.head, a, a + shift, b + shift, s.kv_heads, width);
+    });
+  };
+  put(s.k, s.keys, s.dim), put(s.v, s.values, s.value_dim);
+}
+
+// Windows a ... b - 1 of a level: 1, or 4 for windows four times as long. `room` has kv_heads * dim + dim floats.
+void complete_windows(const Store& s, int64_t n, int64_t level, int64_t a, int64_t b, float* room) {
+  int64_t length = level * s.kernel, step = level * s.stride;
+  const Place& place = level == 1 ? s.k1 : s.k2;
+  Rows from = s.rows(n, s.keys, s.kind), to = s.rows(n, place, s.level_kind, step, length - 1);
+  with_level_type(s, [&](auto type) {
+    for (int64_t j = a; j < b; ++j)
+      mean<decltype(type)>(from, s.keys.head, to, place.head, j, length, step, s.kv_heads, s.dim, room, room + s.kv_heads * s.dim);
+  });
+}
+
+// Calls use(level, first, last) for the windows that a sequence's new tokens complete.
+template <typename Use>
+void for_each_level(const Store& s, int64_t n, const Use& use) {
+  int64_t length = s.table.lengths[n], before = length - s.table.tokens(n);
+  for (int64_t level : {1, 4})
+    use(level, windows(before, level * s.kernel, level * s.stride), windows(length, level * s.kernel, level * s.stride));
 }
 
 }  // namespace
+
+void store_sequence(const Store& s, int64_t n) {
+  copy_tokens(s, n, s.table.lengths[n] - s.table.tokens(n), s.table.lengths[n]);
+  Scratch room((s.kv_heads + 1) * s.dim);
+  for_each_level(s, n, [&](int64_t level, int64_t first, int64_t last) { complete_windows(s, n, level, first, last, room.data); });
+}
 
 // k `[T, Hkv, D]` and v `[T, Hkv, E]` have the pool's element type, float32 for int8. `level_kind` is that of k1 and k2.
 extern "C" void opensala_store_kv(
@@ -98,42 +130,23 @@ extern "C" void opensala_store_kv(
     int64_t value_dim, int64_t k_page, int64_t k_token, int64_t k_head, int64_t v_page, int64_t v_token, int64_t v_head,
     int64_t k1_page, int64_t k1_window, int64_t k1_head, int64_t k2_page, int64_t k2_window, int64_t k2_head, int64_t size,
     int64_t stride, int64_t kernel, int64_t threads) {
-  PageTable table{cu_seqlens, lengths, pages, nullptr, sequences, table_width};
+  Store s{k, v, kind, level_kind, {cu_seqlens, lengths, pages, nullptr, sequences, table_width}, {keys, k_page, k_token, k_head},
+          {values, v_page, v_token, v_head}, {k1, k1_page, k1_window, k1_head}, {k2, k2_page, k2_window, k2_head},
+          kv_heads, dim, value_dim, size, stride, kernel};
   std::vector<Piece> tokens, ends;
   for (int64_t n = 0; n < sequences; ++n) {
-    int64_t before = lengths[n] - table.tokens(n);
-    cut(tokens, n, 0, before, lengths[n], 64);
-    for (int64_t level : {1, 4})
-      cut(ends, n, level, windows(before, level * kernel, level * stride), windows(lengths[n], level * kernel, level * stride), 16);
+    cut(tokens, n, 0, lengths[n] - s.table.tokens(n), lengths[n], 64);
+    for_each_level(s, n, [&](int64_t level, int64_t first, int64_t last) { cut(ends, n, level, first, last, 16); });
   }
-  with_type(level_kind, [&](auto type) {
-    using T = decltype(type);
-    auto put = [&](const void* x, const Rows& to, int64_t to_head, int64_t a, int64_t shift, int64_t b, int64_t width) {
-      if (kind == INT8) copy_quantized(static_cast<const float*>(x), to, to_head, a, a + shift, b + shift, kv_heads, width);
-      else copy(static_cast<const T*>(x), to, to_head, a, a + shift, b + shift, kv_heads, width);
-    };
 #pragma omp parallel num_threads(threads) if (cu_seqlens[sequences] > 64)
-    {
+  {
 #pragma omp for schedule(dynamic, 1)
-      for (size_t i = 0; i < tokens.size(); ++i) {
-        auto [n, level, a, b] = tokens[i];
-        int64_t shift = cu_seqlens[n + 1] - lengths[n];  // from a token's position to its place in the call
-        put(k, table.rows(n, keys, kind, k_page, k_token, size), k_head, a, shift, b, dim);
-        put(v, table.rows(n, values, kind, v_page, v_token, size), v_head, a, shift, b, value_dim);
-      }
-      std::vector<float> sum(kv_heads * dim), room(dim);
+    for (size_t i = 0; i < tokens.size(); ++i) copy_tokens(s, tokens[i].sequence, tokens[i].first, tokens[i].last);
+    Scratch room((kv_heads + 1) * dim);
 #pragma omp for schedule(dynamic, 1)
-      for (size_t i = 0; i < ends.size(); ++i) {
-        auto [n, level, a, b] = ends[i];
-        int64_t length = level * kernel, step = level * stride;
-        Rows from = table.rows(n, keys, kind, k_page, k_token, size);
-        Rows to = level == 1 ? table.rows(n, k1, level_kind, k1_page, k1_window, size, step, length - 1)
-                             : table.rows(n, k2, level_kind, k2_page, k2_window, size, step, length - 1);
-        for (int64_t j = a; j < b; ++j)
-          mean<T>(from, k_head, to, level == 1 ? k1_head : k2_head, j, length, step, kv_heads, dim, sum.data(), room.data());
-      }
-    }
-  });
+    for (size_t i = 0; i < ends.size(); ++i)
+      complete_windows(s, ends[i].sequence, ends[i].level, ends[i].first, ends[i].last, room.data);
+  }
 }
 
 REPLAYABLE(opensala_store_kv)

@@ -4,8 +4,8 @@
 // over the second level of compressed keys (or the first). Then panels of W blocks are scored and reduced to block
 // scores, 4 bytes a block and query; the best blocks are found by a threshold that rises as candidates are met.
 // Softmax is done in powers of two: s * scale * log2(e) goes into exp2.
+#include "parts.h"
 #include "replay.h"
-#include "select.h"
 
 namespace {
 
@@ -90,7 +90,7 @@ void select_all(const std::vector<Selection>& selections, int64_t tile_rows, int
   int64_t tokens = 0;
   for (const Selection& s : selections) tokens += s.tokens;
   for (const Selection& s : selections) {
-    int64_t everything = take_all(s);
+    int64_t everything = take_all(s, 0, s.kv_heads);
     // No tile holds both queries that see a window of the second level and queries that do not.
     int64_t level2 = std::min(s.tokens, std::max(everything, 4 * s.kernel - 1 - s.first));
     cut(units, s, everything, level2, tokens, tile_rows, threads);
@@ -100,6 +100,8 @@ void select_all(const std::vector<Selection>& selections, int64_t tile_rows, int
 }
 
 }  // namespace
+
+void select_tile(const Unit& unit) { Tile(unit).run(); }
 
 // Queries at positions first ... first + tokens - 1; out `[T, Hkv, num_blocks]`, ascending, padded with -1.
 extern "C" void opensala_select(

@@ -196,11 +196,12 @@ class Scorer {
   }
 };
 
-// As long as there is room for all blocks, all are taken: fills those rows and returns how many queries they are.
-static inline int64_t take_all(const Selection& s) {
+// As long as there is room for all blocks, all are taken: fills those rows of some kv heads and returns how many queries
+// they are.
+static inline int64_t take_all(const Selection& s, int64_t head, int64_t end) {
   int64_t everything = std::min(s.tokens, std::max<int64_t>(0, s.num_blocks * s.block_size - s.first));
   for (int64_t t = 0; t < everything; ++t)
-    for (int64_t h = 0; h < s.kv_heads; ++h)
+    for (int64_t h = head; h < end; ++h)
       for (int64_t i = 0; i < s.num_blocks; ++i)
         s.out[(t * s.kv_heads + h) * s.num_blocks + i] = i <= (s.first + t) / s.block_size ? int32_t(i) : -1;
   return everything;
@@ -224,20 +225,25 @@ static void for_each_unit(std::vector<Unit>& units, int64_t threads, const Use& 
   for (size_t i = 0; i < units.size(); ++i) use(units[i]);
 }
 
-// The sequences of a page table that select blocks, `like` with their own queries, keys and place of the result; the
-// rows of the others are -1. `like` describes sequence 0 and has Rows without pages.
+// Sequence n of a page table: `like` with its own queries, keys and place of the result. `like` describes sequence 0 and
+// has Rows without pages.
+static inline Selection paged_selection(const PageTable& table, const Selection& like, int64_t n, int64_t k1_page, int64_t k2_page) {
+  int64_t begin = table.cu_seqlens[n];
+  Selection s = like;
+  s.q += begin * s.heads * s.dim, s.tokens = table.tokens(n), s.first = table.lengths[n] - s.tokens;
+  s.out += begin * s.kv_heads * s.num_blocks;
+  s.k1 = table.rows(n, s.k1.data, s.k1.kind, k1_page, s.k1.stride, s.block_size, s.stride, s.kernel - 1);
+  s.k2 = table.rows(n, s.k2.data, s.k2.kind, k2_page, s.k2.stride, s.block_size, 4 * s.stride, 4 * s.kernel - 1);
+  return s;
+}
+
+// The sequences of a page table that select blocks; the rows of the others become -1.
 static inline std::vector<Selection> paged_selections(const PageTable& table, const Selection& like, int64_t k1_page, int64_t k2_page) {
   std::vector<Selection> selections;
   for (int64_t n = 0; n < table.sequences; ++n) {
-    int64_t begin = table.cu_seqlens[n], tokens = table.tokens(n);
-    int32_t* out = like.out + begin * like.kv_heads * like.num_blocks;
-    if (!table.sparse[n]) std::fill_n(out, tokens * like.kv_heads * like.num_blocks, -1);
-    if (!table.sparse[n] || !tokens) continue;
-    Selection s = like;
-    s.q += begin * s.heads * s.dim, s.tokens = tokens, s.first = table.lengths[n] - tokens, s.out = out;
-    s.k1 = table.rows(n, s.k1.data, s.k1.kind, k1_page, s.k1.stride, s.block_size, s.stride, s.kernel - 1);
-    s.k2 = table.rows(n, s.k2.data, s.k2.kind, k2_page, s.k2.stride, s.block_size, 4 * s.stride, 4 * s.kernel - 1);
-    selections.push_back(s);
+    Selection s = paged_selection(table, like, n, k1_page, k2_page);
+    if (!table.sparse[n]) std::fill_n(s.out, s.tokens * s.kv_heads * s.num_blocks, -1);
+    else if (s.tokens) selections.push_back(s);
   }
   return selections;
 }

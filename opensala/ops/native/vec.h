@@ -128,6 +128,15 @@ static inline float widen(BFloat16 x) {
   return f;
 }
 
+template <typename T>
+static inline T narrowed(float x) { return T(x); }
+template <>
+inline BFloat16 narrowed(float x) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return {uint16_t(x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+
 static inline Vec load_wide(const float* p) { return load(p); }
 template <typename T>
 static inline Vec load_wide(const T* p) {

@@ -1,0 +1,241 @@
+"""Steps in one native call: the bits of the layers run one by one, whatever the model, and run so only where
+they can."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from opensala.engine import SamplingParams, native_step
+from opensala.model.layers import Linear
+from opensala.model.quantised import QuantisedLinear
+from opensala.ops import use_backend
+from opensala.ops.linear.gptq import Codes
+
+from ..conftest import tiny_model
+from .test_engine import BLOCK, DENSE_LEN, WINDOW, engine, ids
+
+PARAMS = SamplingParams(max_tokens=25, ignore_eos=True)
+PROMPTS = [ids(50), ids(200, 1), ids(5, 2), ids(DENSE_LEN - 10, 3), ids(WINDOW + 5 * BLOCK - 3, 4)]
+
+
+def one_by_one(model, **options):
+    """An engine that runs every layer in Python."""
+    running = engine(model, **options)
+    running.runner.native.reason = running.runner.graphs.reason = "not wanted"
+    return running
+
+
+def outcome(running, prompts=PROMPTS, params=PARAMS):
+    return [(c.tokens, c.logprobs) for c in running.generate(prompts, params)]
+
+
+def quantised(linear, bits, group):
+    """A layer over codes of the nearest weights."""
+    weight, middle = linear.weight.detach(), 1 << bits - 1
+    groups = -(-weight.shape[1] // group)
+    filled = nn.functional.pad(weight, (0, groups * group - weight.shape[1])).view(len(weight), groups, group)
+    scales = (filled.abs().amax(-1) / (middle - 1)).half().float()
+    codes = (filled / scales[..., None]).round().flatten(1)[:, : weight.shape[1]].int() + middle
+    zeros = torch.full_like(scales, middle - 1).int()
+    numbers = Codes(codes.clamp(0, 2 * middle - 1), scales, zeros, torch.arange(weight.shape[1]) // group)
+    return QuantisedLinear.of(numbers, linear.bias, bits=bits, group=group)
+
+
+def quantise(model, bits, group):
+    for parent in model.model.layers.modules():
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear):
+                setattr(parent, name, quantised(child, bits, group))
+    return model
+
+
+def stored(model, dtype):
+    """Weights of products in 16 bits."""
+    for module in model.model.layers.modules():
+        if isinstance(module, Linear):
+            module.weight.data = module.weight.data.to(dtype)
+    return model
+
+
+MODELS = {
+    "released": {},
+    "bias": {"attention_bias": True, "attn_qk_norm": True},
+    "rotated": {"attn_use_rope": True, "lightning_use_rope": False, "tie_word_embeddings": True},
+    "bare": {
+        "use_output_gate": False,
+        "use_output_norm": False,
+        "attn_use_output_gate": False,
+        "qk_norm": False,
+    },
+    "grouped": {"lightning_nkv": 2, "attn_scale_base": 500, "num_key_value_heads": 1},
+    "widths": {
+        "lightning_head_dim": 10,
+        "lightning_nh": 3,
+        "lightning_nkv": 3,
+        "head_dim": 20,
+        "intermediate_size": 75,
+    },
+    "dense": {"attention_mode": "dense"},
+    "sparse": {
+        "attention_mode": "sparse",
+        "sparse_config": {**tiny_model().config.sparse_config, "lse": "exact"},
+    },
+    # selection leaves blocks out before a window of the second level is complete (95 tokens)
+    "late second level": {
+        "attention_mode": "sparse",
+        "sparse_config": {
+            **tiny_model().config.sparse_config,
+            "kernel_size": 24,
+            "topk": 3,
+            "window_size": 16,
+        },
+    },
+    "scaled rotation": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+}
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_steps_have_the_bits_of_layers_run_one_by_one(changes, speculate):
+    """Five sequences of different lengths and modes, alone and together; drafts are rolled back."""
+    model = tiny_model(**changes)
+    running = engine(model, speculate=speculate, max_running=5)
+    assert outcome(running) == outcome(one_by_one(model, speculate=speculate, max_running=5))
+    assert running.runner.native.num_steps > 20 and running.runner.graphs.num_graphs == 0
+    running.scheduler.tree.clear()
+    alone = [outcome(engine(model, speculate=speculate), [prompt])[0] for prompt in PROMPTS[:3]]
+    assert alone == outcome(running, PROMPTS[:3])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: stored(m, torch.bfloat16),
+        lambda m: stored(m, torch.float16),
+        lambda m: quantise(m, 8, 16),
+        lambda m: quantise(m, 4, 16),
+    ],
+    ids=["bfloat16", "float16", "int8", "int4"],
+)
+@pytest.mark.parametrize("together", [1, 3, 16])
+def test_weights_in_fewer_bits(change, together):
+    """A single row, and so many that a block of weights is widened once for all."""
+    model = change(tiny_model(attention_bias=True))
+    prompts = [ids(30 + 9 * n, n) for n in range(together)]
+    running = engine(model, max_running=16)
+    assert outcome(running, prompts) == outcome(one_by_one(model, max_running=16), prompts)
+    assert running.runner.native.num_steps > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keys_and_values_in_16_bits(dtype):
+    """Activations are float32, the pages are not: as the layers store them."""
+    model, found = tiny_model(attn_scale_base=300), []
+    for make in (engine, one_by_one):
+        running = make(model)
+        running.dtype = dtype
+        running.storage.__init__(running.config, 130, 30, dtype, running.storage.devices, scratch=True)
+        running.runner.__init__(model, running.storage)
+        if make is one_by_one:
+            running.runner.native.reason = running.runner.graphs.reason = "not wanted"
+        found.append(outcome(running, [ids(90), ids(20, 1)]))
+        assert (running.runner.native.num_steps > 20) == (make is engine)
+    assert found[0] == found[1]
+
+
+def test_keys_and_values_in_8_bits():
+    model = tiny_model()
+    running = engine(model, kv_dtype="int8")
+    assert outcome(running) == outcome(one_by_one(model, kv_dtype="int8"))
+    assert running.runner.native.num_steps > 20
+
+
+def test_a_number_of_threads_changes_no_bit():
+    model, before, found = tiny_model(lightning_nkv=2), torch.get_num_threads(), []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        found.append(outcome(engine(model, max_running=5)))
+    torch.set_num_threads(before)
+    assert all(other == found[0] for other in found)
+
+
+def test_changed_weights_are_seen():
+    model = tiny_model()
+    running = engine(model)
+    first = outcome(running)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    running.scheduler.tree.clear()
+    second = outcome(running)
+    model.model.layers[0].self_attn.q_proj.weight.data = torch.randn(32, 32)
+    running.scheduler.tree.clear()
+    third = outcome(running)
+    model.lm_head.weight = nn.Parameter(torch.randn(97, 32))
+    running.scheduler.tree.clear()
+    fourth = outcome(running)
+    assert len({str(x) for x in (first, second, third, fourth)}) == 4
+    assert fourth == outcome(one_by_one(model))
+
+
+def reasons(caplog):
+    return [r.getMessage() for r in caplog.records if "not in one call" in r.getMessage()]
+
+
+def test_what_needs_the_layers_one_by_one_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(native_step, "_said", set())
+    caplog.set_level(logging.INFO, logger="opensala")
+    model = tiny_model()
+    running, seen = engine(model), []
+    handle = model.model.layers[2].mlp.register_forward_hook(lambda *_: seen.append(1))
+    hooked = outcome(running)
+    assert len(seen) > 20 and running.runner.native.num_steps == 0
+    assert len(reasons(caplog)) == 1 and "a hook must see each call of a module" in reasons(caplog)[0]
+    handle.remove()
+    running.scheduler.tree.clear()
+    assert outcome(running) == hooked and running.runner.native.num_steps > 20
+    steps = running.runner.native.num_steps
+    running.scheduler.tree.clear()
+    with use_backend("torch"):
+        outcome(running)
+    assert running.runner.native.num_steps == steps and "the backend is torch" in reasons(caplog)[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"block_search": "hierarchical"}, "block_search is hierarchical"),
+        ({"hidden_act": "gelu"}, "activation is gelu"),
+    ],
+)
+def test_other_models_run_as_before(changes, why, caplog, monkeypatch):
+    monkeypatch.setattr(native_step, "_said", set())
+    caplog.set_level(logging.INFO, logger="opensala")
+    model = tiny_model(**changes)
+    running = engine(model)
+    assert outcome(running) == outcome(one_by_one(model))
+    assert running.runner.native.num_steps == 0 and any(why in text for text in reasons(caplog))
+
+
+def test_adapters_are_part_of_the_answer():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model = wrapped.base_model.model
+    running = engine(model)
+    assert "another kind" in running.runner.native.reason
+    assert outcome(running) == outcome(one_by_one(model)) != outcome(engine(tiny_model()))
+
+
+def test_angles_are_those_of_all_positions_at_once():
+    from opensala.model.layers import rotary_angles
+
+    angles = native_step._Angles(24, 10000.0, None)
+    positions = np.array([0, 255, 256, 1000, 3, 10**6])
+    cos, sin = rotary_angles(torch.from_numpy(positions)[None], 24, 10000.0)
+    found = angles.at(positions)
+    assert np.array_equal(found[0], cos[0].numpy()) and np.array_equal(found[1], sin[0].numpy())
