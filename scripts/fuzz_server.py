@@ -70,7 +70,8 @@ def _fuzz(st: str, url: str, cases: int, per_operation: int, seed: int) -> dict[
             words += ["--phases", "fuzzing", "--max-examples", str(per_operation), "--seed", str(seed)]
             words += ["--suppress-health-check", "all", "--generation-database", "none", "--no-color"]
             words += ["--request-timeout", "60", "--warnings", "off", "--report-ndjson-path", str(report)]
-            done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            done = subprocess.run(words, cwd=folder, text=True, **pipes)  # it leaves a cache where it runs
             statuses += Counter(re.findall(r'"status_code":\s*(\d+)', report.read_text()))
         if done.returncode:
             print(done.stdout)
