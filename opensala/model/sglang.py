@@ -130,6 +130,7 @@ def _config_findings(config: MiniCPMSALAConfig, given: Mapping[str, Any]) -> Ite
 
 def _selection_findings(config: MiniCPMSALAConfig) -> Iterator[Finding]:
     chosen = config.sparse_config
+    assert chosen is not None, "filled by the configuration"
     if config.attention_mode == "sparse":
         yield Finding(False, "attention_mode is 'sparse': set SGLANG_MINICPM_DENSE_AS_SPARSE=1")
     if config.attention_mode == "dense":

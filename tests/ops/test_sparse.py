@@ -59,7 +59,13 @@ ODD = [
     BlockSpec(kernel_size=6, kernel_stride=3, block_size=15, init_blocks=3, window_size=30, topk=5),
     BlockSpec(kernel_size=4, kernel_stride=2, window_size=128, topk=4),
 ]
-ODD_NAMES = ["wide windows", "two windows a block", "no local window", "nothing a power of two", "fine windows"]
+ODD_NAMES = [
+    "wide windows",
+    "two windows a block",
+    "no local window",
+    "nothing a power of two",
+    "fine windows",
+]
 
 
 @pytest.mark.parametrize("spec", ODD, ids=ODD_NAMES)
