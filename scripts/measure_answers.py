@@ -121,7 +121,7 @@ def rows_of(
         texts = {d["title"]: d["text"] for d in documents}
         for title, question, expected in QUESTIONS:
             answer = say(model, tokenizer, f"{beginning(tokenizer, texts[title])}\n\n{question}")
-            right = int(expected.lower() in answer.lower())
+            right = int(expected in answer)
             yield {
                 **common,
                 "part": "questions",
