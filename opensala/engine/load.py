@@ -46,6 +46,11 @@ def load_engine(
     """
     name = str(shipped_model()) if model is None else model
     where = _device(device)
+    if options is not None and options.device_memory is not None and where.type == "cpu":
+        raise ValueError(  # before seconds of loading
+            "device_memory bounds what lies on one GPU, and this model is on cpu: leave it out, or use "
+            "host_memory"
+        )
     kind, precision = _dtype(dtype, where), None
     source = str(checkpoint_folder(name))
     config = _config(source)
