@@ -10,7 +10,9 @@ const root = process.getuid?.() === 0 ? ["--no-sandbox"] : []; // Chromium's san
 const browser = await chromium.launch({ executablePath: process.argv[2], args: root });
 
 async function run({ name, url, width = 1100, scheme = "light", told = [], ...given }) {
-  const context = await browser.newContext({ viewport: { width, height: 800 }, colorScheme: scheme });
+  // Without motion: a colour on its way to another one has a contrast that nobody sees.
+  const look = { colorScheme: scheme, reducedMotion: "reduce" };
+  const context = await browser.newContext({ viewport: { width, height: 800 }, ...look });
   context.setDefaultTimeout(20_000);
   const page = await context.newPage();
   const wrong = [];
