@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from opensala.convert import convert
 from opensala.convert.align import Alignment
 from opensala.convert.config import Execution
+from opensala.convert.distill import Distillation
 from opensala.convert.distilling import distillation_of
 from opensala.convert.run import _join
 from opensala.convert.work import Work
@@ -35,16 +36,16 @@ def a_step_a_time(config, folder, resume):
     whole(config, folder, Execution(seconds=1e-6), resume)
 
 
-def killed(config, folder, phase, step):
-    """Go on until this step, then end by kill -9: the first rank does."""
-    original = Work.batch
+def killed(config, folder, step):
+    """Go on until this step of the distillation, then end by kill -9: the first rank does."""
+    original = Distillation.step
 
-    def batch(work, name, n):
-        if (name, n) == (phase, step) and work.ranks.rank == 0:
+    def stepped(self, n, sample, rows):
+        if n == step and self.ranks.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(work, name, n)
+        return original(self, n, sample, rows)
 
-    Work.batch = batch
+    Distillation.step = stepped
     whole(config, folder, resume=(folder / "config.json").exists())
 
 

@@ -64,7 +64,7 @@ def test_several_processes_equal_one(runs, world, trainable):
     for name, x in expected.items():
         # a gradient of nearly nothing has no sign, and AdamW gives it a whole step: few entries may differ
         gap = (found[name] - x).norm() / x.norm().clamp(min=1e-6)
-        assert gap < 1e-4, (name, gap)
+        assert gap < 1e-3, (name, gap)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -100,7 +100,7 @@ def test_a_run_goes_on_with_fewer_processes(shared, runs, tmp_path):
 
 def test_kill_9_of_a_process_changes_no_bit(shared, runs, tmp_path):
     with pytest.raises(ProcessExitedException):
-        run_group(2, killed, replace(shared, reuse=str(runs / "2" / "all")), tmp_path / "run", "distill", 2)
+        run_group(2, killed, replace(shared, reuse=str(runs / "2" / "all")), tmp_path / "run", 2)
     assert States(tmp_path / "run").note("distill")["step"] == 2
     run_group(2, whole, replace(shared, reuse=str(runs / "2" / "all")), tmp_path / "run", None, True)
     assert losses(tmp_path / "run") == losses(runs / "2" / "linear")

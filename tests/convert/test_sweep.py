@@ -105,7 +105,7 @@ def test_a_stream_ends_where_the_model_does(swept):
     stream = Stream(ids, 2, Ranks(), swept.teacher.device)
     states = stream_states(swept.teacher, stream)
     expected = read_whole(swept.teacher, ids) / swept.teacher.config.logit_divisor
-    torch.testing.assert_close(states, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)  # other batches, other sums
     before = stream_scores(swept.teacher, stream)
     for stop in (1, 3):
         stream.advance(swept.teacher, stop)
