@@ -33,7 +33,7 @@ def _phase(name: str, whose: str) -> Any:
         (f"{name}_{key}", Annotated[kind, typer.Option(help=f"{whose} {help}")], None)
         for key, kind, help in _PHASE
     ]
-    return make_dataclass(f"{name.capitalize()}Options", fields, module=__name__)
+    return make_dataclass(f"{name.capitalize()}Options", fields)
 
 
 if TYPE_CHECKING:  # made below; to a type checker a group of options is like any other

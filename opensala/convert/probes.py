@@ -78,6 +78,7 @@ class Stream:
         states = [None] * self.count if self.x is None else self.x.split(self.batch)
         yield from zip(self.ids.split(self.batch), states, strict=False)
 
+    @torch.no_grad()
     def advance(self, model: MiniCPMSALAForCausalLM, stop: int) -> None:
         """Through the model's layers up to `stop`: what lies before is not computed again."""
         if stop > self.at:
