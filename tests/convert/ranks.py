@@ -13,14 +13,19 @@ from opensala.convert.align import Alignment
 from opensala.convert.config import Execution
 from opensala.convert.distill import Distillation
 from opensala.convert.distilling import distillation_of
-from opensala.convert.run import _join
+from opensala.convert.ranks import Ranks
 from opensala.convert.work import Work
 from opensala.parallel import ParallelConfig, init_parallel
 
 
+def _join():
+    """Here, so that all runs of a process are in one group, and so that one that waits in vain ends soon."""
+    return Ranks(init_parallel(ParallelConfig(), device="cpu", timeout_s=150))
+
+
 def whole(config, folder, execution=None, resume=False):
     """A run from its start or its last state to its end."""
-    init_parallel(ParallelConfig(), device="cpu")  # here, so that runs of one process are in one group
+    _join()
     convert(config, folder, quiet=True, resume=resume, execution=execution or Execution())
 
 
@@ -51,7 +56,7 @@ def killed(config, folder, step):
 
 def held(config, folder):
     """Bytes of weights, gradients and moments that a rank holds in each phase, left by the first one."""
-    work = Work(config, folder, False, True, Execution(), _join(config))
+    work = Work(config, folder, False, True, Execution(), _join())
     work.load()
     alignment = Alignment(work.teacher, work.mixers, config.align, work.compute, ranks=work.ranks)
     found = {"alignment": _bytes(alignment, work.batch("align", 0), [work.teacher, work.mixers])}
@@ -74,6 +79,7 @@ def _bytes(trainee, sample, modules):
 
 def refused(config, folder):
     """What several processes refuse: the message, on every rank."""
+    _join()
     try:
         convert(config, folder, quiet=True)
     except ValueError as error:
