@@ -31,6 +31,7 @@ from opensala import MiniCPMSALAForCausalLM
 from opensala.convert import ConvertConfig, assemble, lightning_mixers, load_teacher, student_config
 from opensala.convert.batches import Batches
 from opensala.convert.probes import answers_right, token_scores
+from opensala.convert.states import States
 from opensala.data.packing import PackedText
 from opensala.data.text import KINDS, documents
 
@@ -76,9 +77,9 @@ def measure(model: Any, batches: Batches, length: int, count: int) -> dict[str, 
 
 def aligned_variants(teacher: Any, runs: Path, placements: str) -> Iterator[tuple[str, Any, str]]:
     """Name, model and kept layers of every placement, after alignment alone."""
-    state = next(p for p in sorted(runs.iterdir()) if (p / "align.pt").exists()) / "align.pt"
+    run = next(p for p in sorted(runs.iterdir()) if States(p).last("aligned"))
     mixers = lightning_mixers(teacher)
-    mixers.load_state_dict(torch.load(state, weights_only=True)["weights"])
+    States(run).load("aligned", mixers, None)
     for placement in placements.split():
         kept = [] if placement == "none" else [int(i) for i in placement.split(",")]
         for hype in (False, True):

@@ -115,6 +115,10 @@ def planned(words, folder):
     one named."""
     if words[2] == "select":
         return words
+    if words[2] == "plan":  # a configuration is all it reads
+        (folder / "teacher").mkdir()
+        shutil.copy(ROOT / "tests" / "convert" / "qwen3_8b.json", folder / "teacher" / "config.json")
+        return [*words[:3], str(folder / "teacher"), *words[4:]]
     if words[2] == "pack":  # the documented number of tokens would fill a disk
         for data in words[4 : words.index("-o")]:
             path = data.partition("=")[0]

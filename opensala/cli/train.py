@@ -20,7 +20,8 @@ app = typer.Typer(
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="minicpm_sala_9b (the published training) or tiny (all its stages on two CPU cores)."
+        help="minicpm_sala_9b (the published training), halo (HALO's, with its last stage) or tiny (all its "
+        "stages on two CPU cores)."
     ),
 ]
 Set = Annotated[
@@ -58,6 +59,9 @@ def plan(
     mfu: Annotated[
         float, typer.Option(help="Share of the device's matrix rate that the model's FLOPs reach.")
     ] = 0.4,
+    teacher: Annotated[
+        str, typer.Option(help="The Transformer to convert; only its config.json is read.")
+    ] = "",
     settings: Set = None,
 ) -> None:
     """Tokens, FLOPs, memory a device, steps and hours of every stage, beside training from scratch."""
@@ -65,7 +69,7 @@ def plan(
 
     from ..train.plan import plan_table
 
-    Console(width=140).print(plan_table(_recipe(recipe, settings), gpus, device, mfu))
+    Console(width=140).print(plan_table(_recipe(recipe, settings), gpus, device, mfu, teacher))
 
 
 @app.command(hidden=True)

@@ -3,8 +3,9 @@
 One pass of the teacher serves all layers. Each mixer reads the teacher's normalised hidden state and is
 fitted to the teacher's attention output; the teacher's own stream carries on, so no gradient crosses layers
 and only one layer's graph exists at a time. The error is squared error relative to the mean square of the
-target (the published one is not: layers with large outputs then meet the clip, the others do not learn), and
-gradients are clipped for each layer on its own, which keeps layers independent.
+target in its sequence (the published one is not relative: layers with large outputs then meet the clip, the
+others do not learn); by sequence, so that it does not matter in how many passes or on how many processes a
+step is worked off. Gradients are clipped for each layer on its own, which keeps layers independent.
 Source: arXiv 2601.22156, stage 1.
 """
 
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..model import MiniCPMSALAForCausalLM
-from .calibrate import dense_layout, watched_attentions
+from ..parallel import whole_tensor, with_whole_weights
+from .calibrate import dense_layout, read_whole, watched_attentions
 from .compute import autocast
 from .config import Phase
+from .ranks import Ranks
 from .tokens import Sample
 
 
@@ -28,8 +31,9 @@ def new_optimizer(parameters: Any, lr: float) -> torch.optim.AdamW:
 
 
 def clip(parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-    """Clip a gradient to a norm. Returns the norm it had, on its device: nothing waits for it."""
-    return nn.utils.clip_grad_norm_(list(parameters), most)
+    """Clip a gradient, sharded or not, to a norm. Returns the norm it had, on its device: nothing waits for
+    it."""
+    return whole_tensor(nn.utils.clip_grad_norm_(list(parameters), most))
 
 
 class Alignment:
@@ -38,6 +42,7 @@ class Alignment:
     Args:
         compute: precision of products, `float32` or `bfloat16`.
         most: the norm to which each layer's gradient is clipped.
+        ranks: the processes, over which teacher and mixers are sharded if there are several.
     """
 
     def __init__(
@@ -47,47 +52,51 @@ class Alignment:
         phase: Phase,
         compute: str = "float32",
         most: float = 1.0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.teacher, self.mixers, self.phase = teacher, mixers, phase
-        self.compute, self.most = compute, most
+        self.compute, self.most, self.ranks = compute, most, ranks or Ranks()
         self.optimizer = new_optimizer(mixers.parameters(), phase.lr)
 
     def step(self, _step: int, sample: Sample, rows: int) -> dict[str, Tensor]:
-        """`gradients` of a whole batch, `rows` sequences a pass."""
+        """`gradients` of a whole batch, `rows` sequences a pass; losses are those of all ranks."""
         count = len(sample.ids)
         found: dict[str, Tensor] = {}
-        for part in sample.ids.split(rows):
-            for name, value in self.gradients(part, len(part) / count).items():
+        for part in self.ranks.passes(count, rows):
+            ids = sample.ids[:1] if part is None else sample.ids[part]
+            share = 0.0 if part is None else len(ids) / count
+            for name, value in self.gradients(ids, share).items():
                 found[name] = found[name] + value if name in found else value
-        return found
+        return {name: self.ranks.total(value) for name, value in found.items()}
 
     def gradients(self, ids: Tensor, share: float = 1.0) -> dict[str, Tensor]:
         """Run ids `[B, T]`, a `share` of a step's batch, and add each mixer's gradient to what is there.
 
         Returns, for each layer, `loss`, the mean squared error, and `relative`, the same over the mean square
-        of its target, which is what is minimised; both times `share`, `[layers]`.
+        of its target, sequence by sequence, which is what is minimised; both times `share`, `[layers]`.
         """
         layout = dense_layout(self.teacher, ids)
         squared: list[Tensor] = []
-        power: list[Tensor] = []
+        relative: list[Tensor] = []
 
         def fit(n: int, x: Tensor, output: Tensor) -> None:
             target = output.float()
-            size = target.square().mean().clamp(min=1e-30)
+            size = target.square().mean((1, 2)).clamp(min=1e-30)
             with torch.enable_grad():
-                loss = nn.functional.mse_loss(self.mixers[n](x, layout).float(), target)
-                (loss * (share / size)).backward()
-            squared.append(loss.detach())
-            power.append(size)
+                error = nn.functional.mse_loss(self.mixers[n](x, layout).float(), target, reduction="none")
+                error = error.mean((1, 2))
+                loss = (error / size).mean()
+                (loss * (share * self.ranks.world)).backward()  # sharded gradients are means over ranks
+            squared.append(error.detach().mean())
+            relative.append(loss.detach())
 
         with (
             watched_attentions(self.teacher, fit),
             torch.no_grad(),
             autocast(self.compute, ids.device),
         ):
-            self.teacher.model.read_whole(ids)
-        errors = torch.stack(squared) * share
-        return {"loss": errors, "relative": errors / torch.stack(power)}
+            with_whole_weights(self.teacher, read_whole, ids)
+        return {"loss": torch.stack(squared) * share, "relative": torch.stack(relative) * share}
 
     def clip(self) -> Tensor:
         """Clip each layer's gradient. Returns the norms they had, `[layers]`."""

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 COMPUTE = ("auto", "float32", "bfloat16")
 _TOKENS = 512  # of the products that are timed
@@ -37,7 +38,12 @@ def _seconds(kind: str, hidden: int, inner: int) -> float:
 
 
 def autocast(compute: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Products inside the block in bfloat16, or as they come."""
+    """Products inside the block in bfloat16, or as they come.
+
+    Over several processes the weights come gathered in bfloat16; without them, nothing is kept of a cast:
+    its memory would be that of a whole model.
+    """
     if compute == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
+        alone = not (dist.is_initialized() and dist.get_world_size() > 1)
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=alone)
     return contextlib.nullcontext()

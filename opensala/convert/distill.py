@@ -6,28 +6,32 @@ are formed from those in pieces anyway. What of the student is trained is chosen
 Shapes: N tokens, V vocabulary, D hidden size.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model import MiniCPMSALAForCausalLM
 from ..model.attention import LightningMixer, SparseMixer
 from ..model.layers import RMSNorm
+from ..parallel import whole_tensor, with_whole_weights
 from .align import clip, new_optimizer
 from .compute import autocast
 from .config import Phase
 from .kl import TokenWeights, distillation_loss
 from .lora import add_lora
+from .ranks import Ranks
 from .tokens import Sample
 
 Targets = Callable[[int, Tensor, slice], Tensor]
 
 
 def final_states(model: MiniCPMSALAForCausalLM, ids: Tensor) -> Tensor:
-    """What the head of the model multiplies, `[B * T, D]`."""
+    """What the head of the model multiplies, `[B * T, D]`; with `with_whole_weights` of a sharded one."""
     return (model.model.read_whole(ids) / model.config.logit_divisor).flatten(0, 1)
 
 
@@ -36,7 +40,7 @@ def live_targets(teacher: MiniCPMSALAForCausalLM) -> Targets:
 
     def targets(_step: int, ids: Tensor, _rows: slice) -> Tensor:
         with torch.no_grad():
-            return final_states(teacher, ids)
+            return with_whole_weights(teacher, final_states, ids)
 
     return targets
 
@@ -45,20 +49,30 @@ def cached_targets(folder: Path) -> Targets:
     """The teacher's final states of some rows of each step, from files that `cache_step` wrote."""
 
     def targets(step: int, ids: Tensor, rows: slice) -> Tensor:
-        states = load_file(folder / f"{step:07}.safetensors", device=str(ids.device))["states"]
-        return states[rows.start * ids.shape[1] : rows.stop * ids.shape[1]]
+        with safe_open(folder / f"{step:07}.safetensors", "pt", device=str(ids.device)) as file:
+            states = file.get_slice("states")
+            return states[rows.start * ids.shape[1] : rows.stop * ids.shape[1]]
 
     return targets
 
 
-def cache_step(teacher: MiniCPMSALAForCausalLM, folder: Path, step: int, ids: Tensor) -> None:
-    """Write the teacher's final states of a step, unless they are there."""
-    file = folder / f"{step:07}.safetensors"
-    if not file.exists():
+def cache_step(
+    teacher: MiniCPMSALAForCausalLM, folder: Path, step: int, ids: Tensor, ranks: Ranks | None = None
+) -> None:
+    """Write the teacher's final states of a step's ids `[B, T]`, unless they are there."""
+    file, ranks = folder / f"{step:07}.safetensors", ranks or Ranks()
+    if ranks.first(file.exists):
+        return
+    mine = ranks.own(ids)
+    states = live_targets(teacher)(step, mine, slice(0, len(mine)))
+    states = ranks.gather(states.unflatten(0, (len(mine), -1)), len(ids)).flatten(0, 1)
+
+    def write() -> None:
         partial = file.with_suffix(".partial")
-        states = live_targets(teacher)(step, ids, slice(0, len(ids)))
         save_file({"states": states.contiguous().cpu()}, partial)
         partial.replace(file)
+
+    ranks.first(write)
 
 
 def choose_trainable(student: MiniCPMSALAForCausalLM, trainable: str, rank: int, seed: int) -> None:
@@ -79,10 +93,11 @@ class Distillation:
     Args:
         trainable: `linear` (the Lightning mixers; everything else is frozen), `lora` or `all`.
         targets: the teacher's final states of rows of a step.
-        head: the teacher's head, `[V, D]`.
+        head: the teacher's head, `[V, D]`, or its shard.
         compute: precision of products, `float32` or `bfloat16`.
         most: the norm to which the gradient is clipped.
         rank, seed: of `lora`.
+        ranks: the processes, over which the student is sharded here if there are several.
     """
 
     def __init__(
@@ -97,10 +112,12 @@ class Distillation:
         most: float = 1.0,
         rank: int = 16,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.student, self.targets, self.head = student, targets, head
-        self.compute, self.most = compute, most
+        self.compute, self.most, self.ranks = compute, most, ranks or Ranks()
         choose_trainable(student, trainable, rank, seed)
+        self.ranks.shard(student, compute)
         self.parameters: list[nn.Parameter] = [p for p in student.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError(f"trainable = {trainable!r} leaves nothing to train: every layer is kept")
@@ -112,13 +129,14 @@ class Distillation:
         self.optimizer = new_optimizer(self.parameters, phase.lr)
 
     def step(self, step: int, sample: Sample, rows: int) -> dict[str, Tensor]:
-        """`gradients` of a whole batch, `rows` sequences a pass."""
-        total, count = self.weight(sample), len(sample.ids)
-        losses = [
-            self.gradients(step, sample.rows(a, a + rows), slice(a, min(a + rows, count)), total)
-            for a in range(0, count, rows)
-        ]
-        return {"loss": torch.stack(losses).sum()}
+        """`gradients` of a whole batch, `rows` sequences a pass; the loss is that of all ranks."""
+        total, losses = self.weight(sample), []
+        for part in self.ranks.passes(len(sample.ids), rows):
+            if part is None:  # the others wait: a sequence that counts nothing
+                losses.append(self.gradients(step, sample.rows(0, 1), slice(0, 1), total * math.inf))
+            else:
+                losses.append(self.gradients(step, sample.rows(part.start, part.stop), part, total))
+        return {"loss": self.ranks.total(torch.stack(losses).sum())}
 
     def gradients(
         self, step: int, sample: Sample, rows: slice | None = None, total: Tensor | None = None
@@ -127,7 +145,8 @@ class Distillation:
 
         Args:
             rows: which of the step's batch they are; the whole batch if None.
-            total: the `weight` of the step's batch; that of these sequences if None.
+            total: the `weight` of the step's batch; that of these sequences if None. Infinite where they are
+                to count nothing.
         """
         rows = rows or slice(0, len(sample.ids))
         weights = token_weights(sample, self.phase)
@@ -137,10 +156,9 @@ class Distillation:
         )
         with autocast(self.compute, sample.ids.device):
             targets = self.targets(step, sample.ids, rows) if self.sees(sample) else None
-            states = final_states(self.student, sample.ids)
-            head = None if targets is None else self.head
-            loss = distillation_loss(states, self.student.lm_head.weight, targets, head, weights)
-        loss.backward()
+            head = None if targets is None else whole_tensor(self.head)
+            loss = with_whole_weights(self.student, _loss, sample.ids, targets, head, weights)
+        (loss * self.ranks.world).backward()  # sharded gradients are means over ranks
         return loss.detach()
 
     def weight(self, sample: Sample) -> Tensor:
@@ -167,6 +185,17 @@ class Distillation:
 
     def forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _loss(
+    student: MiniCPMSALAForCausalLM,
+    ids: Tensor,
+    targets: Tensor | None,
+    head: Tensor | None,
+    weights: TokenWeights,
+) -> Tensor:
+    """The weighted sum of losses of ids `[B, T]`; see `kl.distillation_loss`."""
+    return distillation_loss(final_states(student, ids), student.lm_head.weight, targets, head, weights)
 
 
 def token_weights(sample: Sample, phase: Phase) -> TokenWeights:

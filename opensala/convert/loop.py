@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..runs import RunFolder, progress_bar
+from ..runs import progress_bar
 from .config import Execution, Phase
+from .files import RunFiles
+from .ranks import Ranks
 from .tokens import Sample
 
 
@@ -55,14 +57,18 @@ class Settings(NamedTuple):
 
 
 class Clock:
-    """Seconds since the run began, and whether those it may take are over."""
+    """Seconds since the run began, and whether those it may take are over: on the first rank's watch."""
 
-    def __init__(self, seconds: float | None) -> None:
-        self.seconds, self.begun = seconds, time.monotonic()
+    def __init__(self, seconds: float | None, ranks: Ranks | None = None) -> None:
+        self.seconds, self.begun, self.ranks = seconds, time.monotonic(), ranks or Ranks()
 
     @property
     def over(self) -> bool:
-        return self.seconds is not None and time.monotonic() - self.begun >= self.seconds
+        """All ranks ask together."""
+        if self.seconds is None:
+            return False
+        most = self.seconds
+        return self.ranks.first(lambda: time.monotonic() - self.begun >= most)
 
 
 class Prefetch:
@@ -95,19 +101,19 @@ class PhaseLoop:
     """A phase of a run, from its last saved state on.
 
     Args:
-        folder: of the run.
+        files: of the run.
         settings: of the phase.
         execution: of this process.
         clock: of this process.
         draw: from the number of a step to its batch.
-        weights: what a saved state holds of the trainee.
+        weights: of what a saved state holds the trained parameters.
         validate: measures on held-out data, for the log.
         before: called with the number of each step before it (a rotation that fades, say).
     """
 
     def __init__(
         self,
-        folder: RunFolder,
+        files: RunFiles,
         settings: Settings,
         execution: Execution,
         clock: Clock,
@@ -118,7 +124,7 @@ class PhaseLoop:
         before: Callable[[int], None] | None = None,
         quiet: bool = False,
     ) -> None:
-        self.folder, self.settings, self.execution, self.clock = folder, settings, execution, clock
+        self.files, self.settings, self.execution, self.clock = files, settings, execution, clock
         self.draw, self.weights, self.validate, self.before = draw, weights, validate, before
         self.quiet = quiet
         self.seconds = 0.0  # of training in this phase, over all processes that worked on it
@@ -140,7 +146,7 @@ class PhaseLoop:
         settings, phase = self.settings, self.settings.phase
         since, logged, before = time.perf_counter(), step, self.seconds
         while True:
-            over = 0.0 if phase.seconds is None else min(1.0, self.seconds / phase.seconds)
+            over = self._share_of_time()
             last = step + 1 >= phase.steps
             if self.before is not None:
                 self.before(step)
@@ -148,7 +154,8 @@ class PhaseLoop:
             losses = trainee.step(step, sample, self.execution.rows(phase.batch, settings.length))
             norms = trainee.clip()
             rate = phase.rate(step, over)
-            saving = last or over >= 1.0 or self.clock.over or (step + 1) % settings.save_every == 0
+            stopping = self.clock.over
+            saving = last or over >= 1.0 or stopping or (step + 1) % settings.save_every == 0
             measuring = (
                 self.validate is not None
                 and settings.validate_every
@@ -170,7 +177,7 @@ class PhaseLoop:
                 if measuring:
                     record["valid"] = self._measured()
                     since = time.perf_counter()
-                self.folder.log(record)
+                self.files.log(record)
                 note = f"loss {_mean(record['loss']):.4f}, {record['tokens_per_second']:,.0f} tokens/s"
             advance(note)
             if saving:
@@ -179,8 +186,13 @@ class PhaseLoop:
                 since = time.perf_counter()
                 if ended:
                     return
-                if self.clock.over:
+                if stopping:
                     raise Stopped(f"{settings.name}: step {step} of {phase.steps}")
+
+    def _share_of_time(self) -> float:
+        """How much of the phase's time is over, on the first rank's watch: its rate follows from it."""
+        most = self.settings.phase.seconds
+        return 0.0 if most is None else self.files.ranks.first(lambda: min(1.0, self.seconds / most))
 
     def _measured(self) -> dict[str, float]:
         assert self.validate is not None
@@ -200,13 +212,9 @@ class PhaseLoop:
         return {"phase": self.settings.name, "step": step, "lr": rate, **found}
 
     def _not_finite(self, step: int, what: str) -> str:
-        name, every = self.settings.name, self.settings.save_every
-        file = self.folder.path / f"{name}.pt"
-        kept = (
-            f"the last good state, {file} (step {step // every * every}), is kept"
-            if file.exists()
-            else "nothing was saved yet"
-        )
+        name = self.settings.name
+        last = self.files.states.last(name)
+        kept = "nothing was saved yet" if last is None else f"the last good state, {last}, is kept"
         return (
             f"{name} step {step}: {what}; {kept}. Try another run with a lower {name}.lr, or look for the "
             "cause in the data"
@@ -225,25 +233,17 @@ class PhaseLoop:
 
     def _restore(self, trainee: Trainee) -> tuple[int, bool]:
         """Load the last saved state; returns the next step, and whether the phase is over."""
-        name = self.settings.name
-        state, step = self.folder.load_state(name), 0
-        done = False
-        if state is not None:
-            self.weights.load_state_dict(state["weights"])
-            trainee.optimizer.load_state_dict(state["optimizer"])
-            step, done, self.seconds = state["step"], state.get("done", False), state.get("seconds", 0.0)
-        self.folder.forget_after(name, step)
+        name, step, done = self.settings.name, 0, False
+        note = self.files.states.load(name, self.weights, trainee.optimizer)
+        if note is not None:
+            step, done, self.seconds = note["step"], note["done"], note["seconds"]
+        self.files.forget_after(name, step)
         return step, done
 
     def _save(self, trainee: Trainee, step: int, done: bool) -> None:
-        state = {
-            "weights": self.weights.state_dict(),
-            "optimizer": trainee.optimizer.state_dict(),
-            "step": step,
-            "seconds": self.seconds,
-            "done": done,
-        }
-        self.folder.save_state(self.settings.name, state)
+        self.files.states.save(
+            self.settings.name, step, self.weights, trainee.optimizer, {"seconds": self.seconds, "done": done}
+        )
 
 
 def _mean(value: float | list[float]) -> float:

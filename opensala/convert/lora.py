@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import MiniCPMSALAForCausalLM
+from ..parallel import whole_tensor
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -60,10 +61,21 @@ def add_lora(model: MiniCPMSALAForCausalLM, rank: int, seed: int) -> None:
 def lora_parts(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """A `[r, in]` and B `[out, r]` by the name of the weight they change."""
     return {
-        f"{name}.weight": (module.lora_a.detach(), module.lora_b.detach())
+        f"{name}.weight": (whole_tensor(module.lora_a.detach()), whole_tensor(module.lora_b.detach()))
         for name, module in model.named_modules()
         if isinstance(module, LoRALinear)
     }
+
+
+@torch.no_grad()
+def merged_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole weights of a model with low-rank changes, as those of one in which they are merged."""
+    merged = {name: x for name, x in state.items() if ".base." not in name and ".lora_" not in name}
+    for name, x in state.items():
+        if name.endswith(".base.weight"):
+            layer = name.removesuffix(".base.weight")
+            merged[f"{layer}.weight"] = x + state[f"{layer}.lora_b"] @ state[f"{layer}.lora_a"]
+    return merged
 
 
 @torch.no_grad()

@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from ..parallel import whole_tensor
 from ..runs import read_json, write_json
 from .lora import lora_parts
 from .moments import input_moments
+from .ranks import Ranks
 from .transfer import assemble
 from .widths import choose_widths, dequantise, power_of, quantise, size_of
 
@@ -39,6 +41,7 @@ def save_outcome(
     *,
     limit_mib: float = 62.0,
     file_mib: float = 15.0,
+    ranks: Ranks | None = None,
 ) -> None:
     """Write what the student's trained parameters and low-rank changes differ by from the untrained hybrid.
 
@@ -47,9 +50,10 @@ def save_outcome(
         folder: made here; nothing of an older outcome may be in it.
         limit_mib: size of all files together; tensors are written in as few bits as that takes.
         file_mib: most of one file.
+        ranks: all of them call it; the first one writes.
     """
     tensors = {
-        name: parameter.detach().float().cpu()
+        name: whole_tensor(parameter.detach()).float().cpu()
         for name, parameter in student.named_parameters()
         if parameter.requires_grad and ".lora_" not in name
     }
@@ -61,7 +65,8 @@ def save_outcome(
         if name in whole and (value - whole[name]).norm() < value.norm():
             tensors[name] = value - whole[name]
             based.add(name)
-    _write(folder, student.config.to_diff_dict(), tensors, based, whole, limit_mib, file_mib)
+    config = student.config.to_diff_dict()
+    (ranks or Ranks()).first(lambda: _write(folder, config, tensors, based, whole, limit_mib, file_mib))
 
 
 def _whole(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .align import Alignment
 from .distill import Distillation
@@ -60,11 +61,13 @@ class _Kept:
     """Counts the bytes that autograd keeps inside the block, parameters left out."""
 
     def __init__(self, parameters: Any) -> None:
-        self._known = {p.untyped_storage().data_ptr() for p in parameters}
+        self._known = {_local(p).untyped_storage().data_ptr() for p in parameters}
         self.bytes = 0
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
 
     def _pack(self, x: Tensor) -> Tensor:
+        if isinstance(x, nn.Parameter) or isinstance(x._base, nn.Parameter):
+            return x  # gathered from shards, and given back behind the layer
         storage = x.untyped_storage()
         if storage.data_ptr() not in self._known:
             self._known.add(storage.data_ptr())
@@ -79,13 +82,19 @@ class _Kept:
         self._hooks.__exit__(*error)
 
 
+def _local(p: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    return p.to_local() if isinstance(p, DTensor) else p.detach()
+
+
 def _states(trained: Any, others: int) -> int:
-    """Weights, gradients and moments of what is trained, float32, and the bytes of other weights."""
-    return sum(16 * p.numel() for p in trained) + others
+    """Weights, gradients and moments of what is trained, float32, and the bytes of other weights; what this
+    process holds of them."""
+    return sum(16 * _local(p).numel() for p in trained) + others
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(_local(p).numel() * p.element_size() for p in module.parameters())
 
 
 def _row(
@@ -149,7 +158,7 @@ def measure_distillation(
     pieces = _LOGITS * min(
         sample.ids.numel() * vocabulary, 1 << (24 if sample.ids.device.type == "cpu" else 27)
     )
-    frozen = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
+    frozen = sum(_local(p).nbytes for p in student.parameters() if not p.requires_grad)
     fixed = _states(distillation.parameters, frozen + pieces + distillation.head.numel() * 4)
     return _row(
         "distillation" if name == "distill" else name,

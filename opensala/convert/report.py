@@ -1,5 +1,6 @@
 """What a run tells its user: the plan and plots. Nothing here decides anything."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..model import MiniCPMSALAForCausalLM
+from ..model.machines import DEVICES, GB
+from .config import ConvertConfig
+from .cost import Part, fits, hours
 from .plan import Planned, available_bytes
 
 
@@ -35,6 +40,66 @@ def print_plan(rows: list[Planned], device: torch.device) -> None:
         + ("" if most <= free else ", which is too little: lower --micro-tokens, or --recompute"),
         highlight=False,
     )
+
+
+def cost_table(parts: list[Part], gpus: int, device: str, mfu: float) -> Table:
+    """A line for each part of a conversion on GPUs that are not here, memory of one rank, and the total."""
+    every = [hours(part, gpus, device, mfu) for part in parts]
+    table = Table(
+        title=f"{gpus} {device}, {mfu:.0%} of {DEVICES[device].flops / 1e12:,.0f} TFLOP/s; GB of one rank",
+        box=None,
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
+        caption="; ".join(
+            f"{part.name} does not fit {device}: more GPUs, or fewer --micro-tokens"
+            for part in parts
+            if not fits(part, device)
+        )
+        or None,
+    )
+    for column in ("part", "steps", "tokens", "FLOPs", "states", "gathered", "activations", "GB", "hours"):
+        table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
+    for part, took in zip(parts, every, strict=True):
+        sizes = (part.states, part.gathered, part.activations, part.memory)
+        table.add_row(
+            part.name,
+            f"{part.steps:,}",
+            f"{part.tokens:,}",
+            f"{part.flops:.2e}",
+            *(f"{size / GB:,.1f}" for size in sizes),
+            f"{took:,.2f}",
+        )
+    total = f"{sum(part.flops for part in parts):.2e}"
+    table.add_row("total", "", "", total, "", "", "", "", f"{sum(every):,.2f}")
+    return table
+
+
+def print_cache(config: ConvertConfig, teacher: MiniCPMSALAForCausalLM, folder: Path) -> None:
+    """Say what the teacher's states will take on disk, and what is free there, before they are written."""
+    tokens = config.distill.steps * config.distill.batch * config.length_of("distill")
+    a_token = teacher.config.hidden_size * (2 if config.compute == "bfloat16" else teacher.dtype.itemsize)
+    free = shutil.disk_usage(folder).free
+    print(
+        f"{folder}: the teacher's states of {tokens:,} tokens take up to {tokens * a_token / 1e9:,.2f} GB; "
+        f"{free / 1e9:,.2f} GB are free",
+        file=sys.stderr,
+    )
+
+
+def print_sweep(record: dict[str, Any], kept: list[int]) -> None:
+    """What was measured of each layer, with standard errors over the documents, on stderr."""
+    table, errors = Table(box=None, pad_edge=False), record["errors"]
+    for column in ("layer", "kept", "recall", "loss", "halo", "kl", "loss of RoPE"):
+        table.add_column(column, justify="right")
+    shown = ("recall", "nll", "halo", "kl", "rope")
+    values = {**record, "nll": [layer["nll"] for layer in record["layers"]]}
+    teacher = record["teacher"]
+    table.add_row("teacher", "", f"{teacher['recall']:.3f}", f"{teacher['nll']:.3f}")
+    for i in range(len(record["layers"])):
+        cells = [f"{values[name][i]:.3f} ± {errors[name][i]:.3f}" for name in shown]
+        table.add_row(str(i), "*" if i in kept else "", *cells)
+    Console(file=sys.stderr, soft_wrap=True).print(table)
 
 
 def _clock(seconds: float) -> str:

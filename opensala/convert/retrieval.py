@@ -16,7 +16,8 @@ from torch import Tensor
 from ..model import MiniCPMSALAForCausalLM
 from ..model.attention import SparseMixer
 from ..model.layout import SequenceLayout
-from .calibrate import dense_layout, watched_attentions
+from ..parallel import with_whole_weights
+from .calibrate import dense_layout, read_whole, watched_attentions
 
 
 class Copies(NamedTuple):
@@ -58,7 +59,8 @@ def retrieval_scores(teacher: MiniCPMSALAForCausalLM, ids: Tensor, marks: Tensor
     """For each layer, the attention of its best head to what is copied, mean over all copied tokens.
 
     Args:
-        teacher: a Transformer as `load_teacher` gives it, every layer softmax attention.
+        teacher: a Transformer as `load_teacher` gives it, every layer softmax attention; if it is sharded,
+            every rank reads all texts.
         ids: texts with questions and answers, `[N, T]`.
         marks: `[N, T]`, true on the answers' tokens, each answer ended by an end-of-text.
 
@@ -86,7 +88,7 @@ def retrieval_scores(teacher: MiniCPMSALAForCausalLM, ids: Tensor, marks: Tensor
             sums[n] = found if known is None else known + found
 
         with watched_attentions(teacher, watch):
-            teacher.model.read_whole(tokens)
+            with_whole_weights(teacher, read_whole, tokens)
     if not count:
         raise ValueError("retrieval: no answer of the probes stands in its text, so nothing can be copied")
     return [float(x.max()) / count for x in sums if x is not None]

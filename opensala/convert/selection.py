@@ -13,7 +13,7 @@ from ..model.config import check_choice
 
 CAP = 50.0
 RULES = ("halo", "recall", "kl", "retrieval", "uniform", "first-last-heavy", "random")
-_NEEDS = {"halo": ("recall", "general"), "recall": ("recall",), "kl": ("kl",), "retrieval": ("retrieval",)}
+NEEDS = {"halo": ("recall", "general"), "recall": ("recall",), "kl": ("kl",), "retrieval": ("retrieval",)}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def select_layers(
             f"keep must be {least} to {layers} (the layers there are)"
             f"{', both ends included' if fix_ends else ''}, got {keep}"
         )
-    for name in _NEEDS.get(rule, ()):
+    for name in NEEDS.get(rule, ()):
         if scores is None or len(getattr(scores, name)) != layers:
             raise ValueError(
                 f"rule {rule!r} needs a list {name!r} with one score for each of {layers} layers"

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.attention import LightningMixer
 from ..model.config import LIGHTNING, SPARSE
+from ..parallel import whole_state
 
 GATE_AT_ZERO = 2.0  # 1 / sigmoid(0)
 State = dict[str, Tensor]
@@ -155,14 +157,14 @@ def hybrid_state(
     Raises:
         ValueError: a teacher tensor that has no place in the hybrid.
     """
-    left: State = {name: value.detach() for name, value in teacher.state_dict().items()}
+    left: State = whole_state(teacher)
     result: State = {}
     for i in range(config.num_hidden_layers):
         attention = split_layer(left, i)
         if config.is_sparse(i):
             new = kept_attention(attention, config)
         elif mixers is not None:
-            new = {name: value.detach() for name, value in mixers[i].state_dict().items()}
+            new = whole_state(mixers[i])
             attention = {}
         else:
             new = linear_attention(attention, config)
@@ -178,10 +180,11 @@ def assemble(
     mixers: Mapping[int, nn.Module] | None = None,
     dtype: torch.dtype | None = None,
 ) -> MiniCPMSALAForCausalLM:
-    """Build the hybrid of a teacher, with weights of its own.
+    """Build the hybrid of a teacher, with weights of its own: whole ones, on the CPU, where the teacher's are
+    sharded (all ranks must call it), else on the teacher's device.
 
     Args:
-        teacher: as `load_teacher` gives it.
+        teacher: as `load_teacher` gives it, sharded or not.
         config: as `student_config` gives it.
         mixers: aligned Lightning mixers by layer; None takes the transferred weights.
         dtype: of the hybrid; the teacher's if None.
@@ -202,7 +205,7 @@ def assemble(
     except RuntimeError as error:
         raise ValueError(f"the teacher's weights do not make the hybrid: {error}") from error
     model.tie_weights()
-    return model.to(teacher.device)
+    return model if isinstance(teacher, FSDPModule) else model.to(teacher.device)
 
 
 def lightning_mixers(teacher: MiniCPMSALAForCausalLM, lightning_nkv: int | None = None) -> nn.ModuleList:

@@ -209,8 +209,26 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
     def read_whole(self, input_ids: Tensor) -> Tensor:
         """Normalised hidden states `[B, T, W]` of whole sequences `[B, T]`, as in training: without a cache,
         whether gradients are wanted or not."""
-        x = self.embed_tokens(input_ids) * self.config.scale_emb
+        x = self.embed(input_ids)
         return self._learn(x, self._call(x, None, None, None, None, False), None)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """What comes into the first layer, `[B, T, W]`, for ids `[B, T]`."""
+        return self.embed_tokens(input_ids) * self.config.scale_emb
+
+    def read_layers(self, x: Tensor, start: int, stop: int | None = None) -> Tensor:
+        """Layers `start` to `stop` (to the last one, and the norm behind it, if None) of whole sequences.
+
+        Args:
+            x: hidden states before layer `start`, `[B, T, W]`, as `embed` or this method gives them.
+
+        Returns:
+            `[B, T, W]`; from `embed` through all layers, what `read_whole` gives.
+        """
+        layout = self._layout(self._call(x, None, None, None, None, False), x.device)
+        for layer in self.layers[start:stop]:
+            x = layer(x, layout)
+        return self.norm(x) if stop is None else x
 
     def _learn(self, x: Tensor, call: "_Call", every: list[Tensor] | None) -> Tensor:
         """Whole sequences with gradients: normalised hidden states `[B, T, W]`."""

@@ -29,9 +29,21 @@ It knows nothing of recipes, data or schedules.
 from .batch import IGNORED, shard_sequence
 from .checkpoint import load_checkpoint, save_checkpoint
 from .context import context_parallel
+from .exchange import all_gather
 from .mesh import ParallelConfig, ParallelMesh, close_parallel, init_parallel
-from .reduce import share_of_loss, total_over_ranks
-from .sharding import average_gradients, clip_gradients, on_whole_weights, shard_model, whole_weights
+from .reduce import agree, from_first, share_of_loss, total_over_ranks
+from .sharding import (
+    average_gradients,
+    clip_gradients,
+    on_whole_weights,
+    set_whole,
+    shard_each,
+    shard_model,
+    whole_state,
+    whole_tensor,
+    whole_weights,
+    with_whole_weights,
+)
 from .volume import ContextVolume, context_volume
 
 __all__ = [
@@ -39,18 +51,26 @@ __all__ = [
     "ContextVolume",
     "ParallelConfig",
     "ParallelMesh",
+    "agree",
+    "all_gather",
     "average_gradients",
     "clip_gradients",
     "close_parallel",
     "context_parallel",
     "context_volume",
+    "from_first",
     "init_parallel",
     "load_checkpoint",
     "on_whole_weights",
     "save_checkpoint",
+    "set_whole",
+    "shard_each",
     "shard_model",
     "shard_sequence",
     "share_of_loss",
     "total_over_ranks",
+    "whole_state",
+    "whole_tensor",
     "whole_weights",
+    "with_whole_weights",
 ]

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,9 +27,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .mesh import ParallelMesh
+from .reduce import agree
 
 STATE_FILE = "state.json"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: groups may be made anew
+_ALL = StateDictOptions()
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save_checkpoint(
@@ -39,11 +41,14 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     mesh: ParallelMesh,
     extra: dict[str, Any] | None = None,
+    *,
+    trained_only: bool = False,
 ) -> None:
     """Write weights, optimizer state and `extra` (what JSON can hold: step, position in the data) to a new
     folder.
 
-    An optimizer that has not made a step yet has no state to write.
+    An optimizer that has not made a step yet has no state to write. With `trained_only` weights without
+    gradients are left out; `load_checkpoint` is then told the same.
 
     Raises:
         ValueError: the folder exists.
@@ -51,17 +56,17 @@ def save_checkpoint(
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    state: dict[str, Any] = {"model": get_model_state_dict(model, options=_TRAINED if trained_only else _ALL)}
     if optimizer is not None and optimizer.state:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     note = json.dumps({"optimizer": "optimizer" in state, "world": mesh.world, "extra": extra or {}})
 
     taken = mesh.rank == 0 and folder.exists()
-    _agree(
+    agree(
         mesh,
         ValueError(f"checkpoint {folder} exists: remove it, or save under another name") if taken else None,
     )
-    _agree(mesh, _attempt(_begin, partial) if mesh.rank == 0 else None)
+    agree(mesh, _attempt(_begin, partial) if mesh.rank == 0 else None)
     try:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(partial))
     except CheckpointException as error:
@@ -71,11 +76,15 @@ def save_checkpoint(
     done = _attempt(_finish, partial, folder, note) if mesh.rank == 0 else None
     if done is not None:
         shutil.rmtree(partial, ignore_errors=True)
-    _agree(mesh, done)
+    agree(mesh, done)
 
 
 def load_checkpoint(
-    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    trained_only: bool = False,
 ) -> dict[str, Any]:
     """Read a checkpoint into a model (sharded or not, over any number of ranks) and its optimizer; returns
     `extra`.
@@ -97,7 +106,8 @@ def load_checkpoint(
         name: getattr(entry, "size", None)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
-    weights = get_model_state_dict(model)
+    chosen = _TRAINED if trained_only else _ALL
+    weights = get_model_state_dict(model, options=chosen)
     _check(folder, "model.", weights, saved)
     state: dict[str, Any] = {"model": weights}
     if optimizer is not None and note["optimizer"]:
@@ -111,7 +121,7 @@ def load_checkpoint(
         raise kind(
             f"checkpoint {folder} cannot be read on rank {rank}: {cause}. Load an earlier one"
         ) from None
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state["model"], options=chosen)
     if optimizer is not None and note["optimizer"]:
         set_optimizer_state_dict(model, optimizer, state["optimizer"], options=_OPTIONS)
     return note["extra"]
@@ -163,15 +173,6 @@ def _attempt(action: Any, *args: Any) -> OSError | None:
     except OSError as error:
         return OSError(error.errno, f"could not write the checkpoint: {error.strerror}", error.filename)
     return None
-
-
-def _agree(mesh: ParallelMesh, error: Exception | None) -> None:
-    """Raise on every rank what rank 0 found, if anything; every rank waits for it."""
-    found = [error]
-    if mesh.world > 1:
-        dist.broadcast_object_list(found, src=0)
-    if found[0] is not None:
-        raise found[0]
 
 
 def _unwritten(folder: Path, error: CheckpointException) -> OSError:

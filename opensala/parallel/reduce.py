@@ -5,11 +5,16 @@ their number.
 Dividing by a rank's own tokens would weigh the answers of a rank that has few of them more.
 """
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .mesh import ParallelMesh
+
+T = TypeVar("T")
 
 
 def total_over_ranks(value: Tensor | float, mesh: ParallelMesh) -> float:
@@ -33,3 +38,28 @@ def share_of_loss(loss_sum: Tensor, tokens: float, mesh: ParallelMesh) -> Tensor
     if not tokens > 0:
         raise ValueError(f"a step needs at least one token with a target, got a total weight of {tokens}")
     return loss_sum * (mesh.world / tokens)
+
+
+def agree(mesh: ParallelMesh, error: Exception | None) -> None:
+    """Raise on every rank what rank 0 found, if anything; every rank waits for it."""
+    found = [error]
+    if mesh.world > 1:
+        dist.broadcast_object_list(found, src=0)
+    if found[0] is not None:
+        raise found[0]
+
+
+def from_first(mesh: ParallelMesh, work: Callable[[], T]) -> T:
+    """What `work()` gives on rank 0, on every rank; it is not called on the others. An OSError or ValueError
+    it raises is raised on every rank."""
+    found: list[Any] = [None, None]
+    if mesh.rank == 0:
+        try:
+            found[0] = work()
+        except (OSError, ValueError) as error:
+            found[1] = error
+    if mesh.world > 1:
+        dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]

@@ -5,7 +5,7 @@ Embedding, last norm and head belong to the root, which stays gathered from the 
 pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..model.modeling import MiniCPMSALADecoderLayer
 from .mesh import ParallelMesh
@@ -34,12 +34,9 @@ def shard_model(
     Raises:
         RuntimeError: parameters that stayed whole.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32, cast_forward_inputs=False
-    )  # activations follow the embedding; loss weights stay float32
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, MiniCPMSALADecoderLayer)]
     for layer in [*layers, model]:
-        fully_shard(layer, mesh=mesh.shard, mp_policy=policy)
+        fully_shard(layer, mesh=mesh.shard, mp_policy=_policy(compute_dtype))
     whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     if whole or not layers:
         raise RuntimeError(
@@ -47,6 +44,57 @@ def shard_model(
             f"{len(layers)} decoder layers"
         )
     return model
+
+
+def shard_each(
+    modules: Iterable[nn.Module], mesh: ParallelMesh, *, compute_dtype: torch.dtype | None = None
+) -> None:
+    """Shard modules in place, each a unit of its own that is run, and learns, without the others.
+
+    Their weights are shards again behind every forward pass, so that they may be read and written then.
+    Arguments as of `shard_model`.
+    """
+    for module in modules:
+        fully_shard(module, mesh=mesh.shard, mp_policy=_policy(compute_dtype), reshard_after_forward=True)
+
+
+def _policy(compute_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Activations follow the embedding; loss weights stay float32."""
+    return MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32, cast_forward_inputs=False
+    )
+
+
+def with_whole_weights(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(model, *args)` while the weights of the model's root (embedding, last norm, head) are whole;
+    a plain call for a model that is not sharded. See `on_whole_weights`."""
+    if not isinstance(model, FSDPModule):
+        return function(model, *args)
+    name = f"_with_whole_weights_{function.__module__}.{function.__qualname__}"
+    call = getattr(model, name, None) or on_whole_weights(model, function, name)
+    return call(*args)
+
+
+def whole_tensor(x: Tensor) -> Tensor:
+    """A tensor in full, on every rank, whether it was sharded or not; all ranks must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """Every weight in full on every rank, on the CPU where it was sharded, else as it is; all ranks must
+    call it."""
+    return {
+        name: whole_tensor(x).detach().cpu() if isinstance(x, DTensor) else x.detach()
+        for name, x in module.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def set_whole(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter, sharded or not, a value that every rank has in full."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value.to(parameter.to_local()), parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def on_whole_weights(

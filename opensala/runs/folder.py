@@ -3,7 +3,7 @@ not at all.
 
 config.json     the configuration; a resumed run must have the same
 metrics.jsonl   one line per step
-align.pt, distill.pt   the state of each phase: weights, optimizer, step, random state
+states/         the state of each phase (opensala.convert.states)
 scores.json, selection.json, result.json, plots/   what came out
 model/          the hybrid
 """
@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-import torch
 from safetensors import SafetensorError
 
 from .lock import LOCK_FILE, FolderLock
@@ -82,24 +81,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
-
-
-def save_tensors(path: Path, record: dict[str, Any]) -> None:
-    """Write whole what `torch.load(weights_only=True)` reads.
-
-    Raises OSError where it cannot be written: torch's own writer raises that as an error about itself.
-    """
-
-    def write(partial: Path) -> None:
-        with open(partial, "wb") as file:
-            try:
-                torch.save(record, file)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-
-    write_whole(path, write)
 
 
 class RunFolder:
@@ -188,22 +169,6 @@ class RunFolder:
                 f"{self.path} is a run of another configuration: {'; '.join(different)}. "
                 "Give its options again, or another folder"
             )
-
-    # --- checkpoints ---
-
-    def save_state(self, phase: str, state: dict[str, Any]) -> None:
-        """Write the state of a phase with the random state."""
-        record = {**state, "rng": torch.get_rng_state()}
-        save_tensors(self.path / f"{phase}.pt", record)
-
-    def load_state(self, phase: str) -> dict[str, Any] | None:
-        """The last saved state of a phase; sets the random state. None if there is none."""
-        file = self.path / f"{phase}.pt"
-        if not file.exists():
-            return None
-        state = torch.load(file, weights_only=True, map_location="cpu")
-        torch.set_rng_state(state.pop("rng"))
-        return state
 
     # --- metrics ---
 

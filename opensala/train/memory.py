@@ -11,6 +11,7 @@ import torch
 
 from ..model import MiniCPMSALAConfig
 from ..model.flops import all_parameters
+from ..model.machines import layer_bytes
 from .loss import LOSS_ROWS
 from .recipes import Recipe, Stage
 
@@ -45,7 +46,7 @@ def training_memory(config: MiniCPMSALAConfig, recipe: Recipe, stage: Stage, ran
     else:
         states = (_STATES + (2 * wide if wide < 4 else 0)) * parameters
     tokens = pass_tokens(recipe, stage) // stage.cp
-    one = tokens * _layer_bytes(config, stage, tokens, wide)
+    one = tokens * layer_bytes(config, wide)
     kept = tokens * hidden * wide
     if recipe.recompute:
         activations = one + kept * config.num_hidden_layers + _selection_bytes(config, stage, tokens)
@@ -63,17 +64,6 @@ def pass_tokens(recipe: Recipe, stage: Stage) -> int:
     """Tokens of one forward and backward pass over all ranks that share it: whole sequences, at most a
     step's."""
     return stage.sequence * min(stage.sequences, max(1, recipe.micro_tokens * stage.cp // stage.sequence))
-
-
-def _layer_bytes(config: MiniCPMSALAConfig, stage: Stage, tokens: int, wide: int) -> int:
-    """Bytes a token that the backward pass of the hungrier kind of layer needs at once."""
-    assert config.head_dim and config.lightning_nh and config.lightning_head_dim
-    hidden, inner = config.hidden_size, config.lightning_nh * config.lightning_head_dim
-    residual = 4 * hidden * wide + 2 * 4 * hidden  # norms compute in float32
-    feed_forward = 4 * config.intermediate_size * wide
-    lightning = inner * (5 * wide + 4 * 4)  # q, k, v in float32, output, gate
-    states = inner * config.lightning_head_dim * 4 // 64  # one state a chunk
-    return residual + feed_forward + lightning + states
 
 
 def _selection_bytes(config: MiniCPMSALAConfig, stage: Stage, tokens: int) -> int:

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from ..convert import convert
 from ..convert.config import ConvertConfig
+from ..convert.export import save_weights
 from ..convert.teacher import check_place, check_vocabulary, read_config, teacher_config
 from ..data.documents import installed_texts
 from ..data.encode import Encoder
@@ -31,7 +32,14 @@ from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.config import check_choice
 from ..model.flops import matmul_flops_per_second
-from ..parallel import ParallelConfig, ParallelMesh, close_parallel, init_parallel, whole_weights
+from ..parallel import (
+    ParallelConfig,
+    ParallelMesh,
+    close_parallel,
+    from_first,
+    init_parallel,
+    whole_weights,
+)
 from ..runs import RunFolder, read_json, require_matplotlib, write_errors, write_json
 from ..runs.progress import counter
 from .checkpoints import Checkpoint, Checkpoints
@@ -48,6 +56,7 @@ logger = logging.getLogger("opensala")
 SHIPPED = (
     Path(__file__).parents[1] / "assets" / "small"
 )  # the tokenizer of recipes that train their own Transformer
+_MUP_RATE = 1e-3  # from here on a rate is one of muP's, which is divided by width for matrices
 _FREE = (
     "probe_tokens",
     "micro_tokens",
@@ -277,6 +286,16 @@ class Pipeline:
         model = self._model(index, stage)
         check_vocabulary(tokenizer, model.config, stage.name)
         check_fits(model.config, self.recipe, stage, mesh.device, mesh.world)
+        if mesh.rank == 0 and model.config.logit_divisor == 1 and stage.schedule.peak >= _MUP_RATE:
+            logger.warning(
+                "%s: this model has no muP scaling (dim_model_base is its hidden size), so matrices learn "
+                "at %g itself, not at a fraction of it: models without it are trained at 1e-5 to 5e-4; set "
+                "%s.peak and %s.last",
+                stage.name,
+                stage.schedule.peak,
+                stage.name,
+                stage.name,
+            )
         data = StageData(stage, tokenizer, self.recipe.seed, self.skip_bad)
         run = StageRun(
             self.recipe,
@@ -351,8 +370,6 @@ class Pipeline:
         return tokenizer
 
     def _convert(self, stage: Halo) -> None:
-        if self.mesh.world > 1:
-            raise ValueError("HALO runs in one process: run it first, without torchrun, with --stage halo")
         config = replace(
             stage.config,
             teacher=self.start.teacher or str(self.path / "models" / self.recipe.stages[0].name),
@@ -362,7 +379,8 @@ class Pipeline:
             config = replace(config, device=self.device)
         if not config.sparse_config:
             config = replace(config, sparse_config=dict(self.recipe.model.get("sparse_config", {})))
-        config = replace(config, data=(str(self._packed(config) or self._texts()),))
+        data = from_first(self.mesh, lambda: str(self._packed(config) or self._texts()))
+        config = replace(config, data=(data,))
         begun = (self.path / "halo" / "config.json").exists()
         convert(config, self.path / "halo", resume=begun, quiet=self.quiet)
 
@@ -419,13 +437,7 @@ class Pipeline:
             dtype = getattr(torch, self.recipe.dtype)
             mode = model.config.attention_mode
             model.config.attention_mode = mode if stage.dense_start else "auto"
-            model.config.dtype = dtype
-            weights = {
-                name: x.to(dtype).contiguous()
-                for name, x in weights.items()
-                if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
-            }
-            _save(partial, model, weights)
+            save_weights(partial, model, weights, dtype)
             model.config.attention_mode = mode
             if stage.dense_start:
                 write_json(partial / "config.json", _minicpm(self.recipe))
@@ -442,13 +454,6 @@ class Pipeline:
             shutil.copytree(source, partial)
             partial.replace(target)
         return target
-
-
-def _save(folder: Path, model: MiniCPMSALAForCausalLM, weights: dict[str, torch.Tensor]) -> None:
-    with torch.device("meta"):
-        empty = MiniCPMSALAForCausalLM(model.config)
-    empty.generation_config = model.generation_config
-    empty.save_pretrained(folder, state_dict=weights)
 
 
 def _minicpm(recipe: Recipe) -> dict[str, Any]:

@@ -5,29 +5,17 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from ..convert.config import ConvertConfig, Execution
+from ..convert.cost import conversion_parts, hours
+from ..convert.opening import configured, number_kept
+from ..convert.selection import select_layers
+from ..convert.teacher import read_config, teacher_config
 from ..model import MiniCPMSALAConfig
-from ..model.config import check_choice
-from ..model.flops import forward_flops, training_flops
+from ..model.config import SPARSE
+from ..model.flops import training_flops
+from ..model.machines import DEVICES, GB, check_machines
 from .memory import training_memory
 from .recipes import Halo, Recipe, Stage
-
-GB = 10**9
-
-
-@dataclass(frozen=True)
-class Device:
-    """`flops`: dense bfloat16 matrix FLOP/s as the vendor states them; `memory`: bytes."""
-
-    flops: float
-    memory: int
-
-
-DEVICES = {
-    "a100": Device(312e12, 80 * GB),
-    "h100": Device(989e12, 80 * GB),
-    "h200": Device(989e12, 141 * GB),
-    "b200": Device(2250e12, 180 * GB),
-}
 
 
 @dataclass(frozen=True)
@@ -44,27 +32,35 @@ class Row:
     shape: str
 
 
-def plan(recipe: Recipe, gpus: int, device: str, mfu: float) -> list[Row]:
+def shape(recipe: Recipe, teacher: str = "") -> MiniCPMSALAConfig:
+    """The hybrid's shape: the recipe's, or that of a teacher's `config.json`, with the layers kept that take
+    most."""
+    if not teacher:
+        return MiniCPMSALAConfig(**recipe.model)
+    given = teacher_config(read_config(teacher))
+    config = next((s.config for s in recipe.stages if isinstance(s, Halo)), ConvertConfig(teacher))
+    keep = number_kept(config, given.num_hidden_layers)
+    kept = select_layers(None, keep, layers=given.num_hidden_layers, fix_ends=config.fix_ends, rule="uniform")
+    return configured(config, given, kept)
+
+
+def plan(recipe: Recipe, gpus: int, device: str, mfu: float, teacher: str = "") -> list[Row]:
     """One row for each stage.
 
     Args:
+        teacher: folder or hub name of the Transformer to convert, of which only the configuration is read.
         mfu: share of the device's FLOP/s that the model's FLOPs (without recomputed ones) reach.
 
     Raises:
         ValueError: an unknown device, a share outside 0..1, or GPUs that do not divide by a stage's
             context-parallel ranks.
     """
-    check_choice("device", device, tuple(DEVICES))
-    if not 0 < mfu <= 1:
-        raise ValueError(f"mfu must be above 0 and at most 1, got {mfu}")
-    if gpus < 1:
-        raise ValueError(f"gpus must be at least 1, got {gpus}")
-    config = MiniCPMSALAConfig(**recipe.model)
-    flops_per_second = gpus * DEVICES[device].flops * mfu
+    flops_per_second = gpus * check_machines(gpus, device, mfu).flops * mfu
+    config = shape(recipe, teacher)
     rows = []
     for stage in recipe.stages:
         if isinstance(stage, Halo):
-            rows.append(_halo(stage, config, DEVICES[device].flops * mfu))
+            rows.append(_halo(stage, config, gpus, device, mfu))
             continue
         check_world(stage, gpus)
         tokens = stage.steps * stage.sequences * stage.sequence
@@ -94,25 +90,27 @@ def check_world(stage: Stage, ranks: int) -> None:
         )
 
 
-def _halo(stage: Halo, config: MiniCPMSALAConfig, flops_per_second: float) -> Row:
-    """Alignment: a teacher's forward pass and the mixers' training; distillation: teacher and student. On one
-    device."""
-    align, distill, length = stage.config.align, stage.config.distill, stage.config.length
-    forward = forward_flops(config, length, False)
-    inner = config.num_attention_heads * (config.head_dim or 0)
-    mixers = config.num_hidden_layers * 2 * 5 * config.hidden_size * inner  # five projections in every layer
-    aligned, distilled = align.steps * align.batch * length, distill.steps * distill.batch * length
-    flops = aligned * (forward + 3 * mixers) + distilled * (forward + 3 * forward)
+def _halo(stage: Halo, shape: MiniCPMSALAConfig, gpus: int, device: str, mfu: float) -> Row:
+    """All parts of the conversion; the memory is that of the hungriest."""
+    execution = Execution(recompute=True) if gpus > 1 else Execution()
+    parts = conversion_parts(_as_teacher(shape), stage.config, gpus, execution)
     return Row(
         stage.name,
-        length,
-        distilled,
-        align.steps + distill.steps,
-        flops,
-        0,
-        flops / flops_per_second / 3600,
-        "1 x 1",
+        stage.config.length,
+        sum(p.tokens for p in parts if p.name not in ("calibration", "sweep")),
+        sum(p.steps for p in parts if p.name not in ("calibration", "sweep")),
+        sum(p.flops for p in parts),
+        max((p.memory for p in parts), default=0),
+        sum(hours(p, gpus, device, mfu) for p in parts),
+        f"{gpus} x 1",
     )
+
+
+def _as_teacher(config: MiniCPMSALAConfig) -> MiniCPMSALAConfig:
+    """The softmax Transformer that a hybrid of this shape is made from."""
+    values = {k: v for k, v in config.to_dict().items() if k in MiniCPMSALAConfig.__annotations__}
+    layers = {"mixer_types": [SPARSE] * config.num_hidden_layers, "attention_mode": "dense"}
+    return MiniCPMSALAConfig(**values | layers | {"attn_use_rope": True, "attn_use_output_gate": False})
 
 
 def scratch(recipe: Recipe, gpus: int, device: str, mfu: float, length: int = 4096) -> Row:
@@ -131,11 +129,11 @@ def scratch(recipe: Recipe, gpus: int, device: str, mfu: float, length: int = 40
     )
 
 
-def plan_table(recipe: Recipe, gpus: int, device: str, mfu: float) -> Table:
+def plan_table(recipe: Recipe, gpus: int, device: str, mfu: float, teacher: str = "") -> Table:
     """The plan as a table whose last lines are the total and training from scratch."""
     rows, whole = (
-        plan(recipe, gpus, device, mfu),
-        scratch(recipe, gpus, device, mfu) if recipe.scratch_tokens else None,
+        plan(recipe, gpus, device, mfu, teacher),
+        scratch(recipe, gpus, device, mfu) if recipe.scratch_tokens and not teacher else None,
     )
     caption = (
         None

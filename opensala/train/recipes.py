@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..convert.config import ConvertConfig, Phase, Probes
+from ..convert.config import halo as convert_halo
 from ..model.config import LIGHTNING, SPARSE, check_choice
 from .schedule import Schedule
 
@@ -243,7 +244,16 @@ def minicpm_sala_9b() -> Recipe:
         "minicpm_sala_9b",
         {},
         (
-            Halo(ConvertConfig("", keep=8, dtype="bfloat16", device="cuda")),
+            Halo(
+                ConvertConfig(
+                    "",
+                    keep=8,
+                    dtype="bfloat16",
+                    compute="bfloat16",
+                    device="cuda",
+                    distill=Phase(20_000, 96, 3e-5, 1e-5),  # HALO's rate for 9B
+                )
+            ),
             Stage(
                 "stable",
                 4 * K,
@@ -269,6 +279,28 @@ def minicpm_sala_9b() -> Recipe:
         ),
         micro_tokens=32 * K,
     )
+
+
+def halo() -> Recipe:
+    """HALO as published (arXiv 2601.22156): a teacher's conversion, all parameters distilled, then 500 steps
+    of 128 x 16,384 tokens at 1e-5 (1.05B tokens). Kept layers attend densely, as there."""
+    conversion = replace(
+        convert_halo(""),
+        dtype="bfloat16",
+        compute="bfloat16",
+        device="cuda",
+        distill=Phase(20_000, 96, 3e-5, 1e-5),
+    )
+    long = Stage(
+        "long",
+        16 * K,
+        500 * 128 * 16 * K,
+        128 * 16 * K,
+        Schedule("constant", 1e-5),
+        (Source("long", 1.0),),
+        fresh_optimizer=True,
+    )
+    return Recipe("halo", {}, (Halo(conversion), long), micro_tokens=16 * K, scratch_tokens=0)
 
 
 TINY_TEMPLATE = (
@@ -380,7 +412,7 @@ def tiny() -> Recipe:
     )
 
 
-RECIPES = {"minicpm_sala_9b": minicpm_sala_9b, "tiny": tiny}
+RECIPES = {"minicpm_sala_9b": minicpm_sala_9b, "halo": halo, "tiny": tiny}
 
 
 def recipe_named(name: str) -> Recipe:

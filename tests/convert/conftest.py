@@ -1,5 +1,7 @@
 """A tiny random teacher with the shipped tokenizer, and runs of a few steps on a page of text."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -25,6 +27,35 @@ def teacher_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory):
+    """The same with 4 layers, for runs of many processes."""
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = AutoTokenizer.from_pretrained(shipped_model())
+    make_teacher(folder, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def small_config(folder, text):
+    """Three sequences a step, which neither two nor four processes share evenly; three documents to probe."""
+    return replace(
+        new_config(folder, text),
+        align=Phase(3, 3, 3e-3, 1e-4, warmup=1),
+        distill=Phase(3, 3, 1e-3, 1e-4, warmup=1, answer_weight=2.0, cross_entropy=0.5),
+        probes=Probes(128, 3, 2),
+        task_share=0.5,
+        save_every=2,
+        validate_every=3,
+        rule="kl",
+        keep=2,
+        fix_ends=False,
+        lora_rank=4,
+        calibrate_tokens=256,
+        cache_teacher=True,
+    )
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(TEXT)
@@ -33,6 +64,10 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture
 def config(teacher_folder, text_file):
+    return new_config(teacher_folder, text_file)
+
+
+def new_config(teacher_folder, text_file):
     """8 steps of each phase, a state saved after every third."""
     return ConvertConfig(
         str(teacher_folder),

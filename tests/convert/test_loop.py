@@ -14,14 +14,16 @@ from opensala.convert.align import Alignment
 from opensala.convert.compute import choose_compute
 from opensala.convert.config import RECIPES, Execution, Phase, Probes
 from opensala.convert.distill import Distillation, live_targets
-from opensala.convert.run import Conversion, merge_outcome
+from opensala.convert.ranks import Ranks
+from opensala.convert.run import merge_outcome
 from opensala.convert.teacher import load_teacher
 from opensala.convert.tokens import Sample
 from opensala.convert.transfer import assemble, lightning_mixers, student_config
+from opensala.convert.work import Work
 from opensala.engine import shipped_model
 from opensala.ops.backends import backend_everywhere
 
-from .test_run import losses, same_weights
+from .test_run import losses, same_weights, saved
 from .test_transfer import make_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,9 +57,8 @@ def test_passes_add_up_to_the_step(tmp_path, rows):
         trainee.forget()
         found = trainee.step(0, sample(), rows)
         torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=1e-6)
-        if trainee is distillation or rows == 5:  # an alignment's error is relative to the target of its pass
-            for p, gradient in zip(parameters, whole, strict=True):
-                torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
+        for p, gradient in zip(parameters, whole, strict=True):
+            torch.testing.assert_close(p.grad, gradient, atol=1e-6, rtol=1e-3)
 
 
 def test_a_run_stopped_by_the_clock_again_and_again_ends_like_one_that_was_not(config, tmp_path, capsys):
@@ -147,16 +148,15 @@ def test_products_in_bfloat16(config, tmp_path):
         if key[0] == "distill":
             assert losses(low)[key] == pytest.approx(value, rel=0.05)
     assert losses(low) != losses(exact)
-    state = torch.load(low / "distill.pt", weights_only=True)
-    assert {w.dtype for w in state["weights"].values()} == {torch.float32}
+    assert {x.dtype for x in saved(low, "distill").values()} == {torch.float32}
     assert choose_compute("auto", torch.device("cpu"), 64, 96) in ("float32", "bfloat16")
     auto = replace(config, compute="auto", distill=replace(config.distill, steps=0))
     convert(auto, tmp_path / "auto", quiet=True, execution=Execution(seconds=1e-6))
     (tmp_path / "auto" / "compute.json").write_text('"bfloat16"')
-    run = Conversion(auto, tmp_path / "auto", True, True)
-    run._load()
-    assert run.compute == "bfloat16"
-    run.folder.close()
+    work = Work(auto, tmp_path / "auto", True, True, Execution(), Ranks())
+    work.load()
+    assert work.compute == "bfloat16"
+    work.folder.close()
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from opensala.bench import demo
 from opensala.cli import main
 from opensala.convert import published
 from opensala.convert.lora import add_lora, merge_lora
+from opensala.convert.opening import tokenizer_of
 from opensala.convert.outcome import save_outcome, shrink_outcome
-from opensala.convert.run import _tokenizer
 from opensala.convert.teacher import load_teacher
 from opensala.convert.transfer import assemble, student_config
 from opensala.engine import load_engine
@@ -200,7 +200,7 @@ def test_the_commands(delta, home, monkeypatch, capsys):
 def test_tokenizers_of_pulled_models_and_files(delta, home):
     install.pull(BASE, str(delta[0]), quiet=True)
     for name in (BASE, str(delta[0])):
-        assert _tokenizer(name).chat_template == TEMPLATE
+        assert tokenizer_of(name).chat_template == TEMPLATE
 
         class Run:
             class start:

@@ -17,6 +17,7 @@ PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "tests.parallel.checkpoints",
+    "tests.convert.ranks",
 ]
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from opensala.convert.run import Conversion
+from opensala.convert.work import Work
 from opensala.train.pipeline import Start, train
 from opensala.train.trainer import StageRun
 
@@ -31,8 +31,8 @@ def killed(recipe, folder, stage, step):
     torch.set_num_threads(1)
     end = partial(os.kill, os.getpid(), signal.SIGKILL)
     if stage == "halo":
-        original = Conversion._batch
-        Conversion._batch = lambda self, phase, n: (
+        original = Work.batch
+        Work.batch = lambda self, phase, n: (
             end() if (phase, n) == ("distill", 2) else original(self, phase, n)
         )
     break_at(stage, step, end)
@@ -44,6 +44,12 @@ def together(recipe, folder, init, cp):
     ranks."""
     stages = tuple(replace(s, cp=cp.get(s.name, 1)) if hasattr(s, "cp") else s for s in recipe.stages)
     train(replace(recipe, stages=stages), folder, start=Start(init=str(init)), device="cpu", quiet=True)
+
+
+def converted(recipe, folder, teacher):
+    """In each process of a group: HALO alone, of this teacher."""
+    halo = replace(recipe, stages=(recipe.stage("halo"),))
+    train(halo, folder, start=Start(teacher=str(teacher)), device="cpu", quiet=True)
 
 
 def in_child(function, *args):

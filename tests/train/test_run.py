@@ -24,7 +24,7 @@ from opensala.train.trainer import StageRun, Stopped
 
 from ..parallel.group import run_group
 from .conftest import mini
-from .runs import break_at, in_child, killed, together
+from .runs import break_at, converted, in_child, killed, together
 
 NAMES = ["dense", "stable", "short_decay", "long_decay_1k", "long_decay_4k", "sft_1k"]
 
@@ -268,6 +268,40 @@ def test_two_processes_train_as_one_does(reference, corpus, tmp_path):
         assert one[key][0] == pytest.approx(two[key][0], rel=1e-4), key
         assert one[key][2:] == two[key][2:]
     assert (tmp_path / "two" / "model" / "model.safetensors").exists()
+
+
+def test_two_processes_convert_as_one_does(reference, corpus, tmp_path):
+    run_group(2, converted, mini(corpus), tmp_path / "two", reference / "models" / "dense")
+    one, two = (
+        [json.loads(line) for line in (run / "halo" / "metrics.jsonl").read_text().splitlines()]
+        for run in (reference, tmp_path / "two")
+    )
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["phase"] == b["phase"]
+    assert (tmp_path / "two" / "model" / "model.safetensors").exists()
+
+
+def test_a_model_without_mups_scalings_is_warned_of_its_rates(reference, corpus, tmp_path, caplog):
+    """The published rates would be those of its matrices too."""
+    source = tmp_path / "init"
+    shutil.copytree(reference / "halo" / "model", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dim_model_base": config["hidden_size"]}))
+    recipe = mini(corpus)
+    recipe = replace(recipe, stages=(recipe.stage("stable"),), probe_tokens=0)
+    train(recipe, tmp_path / "run", start=Start(init=str(source)), device="cpu", quiet=True)
+    assert "stable: this model has no muP scaling" in caplog.text and "at 0.002 itself" in caplog.text
+    caplog.clear()
+    low = override(recipe, "stable.peak=5e-4")
+    train(
+        override(low, "stable.last=1e-4"),
+        tmp_path / "low",
+        start=Start(init=str(source)),
+        device="cpu",
+        quiet=True,
+    )
+    assert "muP" not in caplog.text
 
 
 def test_what_is_refused_leaves_no_run_behind(reference, corpus, tmp_path):
