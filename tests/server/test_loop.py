@@ -253,7 +253,7 @@ def test_reading_slows_streams_down_by_so_much(alone, per_token):
     pace = Pace(2.5, 4096)
     times = simulate(pace, alone, per_token)
     assert all(t <= 2.6 * alone for t in times[20:])
-    assert min(times[20:]) >= 2.4 * alone or pace.share == 4096  # no slower than it has to be
+    assert min(times[60:]) >= 2.4 * alone or pace.share == 4096  # no slower than it has to be
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.3, 0.6])
