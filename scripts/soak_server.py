@@ -32,40 +32,53 @@ class Target:
     url: str
     key: str
     name: str = ""
+    patience: float = 120
 
 
 def main(
     url: str = "http://127.0.0.1:8000",
     key: Annotated[str, typer.Option(help="API key, if the server has keys.")] = "none",
     clients: int = 64,
-    seconds: float = 300,
+    seconds: Annotated[float, typer.Option(help="Time in which it was not suspended.")] = 300,
     seed: int = 0,
+    patience: Annotated[
+        float, typer.Option(help="Seconds without a byte after which an answer failed.")
+    ] = 120,
 ) -> None:
     """Run the clients and say what became of their requests."""
     http = httpx2.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=120)
     name = http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-    target = Target(url, key, name)
-    before, outcomes, until = gauges(http), Counter[str](), time.monotonic() + seconds
+    target = Target(url, key, name, patience)
+    before, outcomes, over = gauges(http), Counter[str](), threading.Event()
     threads = [
-        threading.Thread(target=client, args=(target, random.Random(seed + n), until, outcomes))
+        threading.Thread(target=client, args=(target, random.Random(seed + n), over, outcomes))
         for n in range(clients)
     ]
     for thread in threads:
         thread.start()
+    left, began, last = seconds, time.monotonic(), time.monotonic()
     while any(thread.is_alive() for thread in threads):
-        time.sleep(10)
-        print(f"{max(0.0, until - time.monotonic()):.0f} s left: {dict(outcomes)}", file=sys.stderr)
+        time.sleep(1)
+        now = time.monotonic()
+        before_tick, left = left, left - min(now - last, 2.0)  # more than that is no time that it ran
+        last = now
+        if left <= 0:
+            over.set()
+        if before_tick // 10 != left // 10:
+            print(f"{max(0.0, left):.0f} s left: {dict(outcomes)}", file=sys.stderr)
+    took = time.monotonic() - began
     after = settled(http)
     bad = [o for o in outcomes if not re.fullmatch(r"(whole|stream|cancelled|vanished) (200|429)", o)]
     held = {gauge: after[gauge] for gauge in HELD if after[gauge]}
-    print(json.dumps({"outcomes": outcomes, "before": before, "after": after, "failed": bad, "held": held}))
+    found = {"outcomes": outcomes, "before": before, "after": after, "failed": bad, "held": held}
+    print(json.dumps({**found, "seconds": round(took)}))
     sys.exit(1 if bad or held else 0)
 
 
-def client(target: Target, rng: random.Random, until: float, outcomes: "Counter[str]") -> None:
+def client(target: Target, rng: random.Random, over: threading.Event, outcomes: "Counter[str]") -> None:
     """One client: whole answers, streams, streams that are cancelled, connections that are dropped."""
     headers = {"authorization": f"Bearer {target.key}"}
-    while time.monotonic() < until:
+    while not over.is_set():
         what = rng.choice(["whole", "stream", "cancelled", "vanished"])
         body: dict[str, Any] = {
             "model": target.name,
@@ -74,7 +87,7 @@ def client(target: Target, rng: random.Random, until: float, outcomes: "Counter[
         }
         text = " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 1500)))
         body["messages"] = [{"role": "user", "content": f"{text}\n\nWhat is the code?"}]
-        wait = rng.uniform(0.01, 1.0) if what == "vanished" else 120
+        wait = rng.uniform(0.01, 1.0) if what == "vanished" else target.patience
         try:
             with (
                 httpx2.Client(base_url=target.url, headers=headers, timeout=wait) as http,

@@ -38,5 +38,7 @@ class Pace:
         if not reading:
             self._alone += (seconds - self._alone) * (_WEIGHT if self._alone else 1.0)
         elif self._alone:
-            change = min(1.5, max(0.5, self.stall * self._alone / seconds))
+            # It shrinks fast and grows slowly: steps differ in time by chance, and one that was quick must
+            # not let the next one take half as much again.
+            change = min(1.1, max(0.5, self.stall * self._alone / seconds))
             self.share = int(min(self.most, max(_LEAST, self.share * change + 0.5)))
