@@ -203,7 +203,7 @@ class TextOptions:
     def apply(self, base: "ConvertConfig") -> "ConvertConfig":
         """A recipe with these changes."""
         if self.task_share is not None:  # of every phase, whatever the recipe says of one
-            phases = {name: replace(phase, task_share=None) for name, phase in base.phases().items()}
+            phases: dict[str, Any] = {n: replace(p, task_share=None) for n, p in base.phases().items()}
             base = replace(base, **phases)
         probes = changed(
             length=self.probe_length,
