@@ -53,9 +53,19 @@ def _decoy(rng: random.Random, fact: Fact, words: list[str]) -> str:
     ).format(kept, tail)
 
 
-def hide(tokenizer: Any, rng: random.Random, hay: np.ndarray, statements: list[str]) -> np.ndarray:
-    """Put statements into a token haystack at random places."""
-    cuts = sorted(rng.randrange(len(hay) + 1) for _ in statements)
+def hide(
+    tokenizer: Any, rng: random.Random, hay: np.ndarray, statements: list[str], between: float = 0.0
+) -> np.ndarray:
+    """Put statements into a token haystack at random places, the share `between` of them behind a sentence or
+    a line: there the next word is none that a value could go on with."""
+    cuts = [rng.randrange(len(hay) + 1) for _ in statements]
+    if between and len(hay):
+        kinds = {int(i) for i in np.unique(hay)}
+        ends = [i for i in kinds if tokenizer.decode([i]).rstrip(" ").endswith((".", "\n", "?", "!"))]
+        places = np.flatnonzero(np.isin(hay, ends)) + 1
+        if len(places):
+            cuts = [int(rng.choice(places)) if rng.random() < between else cut for cut in cuts]
+    cuts.sort()
     encoded = tokenizer(statements, add_special_tokens=False)["input_ids"] if statements else []
     parts, last = [], 0
     for cut, ids in zip(cuts, encoded, strict=True):
@@ -142,7 +152,8 @@ def training_sequence(
     room = length - len(start) - len(tail) - used
     if room < 0:
         raise ValueError(f"{facts} facts need {length - room} tokens, the sequence has {length}")
-    body = hide(tokenizer, rng, haystack.span(rng, room), statements)
+    between = 0.7 if written or absent else 0.0
+    body = hide(tokenizer, rng, haystack.span(rng, room), statements, between)
     ids = np.concatenate([start, body, tail]).astype(np.int32)
     answer = np.concatenate([np.zeros(len(start) + len(body), bool), marks])
     return Sequence(ids, answer, tuple(asked))

@@ -3,6 +3,7 @@
 import random
 import re
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -10,7 +11,7 @@ from opensala.data.conversations import NOT_FOUND, TASKS, Conversations, Texts, 
 from opensala.data.facts import random_facts
 from opensala.data.haystack import Haystack
 from opensala.data.needles import needle_document
-from opensala.data.retrieval import _meaning, mixed_facts, training_sequence
+from opensala.data.retrieval import _meaning, hide, mixed_facts, training_sequence
 from opensala.data.values import KINDS, MEASURES, in_words, measure
 from opensala.data.written import ABSENT, WRITTEN_KINDS, revalued, written_fact, written_facts
 from opensala.engine import shipped_model
@@ -148,6 +149,13 @@ def test_absent_questions_of_both_wordings_have_no_fact():
         assert all(f.answer == ABSENT and not f.statement for f in missing)
         plain += sum(not f.kind for f in missing)
     assert plain > 100
+
+
+def test_facts_stand_between_sentences_if_they_shall(tokenizer):
+    hay = np.array(tokenizer("One day. Two days. Three " * 40, add_special_tokens=False)["input_ids"])
+    text = tokenizer.decode(hide(tokenizer, random.Random(0), hay, [" @ "] * 60, between=1.0))
+    assert "".join(re.findall(r"[.](?: @ )+", text)).count("@") == 60
+    assert "day @" in tokenizer.decode(hide(tokenizer, random.Random(0), hay, [" @ "] * 60))
 
 
 def test_sequences_and_needles_of_written_values(tokenizer):
