@@ -87,7 +87,7 @@ class _Counter:
         self, teacher: MiniCPMSALAConfig, config: ConvertConfig, ranks: int, execution: Execution
     ) -> None:
         self.teacher, self.config, self.ranks, self.execution = teacher, config, ranks, execution
-        layers = teacher.num_hidden_layers
+        self.layers = layers = teacher.num_hidden_layers
         keep = len(config.layers) if config.layers is not None else config.keep
         keep = (layers + 2) // 4 if keep is None else keep
         kept = (
@@ -105,7 +105,7 @@ class _Counter:
         self.trained = self._trained(model)
         self.wide = 4 if config.compute == "float32" else 2
         self.dtype = 4 if config.dtype == "float32" else 2
-        self.layers, self.linear = layers, linear
+        self.linear = linear
 
     def _trained(self, model: MiniCPMSALAForCausalLM) -> int:
         if self.config.trainable == "all":

