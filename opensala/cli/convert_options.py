@@ -146,6 +146,9 @@ class TrainedOptions:
     reuse: Annotated[Text, typer.Option(help="Run folder whose aligned mixers and scores to take over.")] = (
         None
     )
+    start: Annotated[
+        Text, typer.Option(help="Outcome of an earlier conversion to train on, instead of an alignment.")
+    ] = None
     dtype: Annotated[str, typer.Option(help="Of teacher and result: float32, bfloat16 or float16.")] = (
         "float32"
     )
@@ -164,6 +167,7 @@ class TrainedOptions:
             ),
             cache_teacher=self.cache_teacher,
             reuse=self.reuse,
+            start=self.start,
             dtype=self.dtype,
             seed=self.seed,
         )

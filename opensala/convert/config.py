@@ -133,6 +133,8 @@ class ConvertConfig:
         cache_teacher: compute the teacher's final hidden states of the distillation once and keep them on
             disk, instead of running it beside.
         reuse: a finished run whose aligned mixers and scores are taken over.
+        start: folder of the outcome of an earlier conversion of this teacher, which is trained on instead of
+            aligned mixers (see `convert.continuing`).
         save_every: steps between saved states.
         validate_every: steps between measurements on held-out probes in the distillation; 0 for none.
     """
@@ -167,6 +169,7 @@ class ConvertConfig:
     device: str = "cpu"
     cache_teacher: bool = False
     reuse: str | None = None
+    start: str | None = None
     save_every: int = 100
     validate_every: int = 0
 
@@ -202,6 +205,8 @@ class ConvertConfig:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.start is not None and self.reuse is not None:
+            raise ValueError("start and reuse both say what distillation begins with: drop one of the two")
         if not (math.isfinite(self.clip) and self.clip > 0):
             raise ValueError(f"clip must be a number above 0, got {self.clip}")
         for name, phase in self.phases().items():

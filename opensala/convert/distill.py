@@ -22,6 +22,7 @@ from ..parallel import whole_tensor, with_whole_weights
 from .align import clip, new_optimizer
 from .compute import autocast
 from .config import Phase
+from .continuing import take_up
 from .kl import TokenWeights, distillation_loss
 from .lora import add_lora
 from .ranks import Ranks
@@ -97,6 +98,7 @@ class Distillation:
         compute: precision of products, `float32` or `bfloat16`.
         most: the norm to which the gradient is clipped.
         rank, seed: of `lora`.
+        start: outcome that the student takes its weights from; None leaves it as it is.
         ranks: the processes, over which the student is sharded here if there are several.
     """
 
@@ -112,11 +114,14 @@ class Distillation:
         most: float = 1.0,
         rank: int = 16,
         seed: int = 0,
+        start: str | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.student, self.targets, self.head = student, targets, head
         self.compute, self.most, self.ranks = compute, most, ranks or Ranks()
         choose_trainable(student, trainable, rank, seed)
+        if start is not None:
+            take_up(student, start)
         self.ranks.shard(student, compute)
         self.parameters: list[nn.Parameter] = [p for p in student.parameters() if p.requires_grad]
         if not self.parameters:

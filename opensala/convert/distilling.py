@@ -24,7 +24,7 @@ def distill(work: Work, kept: list[int]) -> MiniCPMSALAForCausalLM:
     cache = _cached(work) if config.cache_teacher and config.distill.steps else None
     distillation = distillation_of(work, student, config.distill, cache)
     if all(work.files.note(name) is None for name in names):
-        measure_result(work, "aligned", student)
+        measure_result(work, "aligned" if config.start is None else "before", student)
     for name in names:
         phase = config.phases()[name]
         if name == "long":
@@ -67,6 +67,7 @@ def distillation_of(
         most=config.clip,
         rank=config.lora_rank,
         seed=config.seed,
+        start=config.start,
         ranks=work.ranks,
     )
 

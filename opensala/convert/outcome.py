@@ -93,7 +93,7 @@ def shrink_outcome(
     Raises:
         ValueError: what `load_outcome` refuses.
     """
-    record, tensors = _read(Path(outcome))
+    record, tensors = read_outcome(Path(outcome))
     whole = _whole(teacher, MiniCPMSALAConfig(**record["config"]))
     based = set(record["base"])
     for name, value in tensors.items():
@@ -169,7 +169,7 @@ def load_outcome(teacher: MiniCPMSALAForCausalLM, folder: str | Path) -> MiniCPM
     Raises:
         ValueError: a folder without an outcome, or one of another teacher's shape.
     """
-    record, tensors = _read(Path(folder))
+    record, tensors = read_outcome(Path(folder))
     config = MiniCPMSALAConfig(**record["config"])
     student = assemble(teacher, config)
     own, based = dict(student.named_parameters()), set(record["base"])
@@ -197,8 +197,8 @@ def _product(b: Tensor, a: Tensor) -> Tensor:
     return total
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record of an outcome, and its tensors in float32."""
+def read_outcome(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record of an outcome, and its tensors in float32; ValueError for a folder that holds none."""
     record: dict[str, Any] | None = read_json(folder / "outcome.json")
     if record is None:
         raise ValueError(f"{folder} holds no outcome.json: give the outcome folder of a conversion")

@@ -21,6 +21,7 @@ from ..runs import write_errors
 from .aligning import align
 from .choosing import choose
 from .config import ConvertConfig, Execution
+from .continuing import continued
 from .distilling import distill
 from .export import export, merge_outcome
 from .loop import Stopped
@@ -62,7 +63,7 @@ def convert(
     opened = not dist.is_initialized()
     try:
         with write_errors(Path(output), "go on with --resume"), backend_everywhere(execution.backend):
-            work = Work(config, output, resume, quiet, execution, _join(config))
+            work = Work(continued(config), output, resume, quiet, execution, _join(config))
             with work.folder.held() if work.folder is not None else nullcontext():
                 return _run(work, plan_only)
     except Stopped as stopped:
@@ -94,7 +95,8 @@ def _run(work: Work, plan_only: bool) -> Path:
         if work.folder is not None:
             work.folder.forget_unbegun()
         return finished
-    align(work)
+    if work.config.start is None:
+        align(work)
     kept = choose(work)
     student = distill(work, kept)
     export(work, student, kept)

@@ -183,7 +183,7 @@ def choose_widths(
         if after:
             bytes_ = size_of(x, after[0]) - size_of(x, own)
             saved = errors[name] * (1 - 4.0 ** -(min(after[0], 9) - own))
-            heapq.heappush(steps, (-saved / bytes_, name, after[0], bytes_))
+            heapq.heappush(steps, (-saved / max(bytes_, 1), name, after[0], bytes_))  # scales of short rows
 
     for name in errors:
         offer(name)

@@ -107,3 +107,10 @@ def test_moments_are_those_of_the_inputs():
     given = model.table(ids).flatten(0, 1).detach()
     assert set(found) == {"own.weight"}
     torch.testing.assert_close(found["own.weight"], given.T @ given / 8)
+
+
+def test_more_bits_that_cost_nothing_are_taken():
+    """Rows of two entries have a scale for every two: eight bits take what sixteen take."""
+    factors = {"w.lora_b": torch.randn(8, 2, generator=torch.Generator().manual_seed(0))}
+    assert size_of(factors["w.lora_b"], 8) == size_of(factors["w.lora_b"], 16)
+    assert choose_widths(factors, {"w.lora_b": 1.0}, 10_000, 200) == {"w.lora_b": 16}
