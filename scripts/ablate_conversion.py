@@ -395,9 +395,9 @@ def report(options: argparse.Namespace) -> None:
         rows = [r["curve"] for r in records if r["variant"] == name]
         if rows:
             steps = zip(*rows, strict=True)
-            curves[label] = [(step[0][0], statistics.mean(y for _, y in step)) for step in steps]
+            curves[label] = [(step[0][0] / 1e3, statistics.mean(y for _, y in step)) for step in steps]
     title = "Distillation with HyPE and with RoPE kept"
-    plot_curves(curves, title, ("tokens", "KL from the teacher, nats a token"), options.plot)
+    plot_curves(curves, title, ("thousands of tokens", "KL from the teacher, nats a token"), options.plot)
     print("\n".join(table(records)))
 
 

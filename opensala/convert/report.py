@@ -181,6 +181,9 @@ def plot_curves(
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), linewidth=1.2, label=name)
     axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     _save(figure, path)
