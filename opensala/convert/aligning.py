@@ -54,7 +54,7 @@ def align(work: Work) -> None:
 def _align(work: Work) -> None:
     config, states = work.config, work.files.states
     if work.files.note("align") is None:
-        _calibrate(work, "calibration")
+        calibrate_mixers(work, "calibration")
     alignment = Alignment(
         work.teacher, work.mixers, config.align, work.compute, config.clip, ranks=work.ranks
     )
@@ -63,12 +63,12 @@ def _align(work: Work) -> None:
         flops += 6 * sum(p.numel() for p in work.mixers.parameters())
         work.loop("align", work.mixers, flops).run(alignment)
         if config.calibrate == "ridge":  # what it does to the features moved the best projection too
-            _calibrate(work, "calibration_aligned")
+            calibrate_mixers(work, "calibration_aligned")
     note = work.files.note("align")
     states.save(ALIGNED, note["step"] if note else 0, work.mixers, None, {})
 
 
-def _calibrate(work: Work, name: str) -> Calibration:
+def calibrate_mixers(work: Work, name: str) -> Calibration:
     """Fit the mixers' output projections, and note what that did."""
     config = work.config
     length = config.length_of("align")

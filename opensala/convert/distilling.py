@@ -36,15 +36,15 @@ def distill(work: Work, kept: list[int]) -> MiniCPMSALAForCausalLM:
             name,
             student,
             _flops(work, student, name),
-            lambda: _validated(work, student),
-            (lambda step: _fade(work, student, step)) if fades else None,
+            lambda: validated(work, student),
+            (lambda step: fade(work, student, step)) if fades else None,
         )
         try:
             loop.run(distillation)
         except Stopped:  # on a machine that is lent there may be no other time
             write_outcome(work, student)
             raise
-        _fade(work, student, None)
+        fade(work, student, None)
     student.eval()
     records = work.files.metrics("distill")
     if records:
@@ -88,7 +88,7 @@ def _flops(work: Work, student: MiniCPMSALAForCausalLM, name: str) -> float:
     return forward_flops(work.teacher.config, length, False) + 3 * one - 2 * frozen
 
 
-def _fade(work: Work, student: MiniCPMSALAForCausalLM, step: int | None) -> None:
+def fade(work: Work, student: MiniCPMSALAForCausalLM, step: int | None) -> None:
     """Rotary positions of the kept layers at a step of the distillation, while they fade out."""
     config, left = work.config, 0.0
     if step is not None and config.hype and config.hype_fade:
@@ -99,7 +99,7 @@ def _fade(work: Work, student: MiniCPMSALAForCausalLM, step: int | None) -> None
             module.rope_share = left or None
 
 
-def _validated(work: Work, student: MiniCPMSALAForCausalLM) -> dict[str, float]:
+def validated(work: Work, student: MiniCPMSALAForCausalLM) -> dict[str, float]:
     """Recall, likelihood and divergence of the student on held-out probes, in the midst of a phase."""
     with work.measuring():
         score, kl = work.prober.builtin(student), work.prober.kl(work.teacher, student)

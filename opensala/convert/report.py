@@ -171,3 +171,19 @@ def plot_distillation(records: list[dict[str, Any]], path: Path) -> None:
     axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=0.8)
     axes.set_yscale("log")
     _save(figure, path)
+
+
+def plot_curves(
+    curves: dict[str, list[tuple[float, float]]], title: str, labels: tuple[str, str], path: Path
+) -> None:
+    """Named curves of points above 0 on logarithmic axes, which `labels` name."""
+    figure, axes = _axes(title, *labels)
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), linewidth=1.2, label=name)
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, path)
