@@ -32,8 +32,8 @@ def continued(config: ConvertConfig) -> ConvertConfig:
     kept = tuple(i for i in range(hybrid.num_hidden_layers) if hybrid.is_sparse(i))
     if config.layers is not None and tuple(sorted(config.layers)) != kept:
         raise ValueError(
-            f"start: {config.start} keeps layers {list(kept)}, this run {list(config.layers)}: leave --layers "
-            "out"
+            f"start: {config.start} keeps layers {list(kept)}, this run {list(config.layers)}: "
+            "leave --layers out"
         )
     if config.trainable == "linear":
         raise ValueError(
@@ -80,7 +80,7 @@ def take_up(student: MiniCPMSALAForCausalLM, folder: str | Path) -> None:
 
 
 def _take_factor(
-    own: dict[str, torch.nn.Parameter],
+    own: dict[str, nn.Parameter],
     plain: str,
     factor: str,
     tensors: dict[str, Tensor],

@@ -90,7 +90,7 @@ def prompts_of(
     before, behind = opening(tokenizer)
     head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, behind))
     questions = continuations(model, [head] * (count // 2), end, QUESTION, 1.0)
-    own = [head + q + tail for q in dict.fromkeys(map(tuple, questions)) if len(q) >= 4 for q in [list(q)]]
+    own = [head + list(q) + tail for q in dict.fromkeys(map(tuple, questions)) if len(q) >= 4]
     asked = []
     for piece in passages(text, count - count // 2, rng, tokenizer.convert_tokens_to_ids("<|endoftext|>")):
         request = f"{tokenizer.decode(piece).strip()}\n\n{rng.choice(REQUESTS)}"
