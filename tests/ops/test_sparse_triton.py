@@ -311,3 +311,34 @@ def test_compressed_keys_grow_as_keys_come(starts):
         there = range(max(0, (first - 8) // 4 + 1), wanted.shape[1])
         assert_close(out[row : row + 1, there.start : there.stop], wanted[:, there.start :], 1e-6)
         assert out[row, there.stop :].isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # -inf - -inf, not used
+@pytest.mark.parametrize("form", ["each", "late", "ahead"])
+@pytest.mark.parametrize(("together", "more"), [(4, True), (8, False), (32, True)])
+def test_forms_of_merging_agree(monkeypatch, form, together, more):
+    """Several steps, a last one that is not full, and all parts at once; parts that were never written are
+    NaN, one row has no part at all."""
+    rows, count, width = 6, 21, 20
+    lse = torch.randn(rows, count) * 3
+    lse[torch.rand(rows, count) < 0.4] = -math.inf
+    lse[3] = -math.inf
+    parts = torch.randn(rows, count, width)
+    out, out_lse = torch.randn(rows, width), torch.randn(rows)
+    whole = torch.cat([lse, out_lse[:, None]], 1) if more else lse
+    values = torch.cat([parts, out[:, None]], 1) if more else parts
+    total = torch.logsumexp(whole.double() * math.log(2), 1) / math.log(2)
+    weights = torch.exp2(whole.double() - total[:, None]).nan_to_num(0)
+    wanted = (weights[..., None] * values.double()).sum(1)
+    parts[lse == -math.inf] = math.nan
+    config = triton_attend.merge_config
+
+    def changed(*sizes):
+        return {**config(*sizes), "R": 4, "TOGETHER": together, "FORM": form, "POLICY": "evict_first"}
+
+    monkeypatch.setattr(triton_attend, "merge_config", changed)
+    parts, lse, out, out_lse = on_device(parts, lse, out, out_lse)
+    triton_attend.merge(parts, lse, out, out_lse, count, count, 1, 1, more)
+    assert_close(out, wanted, 1e-5)
+    assert torch.equal(out_lse.cpu() == -math.inf, total == -math.inf)
+    assert_close(out_lse.nan_to_num(neginf=0), total.nan_to_num(neginf=0), 1e-5)

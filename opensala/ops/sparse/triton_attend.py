@@ -131,24 +131,87 @@ def attend_kernel(
     )
 
 
+@triton.jit
+def part_shares(part_lse, base, there, first, count, step, TOGETHER: tl.constexpr):
+    """Log-sum-exp `[R, TOGETHER]` of parts first ... first + TOGETHER - 1; -inf where there is none."""
+    p = first + tl.arange(0, TOGETHER)
+    place = base[:, None] + p[None, :].to(tl.int64) * step
+    return tl.load(part_lse + place, mask=there[:, None] & (p < count)[None, :], other=float("-inf"))
+
+
+@triton.jit
+def part_rows(
+    parts, share, base, first, step, TOGETHER: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    POLICY: tl.constexpr,
+):  # fmt: skip
+    """Those parts `[R, TOGETHER, EP]` themselves. What was never written may be NaN, so it is not read: no
+    weight would cancel it."""
+    place = base[:, None] + (first + tl.arange(0, TOGETHER))[None, :].to(tl.int64) * step
+    e = tl.arange(0, EP)
+    return tl.load(
+        parts + place[:, :, None] * E + e[None, None, :],
+        mask=(share > float("-inf"))[:, :, None] & (e < E)[None, None, :],
+        other=0.0,
+        eviction_policy=POLICY,
+    )
+
+
+@triton.jit
+def part_weights(share, total):
+    """Weights `[R, TOGETHER, 1]` of parts in a row whose whole log-sum-exp is `total`."""
+    return tl.where(share > float("-inf"), tl.exp2(share - total[:, None]), 0.0)[:, :, None]
+
+
+@triton.jit
+def part_sums(
+    parts, part_lse, all_lse, total, base, there, count, step, E: tl.constexpr, EP: tl.constexpr,
+    R: tl.constexpr, MANY: tl.constexpr, TOGETHER: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
+    POLICY: tl.constexpr,
+):  # fmt: skip
+    """The weighted sum `[R, EP]` of all parts, by way of TOGETHER sums a row: threads meet once, at the end,
+    and not at every step.
+
+    FORM "late" leaves it to the compiler to fetch ahead (STAGES); "ahead" has the parts of the next step
+    and the log-sum-exps of the one after it under way by itself.
+    """
+    sums = tl.zeros((R, TOGETHER, EP), tl.float32)
+    if TOGETHER == MANY:
+        x = part_rows(parts, all_lse, base, 0, step, TOGETHER, E, EP, POLICY)
+        sums += x.to(tl.float32) * part_weights(all_lse, total)
+    elif FORM == "late":
+        for first in tl.range(0, count, TOGETHER, num_stages=STAGES):
+            share = part_shares(part_lse, base, there, first, count, step, TOGETHER)
+            x = part_rows(parts, share, base, first, step, TOGETHER, E, EP, POLICY)
+            sums += x.to(tl.float32) * part_weights(share, total)
+    else:
+        share = part_shares(part_lse, base, there, 0, count, step, TOGETHER)
+        next_share = part_shares(part_lse, base, there, TOGETHER, count, step, TOGETHER)
+        x = part_rows(parts, share, base, 0, step, TOGETHER, E, EP, POLICY)
+        for first in range(0, count, TOGETHER):
+            later = part_shares(part_lse, base, there, first + 2 * TOGETHER, count, step, TOGETHER)
+            next_x = part_rows(parts, next_share, base, first + TOGETHER, step, TOGETHER, E, EP, POLICY)
+            sums += x.to(tl.float32) * part_weights(share, total)
+            x = next_x
+            share = next_share
+            next_share = later
+    return tl.sum(sums, axis=1)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
     parts, part_lse, out, lse, rows, count, outer, inner, step, E: tl.constexpr, EP: tl.constexpr,
-    R: tl.constexpr, MANY: tl.constexpr, TOGETHER: tl.constexpr, MORE: tl.constexpr,
+    R: tl.constexpr, MANY: tl.constexpr, TOGETHER: tl.constexpr, MORE: tl.constexpr, FORM: tl.constexpr,
+    STAGES: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """Join `count` partial attentions of R rows each: a weighted mean, weights exp2(lse - total lse).
 
     Part p of row r stands at row (r // inner) * outer + r % inner + p * step of `parts`; parts whose lse is
-    -inf were never written. With MORE, `out` and `lse` hold one more part of each row.
+    -inf were never written. With MORE, `out` and `lse` hold one more part of each row. FORM "each" adds up
+    the parts of a step at once; for the other forms see `part_sums`.
     """
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     base = (r // inner) * outer + r % inner
-    many = tl.arange(0, MANY)
-    all_lse = tl.load(
-        part_lse + base[:, None] + many[None, :].to(tl.int64) * step,
-        mask=(r < rows)[:, None] & (many < count)[None, :],
-        other=float("-inf"),
-    )
+    all_lse = part_shares(part_lse, base, r < rows, 0, count, step, MANY)
     peak = tl.max(all_lse, axis=1)
     if MORE:
         here = tl.load(lse + r, mask=r < rows, other=float("-inf"))
@@ -165,20 +228,16 @@ def merge_kernel(
         cells = r[:, None] * E + e[None, :]
         x_here = tl.load(out + cells, mask=known[:, None] & (e < E)[None, :], other=0.0)
         result += x_here.to(tl.float32) * tl.where(known, tl.exp2(here - total), 0.0)[:, None]
-    for first in range(0, count, TOGETHER):
-        p = first + tl.arange(0, TOGETHER)
-        place = base[:, None] + p[None, :].to(tl.int64) * step
-        share = tl.load(
-            part_lse + place, mask=(r < rows)[:, None] & (p < count)[None, :], other=float("-inf")
-        )
-        there = share > float("-inf")
-        x = tl.load(
-            parts + place[:, :, None] * E + e[None, None, :],
-            mask=there[:, :, None] & (e < E)[None, None, :],
-            other=0.0,
-        )
-        weight = tl.where(there, tl.exp2(share - total[:, None]), 0.0)
-        result += tl.sum(x.to(tl.float32) * weight[:, :, None], axis=1)
+    if FORM == "each":
+        for first in range(0, count, TOGETHER):
+            share = part_shares(part_lse, base, r < rows, first, count, step, TOGETHER)
+            x = part_rows(parts, share, base, first, step, TOGETHER, E, EP, POLICY)
+            result += tl.sum(x.to(tl.float32) * part_weights(share, total), axis=1)
+    else:
+        result += part_sums(
+            parts, part_lse, all_lse, total, base, r < rows, count, step, E, EP, R, MANY, TOGETHER, FORM,
+            STAGES, POLICY,
+        )  # fmt: skip
     if MORE:
         tl.debug_barrier()  # another thread may have read what this one is about to write
     tl.store(
@@ -203,7 +262,7 @@ def merge(
         )  # fmt: skip
 
 
-def merge_config(rows: int, count: int, width: int) -> dict[str, int]:
+def merge_config(rows: int, count: int, width: int) -> dict[str, Any]:
     wide = padded(width)
     together = min(8, 1 << (count - 1).bit_length())
     few = 1 if rows <= 1024 else 16  # few rows: spread them over the multiprocessors
@@ -212,6 +271,9 @@ def merge_config(rows: int, count: int, width: int) -> dict[str, int]:
         "TOGETHER": together,
         "MANY": 1 << (count - 1).bit_length(),
         "EP": wide,
+        "FORM": "each",
+        "STAGES": 1,
+        "POLICY": "",
         "num_warps": 4,
     }
 

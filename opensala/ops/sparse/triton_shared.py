@@ -26,6 +26,7 @@ from .triton_rows import COUNTS, Rows, tile_of
 
 WORD = tl.constexpr(32)  # bits
 MOST_QUERIES = 32  # of a tile: the bits of a block lie in one word
+PORTION = 2  # a block is shared that one in so many queries of a tile lists
 COUNTED = 1024  # blocks that a program counts at once
 LIMITS = tl.constexpr(3)  # numbers in `Shared.limits`
 
@@ -94,7 +95,7 @@ def mark_kernel(
 def share_kernel(
     marks, numbers, members, limits, lengths, cu, pages, sparse, tokens, length, begin, end, documents,
     per_row, words, room, HEADS: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, STEPS: tl.constexpr,
-    C: tl.constexpr,
+    PORTION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """The shared blocks of one tile and kv head: see `Shared`."""
     h = tl.program_id(1).to(tl.int64)
@@ -105,7 +106,7 @@ def share_kernel(
     )
     row = (b * tl.num_programs(0) + index) * HEADS + h
     count = tl.maximum(last - tl.maximum(first, begin), 0).to(tl.int32)
-    enough = tl.maximum((count + 1) // 2, 1)
+    enough = tl.maximum((count + PORTION - 1) // PORTION, 1)
     past = tl.where(count > 0, (position0.to(tl.int32) + 1) // SIZE, 0)
     taken = past * 0
     for piece in range(0, past, C):
@@ -146,7 +147,11 @@ def share(blocks: Tensor, size: int, rows: Rows, begin: int, queries: int) -> Sh
     (batch, count, heads, chosen), device = blocks.shape, blocks.device
     end = begin + count
     most = blocks_of(rows, size)
-    words, room, tiles = cdiv(most * queries, 32), min(2 * chosen, most), rows.tiles(queries, begin, end)
+    words, room, tiles = (
+        cdiv(most * queries, 32),
+        min(PORTION * chosen, most),
+        rows.tiles(queries, begin, end),
+    )
     marks, numbers, members, limits = (
         torch.empty(batch, tiles, heads, n, dtype=torch.int32, device=device) for n in (words, room, room, 3)
     )
@@ -160,7 +165,7 @@ def share(blocks: Tensor, size: int, rows: Rows, begin: int, queries: int) -> Sh
         share_kernel[(tiles, heads, batch)](
             marks, numbers, members, limits, rows.lengths, rows.cu, rows.pages, rows.sparse, rows.tokens,
             rows.length, begin, end, rows.documents, rows.per_row, words, room,
-            C=min(COUNTED, 1 << (most - 1).bit_length()), **common,
+            PORTION=PORTION, C=min(COUNTED, 1 << (most - 1).bit_length()), **common,
         )  # fmt: skip
     return Shared(marks, numbers, members, limits, queries, begin)
 
@@ -174,7 +179,10 @@ def compile_cases(arch: int) -> CompileCases:
         ("pages", ()),
         ("batch", ("cu", "pages", "sparse", "lengths")),
     ):
-        for kernel, more in ((mark_kernel, {"LIST": 96, "LIST_P": 128}), (share_kernel, {"C": COUNTED})):
+        for kernel, more in (
+            (mark_kernel, {"LIST": 96, "LIST_P": 128}),
+            (share_kernel, {"PORTION": PORTION, "C": COUNTED}),
+        ):
             constants = {"HEADS": 2, "SIZE": 64, "BQ": 8, "STEPS": 4, **more, **dict.fromkeys(absent)}
             constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
             types = {**dict.fromkeys(integers, "i32"), **dict.fromkeys(pointers, "*i32")}
