@@ -83,7 +83,7 @@ class Recorder:
         def launch(*args: Any, **options: Any) -> None:
             function = self.kernel.fn
             short = function.__name__.removesuffix("_kernel")
-            kept = args
+            kept = with_any_counts(self.kernel, args)
             if not self.dry and short in OUTPUTS:
                 first = all(n.kernel != function.__name__ for n in self.notes)
                 kept = with_fresh_outputs(self.kernel, short, args) if first else ()
@@ -98,6 +98,17 @@ def with_fresh_outputs(kernel: Any, short: str, args: tuple[Any, ...]) -> tuple[
     """The arguments of a launch with copies of what it writes."""
     return tuple(
         x.clone() if n in OUTPUTS[short] else x for n, x in zip(kernel.arg_names, args, strict=False)
+    )
+
+
+def with_any_counts(kernel: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with one value for all numbers on which compiling does not depend: chunks that differ in
+    them alone are compiled once."""
+    from opensala.ops.sparse.triton_rows import COUNTS
+
+    return tuple(
+        2 if n in COUNTS and type(x) is int and x < 1 << 31 else x
+        for n, x in zip(kernel.arg_names, args, strict=False)
     )
 
 
@@ -330,7 +341,8 @@ class Tuner:
             self.real.setdefault(launch.kernel, launch)
         self.problem.wait()
         for variant, plan in zip(self.variants, self.plans, strict=True):
-            self.add(variant, *self.state(plan), plan)
+            seconds, note = self.state(plan)
+            self.add(variant, seconds, note if variant.changes else "", plan)  # the call above compiled those
         best = {k: v.changes[k] for k in CONFIGS if (v := self.best(k)).changes}
         self.add(Variant("op", best), 0.0, "", [])
         for name, value in self.best("op").changes.items():
