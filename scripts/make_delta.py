@@ -10,7 +10,7 @@ config.json. The base must have been pulled. Texts say which errors of the few b
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from opensala.runs import read_json, write_json
 
 DTYPE = "bfloat16"
 PIECES, LENGTH = 16, 1024
+METHOD = "HALO: alignment, distillation at 1,024 tokens, then at 4,096 tokens with sparse attention"
 NOTICE = """{name} is a derivative of SmolLM2-135M-Instruct (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct),
 by Hugging Face (HuggingFaceTB), licensed under the Apache License, Version 2.0 (http://www.apache.org/licenses/LICENSE-2.0).
 
@@ -58,6 +59,15 @@ def trained(run: Path) -> dict[str, dict[str, int]]:
     }
 
 
+def added(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """The phases of a conversion and of one that went on from it, numbered where both have one."""
+    found = dict(earlier)
+    for name, phase in later.items():
+        number = 1 + sum(key.split(" ")[0] == name for key in earlier)
+        found[name if number == 1 else f"{name} {number}"] = phase
+    return found
+
+
 def base_of(name: str, given: str | None) -> tuple[Path | str, dict[str, str]]:
     """Where the base lies, and what names it in the manifest: the catalogue's, or a folder of one's own."""
     if given is not None and given != DELTAS[name].base:
@@ -79,8 +89,11 @@ def main(
         Path | None, typer.Option(help="Folder to write instead of the one in the package.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder of the base, if it is another one.")] = None,
+    method: Annotated[str, typer.Option(help="How it was trained, in a line.")] = METHOD,
 ) -> None:
     base, named = base_of(name, teacher)
+    start = read_json(run / "config.json").get("start")  # of a run that went on from another delta
+    earlier = read_json(Path(start) / MANIFEST)["trained"] if start else {}
     folder = output or DELTAS[name].folder
     shutil.rmtree(folder, ignore_errors=True)
     source = outcome or run / "outcome"
@@ -100,9 +113,9 @@ def main(
         "files": files,
         "dtype": DTYPE,
         "weights": weights_checksum(assembled(base, folder, getattr(torch, DTYPE))),
-        "method": "HALO: alignment, distillation at 1,024 tokens, then at 4,096 tokens with sparse attention",
+        "method": method,
         "kept_layers": kept,
-        "trained": trained(run),
+        "trained": added(earlier, trained(run)),
         "result": read_json(run / "result.json"),
     }
     write_json(folder / MANIFEST, manifest)

@@ -176,11 +176,11 @@ def plot_distillation(records: list[dict[str, Any]], path: Path) -> None:
 def plot_curves(
     curves: dict[str, list[tuple[float, float]]], title: str, labels: tuple[str, str], path: Path
 ) -> None:
-    """Named curves of points above 0 on logarithmic axes, which `labels` name."""
+    """Named curves of points above 0, the vertical axis logarithmic; `labels` name the axes."""
     figure, axes = _axes(title, *labels)
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), linewidth=1.2, label=name)
-    axes.set(xscale="log", yscale="log")
+    axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:.2g}")

@@ -140,12 +140,12 @@ def size_of(x: Tensor, bits: int) -> int:
 
 
 def allowed(name: str, x: Tensor) -> tuple[int, ...]:
-    """Widths a tensor may take: vectors are left alone, low-rank factors stay at eight bits or more."""
+    """Widths a tensor may take: vectors are left alone, low-rank factors stay at six bits or more."""
     if x.dim() != 2:
         return (16,)
-    if ".lora_" in name or x.shape[1] % 8:
+    if x.shape[1] % 8:
         return (8, 16)
-    return WIDTHS
+    return tuple(w for w in WIDTHS if w >= 6) if ".lora_" in name else WIDTHS
 
 
 def choose_widths(
