@@ -3,7 +3,7 @@
 Reads a document with the shipped model (or finds it read in --context), asks about it anew, reopened, and
 reopened with less memory than it has; extends copies, each time beside the same tokens with everything in
 memory. Each figure is wall-clock seconds, and seconds of processor time behind it. --opening measures only
-what opening a context that is there costs.
+what opening a context that is there costs, --extending only what extending it does.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from opensala.contexts import Context
-from opensala.contexts.backing import DiskBacking
 from opensala.contexts.pages import read_tokens
 from opensala.contexts.store import fork
 from opensala.data.text import long_document
@@ -37,7 +36,7 @@ def timed(name: str, work: Callable[[], Any]) -> Any:
 def opened(engine: Engine, path: Path) -> None:
     """Opening, and the first token of an answer; bytes read for each."""
     engine = Engine(engine.model, engine.tokenizer, engine.options)
-    backing, start = DiskBacking.of(engine), time.perf_counter()
+    backing, start = engine.tiers(), time.perf_counter()
     with timed("open", lambda: Context.open(engine, path)) as context:
         opening, read = time.perf_counter() - start, backing.counter.bytes
         answer = context.ask(QUESTION)
@@ -65,29 +64,45 @@ def used(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def extended(engine: Engine, path: Path, rounds: int) -> None:
     """About 1,000 tokens more, on disk, right after opening and again, each beside the same tokens with
-    everything in memory: seconds of processor time."""
-    copy, text = path.with_name(path.name + ".copy"), long_document(10_000 * rounds, seed=7)
-    parts = iter([Document("more", text[2900 * n : 2900 * (n + 1)]) for n in range(2 * rounds)])
-    seconds: dict[str, list[float]] = {"first": [], "first in memory": [], "next": [], "next in memory": []}
-    for _ in range(rounds):
+    everything in memory, in turn the one and the other first: seconds of processor time. A round before
+    the others is not counted: it makes the process's work memory."""
+    copy, text = path.with_name(path.name + ".copy"), long_document(2400 * 2 * (rounds + 1), seed=7)
+    parts = iter([Document("more", text[2400 * n : 2400 * (n + 1)]) for n in range(2 * rounds + 2)])
+    seconds: dict[str, list[tuple[float, float]]] = {"first": [], "next": []}
+    for turn in range(-1, rounds):
         shutil.rmtree(copy, ignore_errors=True)
         fork(path, copy)
         disk, memory = (Engine(engine.model, engine.tokenizer, engine.options) for _ in range(2))
         with Context.open(disk, copy, write=True) as context, Context.open(memory, path) as beside:
-            memory.storage.backing.bring(beside._hold.pages)
-            for name in ("first", "next"):
-                more = [next(parts)]
-                seconds[name].append(used(lambda c=context, m=more: c.extend(m))[0])
-                tokens = context.tokens
-                took, hold = used(lambda e=memory, t=tokens: read_tokens(e, t))
-                seconds[f"{name} in memory"].append(took)
-                memory.scheduler.let_go(hold)
+            memory.tiers().bring(beside._hold.pages if beside._hold else [])
+            for each in seconds.values():
+                pair = both(context, memory, [next(parts)], disk_first=turn % 2 == 0)
+                each += [pair] if turn >= 0 else []
     shutil.rmtree(copy)
     for name, each in seconds.items():
-        print(f"extend, {name}: median {statistics.median(each):.3f} s of {[round(x, 3) for x in each]}")
-    for name in ("first", "next"):
-        ratio = statistics.median(seconds[name]) / statistics.median(seconds[f"{name} in memory"])
-        print(f"  {name}: {ratio:.2f} times the work in memory", flush=True)
+        kept, held = (statistics.median(x) for x in zip(*each, strict=True))
+        ratios = [a / b for a, b in each]
+        print(f"extend, {name}: median {kept:.3f} s, in memory {held:.3f} s, {kept / held:.2f} times;")
+        print(f"  of pairs {statistics.median(ratios):.2f}: {[round(x, 2) for x in ratios]}", flush=True)
+
+
+def both(context: Context, memory: Engine, more: list[Document], disk_first: bool) -> tuple[float, float]:
+    """Extend a context on disk, and read the same tokens with an engine that has its text in memory."""
+    found = context.wording.longer(context.tokens, context.tail, context.wording.joined([[], more]))
+    assert found is not None, "the longer text goes on behind what was read"
+
+    def on_disk() -> float:
+        return used(lambda: context.extend(more))[0]
+
+    def in_memory() -> float:
+        took, hold = used(lambda: read_tokens(memory, found[0]))
+        memory.scheduler.let_go(hold)
+        return took
+
+    if disk_first:
+        return on_disk(), in_memory()
+    held = in_memory()
+    return on_disk(), held
 
 
 def main() -> None:
@@ -96,12 +111,16 @@ def main() -> None:
     parser.add_argument("--context", type=Path, default=Path("measured.ctx"), help="folder, made if need be")
     parser.add_argument("--anew", action="store_true", help="also read everything anew")
     parser.add_argument("--opening", action="store_true", help="only open --context and ask")
+    parser.add_argument("--extending", action="store_true", help="only extend copies of --context")
     parser.add_argument("--rounds", type=int, default=5, help="of extending")
     options = parser.parse_args()
     logging.getLogger("opensala").setLevel(logging.ERROR)
     engine = load_engine(options=EngineOptions(max_cached_tokens=2 * options.tokens))
     if options.opening:
         opened(engine, options.context)
+        return
+    if options.extending:
+        extended(engine, options.context, options.rounds)
         return
     text = long_document(int(options.tokens * 2.9))
     documents = [Document("d", text[: len(text) // 3] + FACT + text[len(text) // 3 :])]

@@ -3,12 +3,13 @@
 It knows files and bytes only.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import xxhash
 
 SUM_BYTES = 16
 
@@ -24,8 +25,12 @@ class DamagedContext(ValueError):
 
 
 def checksum(*parts: bytes | bytearray | memoryview) -> bytes:
-    """BLAKE2b of the parts, one behind the other, in 16 bytes."""
-    state = hashlib.blake2b(digest_size=SUM_BYTES)
+    """XXH3 of the parts, one behind the other, in 16 bytes.
+
+    It finds damage, seven times as fast as a cryptographic hash (BLAKE2b), which would find no more of it:
+    whoever can change a file on purpose can change what is noted of it as well.
+    """
+    state = xxhash.xxh3_128()
     for part in parts:
         state.update(part)
     return state.digest()

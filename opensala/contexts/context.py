@@ -20,7 +20,6 @@ from ..engine.documents import join_documents
 from ..engine.progress import token_progress
 from ..engine.request import Sequence
 from ..engine.scheduler import Hold, common_length
-from .backing import DiskBacking
 from .checks import DamagedContext
 from .folder import ContextFolder, link_files
 from .identity import check_identity, identity
@@ -147,7 +146,7 @@ class Context:
             check_identity(folder.path, folder.manifest.identity, identity(engine))
             context = cls(engine, folder.manifest, folder)
             if host_memory is not None:
-                DiskBacking.of(engine).budget = host_memory
+                engine.tiers().budget = host_memory
             if folder.manifest.segments:
                 context._hold = load(engine, folder)
                 context.tokens = context._hold.tokens[:]
@@ -303,10 +302,11 @@ class Context:
         if not self.is_whole:
             self._go_on_with(documents, quiet)
             return
-        batches = [*self._all_batches(), documents]
-        more = Wording.joined([[], documents]) if self._all_batches() else join_documents(documents)
+        follows = bool(self.manifest.texts if self._batches is None else self._batches)
+        more = Wording.joined([[], documents]) if follows else join_documents(documents)
         found = self.wording.longer(self.tokens, self.tail, more)
-        tokens, tail = found or self.wording.document(Wording.joined(batches))
+        # the texts before are read from disk only if the new one changes how their end is cut into tokens
+        tokens, tail = found or self.wording.document(Wording.joined([*self._all_batches(), documents]))
         before = self.manifest, self.tail, self._batches
         texts = list(self.manifest.texts)
         if self.folder is not None:
@@ -320,7 +320,8 @@ class Context:
             tail=tail.text,
             tail_tokens=tail.tokens,
         )
-        self.tail, self._batches = tail, batches
+        self.tail = tail
+        self._batches = None if self._batches is None else [*self._batches, documents]
         try:
             self._read_on(tokens, f"reading {len(tokens) - len(self.tokens):,} more tokens", quiet)
         except BaseException:

@@ -6,7 +6,7 @@ line.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from .checks import DamagedContext, damaged, seal, write_bytes
 from .segment import Written
 
 FORMAT = "opensala-context"
-VERSION = 1
+VERSION = 2  # 1 had BLAKE2b sums
 MANIFEST = "manifest.json"
 
 
@@ -91,7 +91,8 @@ class Manifest:
 
     def text(self) -> bytes:
         """What the file holds."""
-        return seal({"format": FORMAT, "version": VERSION, **asdict(self)})
+        lists = {n: [vars(x) for x in getattr(self, n)] for n in ("segments", "texts", "turns")}
+        return seal({"format": FORMAT, "version": VERSION, **vars(self), **lists})
 
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest by this one."""

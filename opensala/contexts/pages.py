@@ -10,7 +10,7 @@ from torch import Tensor
 from ..engine import Engine, SamplingParams
 from ..engine.request import Sequence as Running
 from ..engine.scheduler import Hold
-from .backing import DiskBacking
+from ..model.tiers import Tiers
 from .checks import damaged
 from .folder import ContextFolder
 from .manifest import Manifest, page_sources
@@ -95,7 +95,7 @@ def load(
     Raises:
         ValueError: it does not fit into memory, or is damaged.
     """
-    backing, manifest = DiskBacking.of(engine), manifest or folder.manifest
+    backing, manifest = engine.tiers(), manifest or folder.manifest
     files = [folder.segment(known, backing.counter) for known in manifest.segments]
     tokens = tokens_of(engine, files)
     if len(tokens) != manifest.tokens:
@@ -123,7 +123,7 @@ def restore(engine: Engine, files: Sequence[SegmentFile], sparse: bool, namespac
     Raises:
         ValueError: it does not fit into memory, is damaged, or `prompt` does not begin with it.
     """
-    backing, tokens = DiskBacking.of(engine), tokens_of(engine, files)
+    backing, tokens = engine.tiers(), tokens_of(engine, files)
     if tokens != prompt[: len(tokens)]:
         raise damaged(files[-1].path, "tokens", "those that its name is the hash of", "others")
     hold = engine.scheduler.place(tokens, sparse, namespace)
@@ -152,7 +152,7 @@ def tokens_of(engine: Engine, files: Sequence[SegmentFile]) -> array:
     return tokens
 
 
-def _fill(engine: Engine, backing: DiskBacking, files: Sequence[SegmentFile], hold: Hold) -> None:
+def _fill(engine: Engine, backing: Tiers, files: Sequence[SegmentFile], hold: Hold) -> None:
     """Compressed keys and last states now; keys and values are expected from the files."""
     sources = page_sources([file.known for file in files])
     where, index = (np.array(x) for x in zip(*sources, strict=True))

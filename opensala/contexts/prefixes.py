@@ -36,7 +36,7 @@ from .pages import pages_of, restore, states_of
 from .segment import Counter, SegmentFile, Written, write_segment
 
 INDEX = "index.json"
-FORMAT, VERSION = "opensala-prefixes", 1
+FORMAT, VERSION = "opensala-prefixes", 2  # 1 had BLAKE2b sums
 PIECE_PAGES = 250  # of a run at most: what a request that comes while one is written waits for
 LEAST_TOKENS = 256  # that a restored text must save; fewer are read in no time
 CLOSE_SECONDS = 30.0
@@ -365,7 +365,8 @@ def _checked(path: Path, data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(data)
         sealed = {name: value for name, value in record.items() if name != "checksum"}
-        if seal(sealed) == data and {"format", "version", "page_size"} <= set(sealed):
+        whole = sealed.get("version") != VERSION or seal(sealed) == data  # others seal theirs in other ways
+        if whole and {"format", "version", "page_size"} <= set(sealed):
             return sealed
     except (ValueError, AttributeError) as error:
         raise damaged(path, "the index", "JSON", f"something else ({error})") from error
@@ -373,7 +374,10 @@ def _checked(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _keys(tokens: array, ends: Sequence[int], sparse: bool, namespace: str) -> Iterator[str]:
-    """Hashes of the beginnings of `tokens` that end there, in ascending order."""
+    """Hashes of the beginnings of `tokens` that end there, in ascending order.
+
+    A cryptographic hash, unlike the checksums: nobody can make a text whose run is taken for another's.
+    """
     state = hashlib.blake2b(json.dumps([FORMAT, VERSION, namespace, sparse]).encode(), digest_size=SUM_BYTES)
     place, data = 0, memoryview(tokens).cast("B")
     width = tokens.itemsize

@@ -7,7 +7,7 @@ A segment is a safetensors file that is never changed once it is there:
     kv.L             [pages, 2, block_size, Hkv, D]  keys and values of sparse layer L, page by page
                                                      (int8: D + 4, as `ops.sparse.int8` says)
     k1.L, k2.L       [pages, slots, Hkv, D]          compressed keys
-    sums.L           uint8 [pages, 16]               BLAKE2b of each page's keys and values together
+    sums.L           uint8 [pages, 16]               checksum of each page's keys and values together
     state.L          float32 [H, D, D]               of Lightning layer L, if the segment ends at a snapshot
 
 Whoever refers to a segment keeps its size, the checksum of its header and those of its tensors, but for keys
@@ -266,10 +266,12 @@ class SegmentFile:
         place, size = self._places[layer]
         return place + index * size, size
 
-    def hint(self, layer: int, index: int) -> None:
-        """Say that a page will be read soon: the disk can begin with it, and with others beside it."""
+    def hint(self, layer: int, index: int, count: int = 1) -> None:
+        """Say that `count` pages will be read soon: the disk can begin with them, and with others beside
+        them."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._handle, *self._page_place(layer, index), os.POSIX_FADV_WILLNEED)
+            place, size = self._page_place(layer, index)
+            os.posix_fadvise(self._handle, place, count * size, os.POSIX_FADV_WILLNEED)
 
     def read_page(self, layer: int, index: int, keys: memoryview, values: memoryview) -> None:
         """Keys and values of the segment's page `index`, checked, into memory of their size.

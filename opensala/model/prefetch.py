@@ -13,8 +13,8 @@ import numpy as np
 class Source(Protocol):
     """A file in which pages of keys and values lie."""
 
-    def hint(self, layer: int, index: int) -> None:
-        """Say that a page will be read soon."""
+    def hint(self, layer: int, index: int, count: int = 1) -> None:
+        """Say that `count` pages from `index` on will be read soon."""
 
     def read_page(self, layer: int, index: int, keys: memoryview, values: memoryview) -> None:
         """Keys and values of page `index`, checked, into memory of their size; ValueError if damaged."""

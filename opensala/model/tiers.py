@@ -13,7 +13,6 @@ pool is on the device.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,10 +31,6 @@ Piece = tuple[slice, KVPages, PageTable]
 _AHEAD = 8  # one part in so many of the host's budget is for pages that are read ahead
 _AHEAD_ALWAYS = 64  # such pages where there is no budget
 _ONCE = 256  # queries of a layer, at most, whose choice says what the next token will choose
-
-
-class _Engine(Protocol):
-    def tiers(self) -> "Tiers": ...
 
 
 class Tiers:
@@ -82,11 +77,6 @@ class Tiers:
         if device_memory is not None:
             assert allocate is not None, "someone makes the frames"
             self.device = DeviceFrames(self, device_memory, allocate)
-
-    @staticmethod
-    def of(engine: _Engine) -> "Tiers":
-        """Those of an engine's storage, made at the first call."""
-        return engine.tiers()
 
     @property
     def page_bytes(self) -> int:
@@ -205,14 +195,22 @@ class Tiers:
 
     def hint(self, pages: Sequence[int]) -> None:
         """Let the disk begin with what is sure to be wanted."""
-        for layer in self.layers:
-            for page in pages:
-                if self._is_absent(layer, page):
-                    source, index = self._sources[page]
-                    source.hint(layer, index)
+        wanted = np.array(pages, np.int64)
+        wanted = wanted[self.host.bound[wanted]]
+        for row, layer in enumerate(self.layers):
+            self._hint(layer, wanted[self.host.of[row, wanted] < 0].tolist())
 
-    def _is_absent(self, layer: int, page: int) -> bool:
-        return bool(self.host.bound[page] and self.host.of[self._row[layer], page] < 0)
+    def _hint(self, layer: int, pages: Sequence[int]) -> None:
+        """The same, of pages on disk; neighbours in one file are one request."""
+        runs: list[tuple[Source, int, int]] = []
+        for page in pages:
+            source, index = self._sources[page]
+            if runs and runs[-1][0] is source and runs[-1][1] + runs[-1][2] == index:
+                runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+            else:
+                runs.append((source, index, 1))
+        for source, index, count in runs:
+            source.hint(layer, index, count)
 
     # --- up to the host ---
 
@@ -237,13 +235,14 @@ class Tiers:
 
     def _read(self, layer: int, pages: list[int]) -> None:
         ready = {page: self.ahead.take(layer, page) for page in pages}
-        for page, data in ready.items():
-            if data is None:
-                source, index = self._sources[page]
-                source.hint(layer, index)
-        for page, data in ready.items():
-            self._fill(layer, page, data)
-            self.host.put(self._row[layer], np.array([page]))  # one by one: a damaged one stays absent
+        self._hint(layer, [page for page, data in ready.items() if data is None])
+        done = 0
+        try:
+            for page, data in ready.items():
+                self._fill(layer, page, data)
+                done += 1
+        finally:  # a damaged page, and those behind it, stay absent
+            self.host.put(self._row[layer], np.array(pages[:done], np.int64))
 
     def _fill(self, layer: int, page: int, data: np.ndarray | None) -> None:
         source, index = self._sources[page]

@@ -3,6 +3,7 @@
 import pytest
 
 from opensala.contexts import Context, context
+from opensala.contexts.folder import ContextFolder
 from opensala.engine import Document, Engine, ask
 from opensala.model import tiers
 
@@ -53,6 +54,24 @@ def test_extended_forked_rolled_back(length, tmp_path):
             for question in QUESTIONS:
                 assert outcome(context.ask(question, PARAMS)) == outcome(fresh(of, docs, question))
             running.check_integrity()
+
+
+def test_extending_reads_no_text_of_before(tmp_path, monkeypatch):
+    """Where the end of the text is known to be cut as before; all documents are there afterwards."""
+    of, docs = model(), [documents(300), documents(133, 5, "more.txt"), documents(90, 6, "last.txt")]
+    Context.ingest(engine(of), docs[0], tmp_path / "a.ctx").close()
+    read, real = [], ContextFolder._text
+    monkeypatch.setattr(ContextFolder, "_text", lambda *args: read.append(args) or real(*args))
+    with Context.open(engine(of), tmp_path / "a.ctx", write=True) as kept:
+        assert kept.tail.tokens
+        kept.extend(docs[1])
+        assert not read and kept.documents == docs[0] + docs[1]
+        kept.extend(docs[2])
+        assert len(read) == 2 and kept.documents == docs[0] + docs[1] + docs[2] and len(read) == 2
+    with Context.open(engine(of), tmp_path / "a.ctx") as kept:
+        joined = [Document("book.txt", kept._joined())]
+        assert kept.documents == docs[0] + docs[1] + docs[2]
+        assert outcome(kept.ask("who?", PARAMS)) == outcome(fresh(of, joined, "who?"))
 
 
 def test_only_what_is_touched_is_read(tmp_path):

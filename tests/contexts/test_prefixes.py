@@ -2,6 +2,7 @@
 limit holds."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -236,9 +237,9 @@ def test_another_version_is_begun_anew(tmp_path, caplog):
     filled(of, tmp_path / "p")
     path = tmp_path / "p" / "index.json"
     record = prefixes._checked(path, path.read_bytes())
-    path.write_bytes(checks.seal({**record, "version": 0}))
+    path.write_text(json.dumps({**record, "version": 1, "checksum": "of another kind"}))
     with Started(of, tmp_path / "p") as running:
-        assert "is begun anew: version 0" in caplog.text and not running.prefixes.num_bytes
+        assert "is begun anew: version 1" in caplog.text and not running.prefixes.num_bytes
     assert [p.name for p in (tmp_path / "p").iterdir()] == ["index.json"]
 
 

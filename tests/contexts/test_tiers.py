@@ -8,6 +8,7 @@ import torch
 
 from opensala.contexts import Context, DamagedContext
 from opensala.contexts.prefixes import PrefixFolder
+from opensala.contexts.segment import SegmentFile
 from opensala.engine import Engine, EngineOptions, ask
 from opensala.model import tiers as tiers_module
 
@@ -142,6 +143,59 @@ def test_damage_is_seen_when_a_page_comes_up(kept, tmp_path):
             for question in QUESTIONS * 2:
                 context.ask(question, PARAMS)
     running.check_integrity()
+
+
+def test_of_a_choice_only_what_was_checked_is_at_hand(kept, tmp_path):
+    """A damaged page, and those behind it, stay absent, and come when the file is whole again."""
+    of, folder, *_ = kept
+    shutil.copytree(folder, tmp_path / "c.ctx")
+    free, running = (engine(of, max_cached_tokens=8000) for _ in range(2))
+    with Context.open(free, folder) as whole, Context.open(running, tmp_path / "c.ctx") as context:
+        tiers, pages = running.tiers(), context._hold.pages[40:50]
+        absent = tiers.host.of[0, pages] < 0
+        assert absent.all()
+        source, index = tiers._sources[pages[4]]
+        place, size = source._page_place(tiers.layers[0], index)
+        with open(source.path, "r+b") as file:
+            file.seek(place + size - 1)
+            last = file.read(1)[0]
+            file.seek(place + size - 1)
+            file.write(bytes([last ^ 1]))
+            file.flush()
+            for _ in range(2):
+                with pytest.raises(DamagedContext, match=f"page {index} of layer 0"):
+                    tiers.bring(pages, tiers.layers[0])
+                assert (tiers.host.of[0, pages] >= 0).tolist() == [True] * 4 + [False] * 6
+            file.seek(place + size - 1)
+            file.write(bytes([last]))
+            file.flush()
+            tiers.bring(pages, tiers.layers[0])
+        assert (tiers.host.of[0, pages] >= 0).all()
+        free.tiers().bring(whole._hold.pages)
+        for found, wanted in zip(running.storage.kv[0][:2], free.storage.kv[0][:2], strict=True):
+            assert torch.equal(found[pages], wanted[whole._hold.pages[40:50]])
+
+
+def test_the_disk_is_told_of_neighbours_together(kept, monkeypatch):
+    """Once for each run of pages, of absent ones only, before any of them is read."""
+    of, folder, *_ = kept
+    running = engine(of, max_cached_tokens=8000)
+    told, read, real = [], [], SegmentFile.read_page
+    monkeypatch.setattr(SegmentFile, "hint", lambda *args: told.append(args[1:]))
+    with Context.open(running, folder) as context:
+        tiers, pages = running.tiers(), context._hold.pages
+        assert len(tiers._sources) == len(pages) and tiers._sources[pages[0]][1] == 0
+        tiers.bring([pages[12]], 0)
+        told.clear()
+
+        def reading(file, layer, index, *memory):
+            read.append((len(told), layer, index))
+            real(file, layer, index, *memory)
+
+        monkeypatch.setattr(SegmentFile, "read_page", reading)
+        tiers.bring([pages[n] for n in (10, 11, 12, 13, 14, 40)], 0)
+        assert told == [(0, 10, 2), (0, 13, 2), (0, 40, 1)]
+        assert read == [(3, 0, n) for n in (10, 11, 13, 14, 40)]
 
 
 def test_a_page_that_is_given_to_others_is_not_found_read_ahead(kept):
