@@ -8,6 +8,7 @@ what opening a context that is there costs, --extending only what extending it d
 
 import argparse
 import logging
+import mmap
 import shutil
 import statistics
 import time
@@ -24,6 +25,8 @@ from opensala.engine import Document, Engine, EngineOptions, SamplingParams, ask
 FACT = "\nThe access code for the north gate is 48213.\n"
 QUESTION = "What is the access code for the north gate?"
 LONG = SamplingParams(max_tokens=128, ignore_eos=True)
+FRESH = False  # set by --fresh
+_AT_HAND = 256 << 20  # bytes
 
 
 def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -57,6 +60,17 @@ def bounded(engine: Engine, path: Path, budget: int | None) -> None:
 
 
 def used(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of processor time, and what came of it.
+
+    A virtual machine's host takes memory back that is free for a while, and gives it again page by page. That
+    counts as the guest's time, and is several times what a first use of memory costs otherwise. So that it
+    is not measured, free memory is used a moment before (unless FRESH).
+    """
+    if not FRESH:
+        some = mmap.mmap(-1, _AT_HAND)
+        some.madvise(mmap.MADV_NOHUGEPAGE)
+        some.write(bytes(_AT_HAND))
+        some.close()
     start = time.process_time()
     result = work()
     return time.process_time() - start, result
@@ -106,6 +120,7 @@ def both(context: Context, memory: Engine, more: list[Document], disk_first: boo
 
 
 def main() -> None:
+    global FRESH
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=262144, help="about so many")
     parser.add_argument("--context", type=Path, default=Path("measured.ctx"), help="folder, made if need be")
@@ -113,7 +128,9 @@ def main() -> None:
     parser.add_argument("--opening", action="store_true", help="only open --context and ask")
     parser.add_argument("--extending", action="store_true", help="only extend copies of --context")
     parser.add_argument("--rounds", type=int, default=5, help="of extending")
+    parser.add_argument("--fresh", action="store_true", help="also measure a host that gives memory again")
     options = parser.parse_args()
+    FRESH = options.fresh
     logging.getLogger("opensala").setLevel(logging.ERROR)
     engine = load_engine(options=EngineOptions(max_cached_tokens=2 * options.tokens))
     if options.opening:
