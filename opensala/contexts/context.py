@@ -25,7 +25,7 @@ from .folder import ContextFolder, link_files
 from .identity import check_identity, identity
 from .manifest import MANIFEST, Manifest, Turn
 from .merge import merge_if_worth_it
-from .pages import load, pages_of, read_tokens, states_of
+from .pages import hand_over, load, pages_of, read_tokens, states_of
 from .segment import Written
 from .wording import Tail, Wording
 
@@ -540,6 +540,7 @@ class Context:
         )
         self._saved = tokens[:]
         self.manifest = merge_if_worth_it(self.folder)
+        hand_over(self.engine, self.folder, pages)
 
     def _put(self, manifest: Manifest) -> None:
         assert self.folder is not None, "it has one"

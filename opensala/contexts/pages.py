@@ -116,6 +116,28 @@ def load(
     return hold
 
 
+def hand_over(engine: Engine, folder: ContextFolder, pages: Sequence[int]) -> None:
+    """Let a text's pages give way in memory where they are on disk now, if memory for such pages is bounded.
+
+    The last page stays if it is not full: it goes on growing in memory.
+
+    Args:
+        pages: of the folder's tokens, from the first on.
+
+    Raises:
+        DamagedContext: a segment is not there any more.
+    """
+    tiers, manifest = engine.tiers(), folder.manifest
+    if tiers.budget is None:
+        return
+    full = pages[: manifest.tokens // manifest.page_size]
+    places = manifest.page_sources()[: len(full)]
+    new = np.flatnonzero(~tiers.on_disk(full)).tolist()
+    numbers = sorted({places[i][0] for i in new})
+    files = {n: folder.segment(manifest.segments[n], tiers.counter) for n in numbers}
+    tiers.hand_over([full[i] for i in new], [(files[places[i][0]], places[i][1]) for i in new])
+
+
 def restore(engine: Engine, files: Sequence[SegmentFile], sparse: bool, namespace: str, prompt: array) -> int:
     """Put a text of before a restart into the prefix tree, all of it read and checked; the files are not
     needed any more. Returns its number of tokens.

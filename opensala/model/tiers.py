@@ -173,6 +173,19 @@ class Tiers:
         self.host.bound[list(pages)] = True
         self._sources.update(zip(pages, sources, strict=True))
 
+    def on_disk(self, pages: Sequence[int]) -> np.ndarray:
+        """Of each page, whether its keys and values lie in a segment."""
+        return self.host.bound[list(pages)]
+
+    def hand_over(self, pages: Sequence[int], sources: Sequence[tuple[Source, int]]) -> None:
+        """Note that pages which were computed here, and will not change any more, lie in segments now: they
+        may give way from now on. Between two steps."""
+        self.host.bound[list(pages)] = True
+        self._sources.update(zip(pages, sources, strict=True))
+        for row in range(len(self.layers)):
+            self.host.put(row, np.array(pages, np.int64))
+        self._give_back(self.host.shrink())
+
     def forget(self, page: int) -> None:
         """Nobody holds this page any longer."""
         if self.device is not None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from opensala.contexts import Context, DamagedContext
+from opensala.contexts import context as context_module
 from opensala.contexts.prefixes import PrefixFolder
 from opensala.contexts.segment import SegmentFile
 from opensala.engine import Engine, EngineOptions, ask
@@ -125,6 +126,38 @@ def test_short_texts_attend_densely_on_a_small_device(kept):
     docs = documents(40)
     small = ask(in_frames(kept[0], 20), docs, "who?", PARAMS, quiet=True)
     assert outcome(small) == outcome(ask(engine(kept[0]), docs, "who?", PARAMS, quiet=True))
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_a_text_is_read_in_far_less_memory_than_it_takes(kv_dtype, kept, tmp_path, monkeypatch):
+    """What is in a segment gives way while the rest is read, and while it is extended: to the same bytes."""
+    of, _, docs, _ = kept
+    size, more = (1 if kv_dtype == "auto" else 3 / 8), documents(700, 5, "more.txt")
+    free = engine(of, max_cached_tokens=8000, kv_dtype=kv_dtype)
+    with Context.ingest(free, docs, tmp_path / "a.ctx") as context:
+        context.extend(more)
+        wanted = [outcome(context.ask(q, PARAMS)) for q in QUESTIONS]
+    monkeypatch.setattr(context_module, "SEGMENT_PAGES", 20)
+    budget = int(24 * PAGE_BYTES * size)
+    running = engine(of, max_cached_tokens=8000, host_memory=budget, kv_dtype=kv_dtype)
+    tiers, pool, real, alone = running.tiers(), running.scheduler.pages, Engine.step, []
+
+    def step(self):
+        events = real(self)
+        assert tiers.resident_bytes <= budget
+        tiers.check_integrity()
+        alone.append(pool.size - pool.num_free - int(tiers.host.bound.sum()))
+        return events
+
+    monkeypatch.setattr(Engine, "step", step)
+    with Context.ingest(running, docs, tmp_path / "b.ctx") as context:
+        assert 2 * len(context._hold.pages) > 20 * 24, "far more than the budget"
+        context.extend(more)
+        assert [outcome(context.ask(q, PARAMS)) for q in QUESTIONS] == wanted
+        assert tiers.traffic.evictions > 1000 and len(alone) > 100
+        assert max(alone) < 20 + 2 * 4 + 12, "a segment, a step, and what the engine keeps besides"
+        running.check_integrity()
+    assert content(tmp_path / "b.ctx") == content(tmp_path / "a.ctx")
 
 
 def test_damage_is_seen_when_a_page_comes_up(kept, tmp_path):
