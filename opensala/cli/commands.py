@@ -29,11 +29,12 @@ from .options import (
     Quiet,
     SamplingOptions,
     Seed,
+    host_bytes,
     with_options,
 )
 from .quantize import quantize
 from .serve import app as serve_app
-from .sizes import byte_count, token_count
+from .sizes import token_count
 from .train import app as train_app
 
 if TYPE_CHECKING:
@@ -131,10 +132,12 @@ def _ask_context(
     quiet: bool,
 ) -> "Generation":
     from ..contexts import Context, read_manifest
+    from ..contexts.room import with_room
 
-    budget = None if host_memory is None else byte_count(host_memory, "--host-memory")
-    read_manifest(path)  # before seconds of loading
-    with Context.open(engine.load(model, quiet), path, host_memory=budget) as context:
+    budget = host_bytes(host_memory)
+    tokens = read_manifest(path).tokens  # before seconds of loading
+    loaded = with_room(engine.load(model, quiet), tokens, budget)
+    with Context.open(loaded, path, host_memory=budget) as context:
         result = context.ask(question, params, quiet=quiet)
         result.notes += [] if budget is None else [context.traffic()]
         return result

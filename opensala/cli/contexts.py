@@ -20,12 +20,13 @@ from .options import (
     Model,
     Quiet,
     SamplingOptions,
+    host_bytes,
     with_options,
 )
 from .sizes import byte_count, token_count
 
 if TYPE_CHECKING:
-    from ..engine import Document
+    from ..engine import Document, Engine
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -42,21 +43,36 @@ def _read(documents: list[str], quiet: bool) -> "list[Document]":
     return reading.documents
 
 
+def _with_room(loaded: "Engine", documents: "list[Document]", before: int, budget: int | None) -> "Engine":
+    """An engine with places for documents behind `before` tokens."""
+    from ..contexts.room import with_room
+    from ..contexts.wording import Wording
+    from ..engine.documents import join_documents
+
+    if budget is None:
+        return loaded
+    tokens, _ = Wording(loaded.tokenizer).document(join_documents(documents))
+    return with_room(loaded, before + len(tokens), budget)
+
+
 @with_options
 def ingest(
     documents: Documents,
     output: ContextOutput,
     engine: EngineOptions,
     model: Model = None,
+    host_memory: HostMemory = None,
     quiet: Quiet = False,
 ) -> None:
     """Read documents once and keep them as a context, to be asked at any time."""
     from ..contexts import Context
 
+    budget = host_bytes(host_memory)
     if not output.strip():
         raise ValueError("--output is empty: name a folder for the context")
     found = _read(documents, quiet)
-    with Context.ingest(engine.load(model, quiet), found, output, quiet=quiet) as context:
+    loaded = _with_room(engine.load(model, quiet), found, 0, budget)
+    with Context.ingest(loaded, found, output, quiet=quiet, host_memory=budget) as context:
         print(f"{output}: {context.describe()}")
 
 
@@ -73,13 +89,13 @@ def chat(
 ) -> None:
     """Talk about a context, or about nothing; /help lists what can be done with the conversation."""
     from ..contexts import Context, read_manifest
+    from ..contexts.room import with_room
     from .chat import Chat
 
     chosen = sampling.checked()
-    budget = None if host_memory is None else byte_count(host_memory, "--host-memory")
-    if context is not None:
-        read_manifest(context)  # before seconds of loading
-    loaded = engine.load(model, quiet)
+    budget = host_bytes(host_memory)
+    tokens = 0 if context is None else read_manifest(context).tokens  # before seconds of loading
+    loaded = with_room(engine.load(model, quiet), tokens, budget)
     opened = Context.empty(loaded) if context is None else Context.open(loaded, context, host_memory=budget)
     with opened:
         Chat(opened, chosen, quiet).run()
@@ -197,15 +213,17 @@ def extend(
     documents: Documents,
     engine: EngineOptions,
     model: Model = None,
+    host_memory: HostMemory = None,
     quiet: Quiet = False,
 ) -> None:
     """Add documents to a context; only they are read."""
     from ..contexts import Context as Kept
     from ..contexts import read_manifest
 
-    read_manifest(context)
+    budget, before = host_bytes(host_memory), read_manifest(context).tokens
     found = _read(documents, quiet)
-    with Kept.open(engine.load(model, quiet), context, write=True) as kept:
+    loaded = _with_room(engine.load(model, quiet), found, before, budget)
+    with Kept.open(loaded, context, write=True, host_memory=budget) as kept:
         kept.extend(found, quiet=quiet)
         print(f"{context}: {kept.describe()}")
 

@@ -127,6 +127,11 @@ class EngineOptions:
         )
 
 
+def host_bytes(host_memory: str | None) -> int | None:
+    """`--host-memory` in bytes; ValueError for what is no size."""
+    return None if host_memory is None else byte_count(host_memory, "--host-memory")
+
+
 @dataclass
 class PrefixOptions:
     """Where what was read outlives the process."""

@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from .group import RunUnlessNamed
-from .options import EngineOptions, HostMemory, Json, PrefixOptions, Quiet, with_options
-from .sizes import byte_count
+from .options import EngineOptions, HostMemory, Json, PrefixOptions, Quiet, host_bytes, with_options
 
 app = typer.Typer(
     cls=RunUnlessNamed,
@@ -116,7 +115,7 @@ def run(
         max_batch_tokens=max_batch_tokens,
         max_cached_tokens=max_cached_tokens,
         speculate=speculate,
-        host_memory=None if host_memory is None else byte_count(host_memory, "--host-memory"),
+        host_memory=host_bytes(host_memory),
     )
     prefixes.check()  # before seconds of loading
     loaded = engine.load(model, quiet, bounds)

@@ -54,10 +54,16 @@ class Context:
 
     @classmethod
     def ingest(
-        cls, engine: Engine, documents: list[Document], path: str | Path | None = None, *, quiet: bool = True
+        cls,
+        engine: Engine,
+        documents: list[Document],
+        path: str | Path | None = None,
+        *,
+        quiet: bool = True,
+        host_memory: int | None = None,
     ) -> "Context":
         """Read documents and keep them, in the folder `path` if one is given; an interrupted reading goes on
-        from what the folder holds.
+        from what the folder holds. `host_memory` as in `open`: what is in the folder gives way.
 
         Raises:
             ValueError: no documents, a path that holds something else, another text or another model's
@@ -66,7 +72,7 @@ class Context:
         """
         if not documents:
             raise ValueError("no document given")
-        context = cls._begun(engine, documents, path)
+        context = cls._begun(engine, documents, path, host_memory)
         try:
             context._read_on(context._text(), f"reading {context.manifest.planned:,} tokens", quiet)
         except BaseException:
@@ -75,9 +81,11 @@ class Context:
         return context
 
     @classmethod
-    def _begun(cls, engine: Engine, documents: list[Document], path: str | Path | None) -> "Context":
+    def _begun(
+        cls, engine: Engine, documents: list[Document], path: str | Path | None, host_memory: int | None
+    ) -> "Context":
         if path is not None and (Path(path) / MANIFEST).exists():
-            context = cls.open(engine, path, write=True)
+            context = cls.open(engine, path, write=True, host_memory=host_memory)
             if context._joined() != Wording.joined([documents]) or context.turns:
                 context.close()
                 raise ValueError(
@@ -85,6 +93,7 @@ class Context:
                     f"folder, or remove it with opensala contexts rm {path}"
                 )
             return context
+        _bound(engine, host_memory)
         context = cls(engine, _manifest(engine), None)
         context._batches = [documents]
         tokens, context.tail = context.wording.document(join_documents(documents))
@@ -127,8 +136,6 @@ class Context:
             ValueError: it is no context, damaged, in use by another process (`write`), of another model (what
                 differs is named), or too long for the engine's memory; a budget that holds no step.
         """
-        if host_memory is not None and host_memory < 1:
-            raise ValueError(f"host_memory must be at least 1 byte, got {host_memory}")
         folder = ContextFolder.open(path, write=write)
         try:
             return cls._opened(engine, folder, host_memory)
@@ -145,8 +152,7 @@ class Context:
         try:
             check_identity(folder.path, folder.manifest.identity, identity(engine))
             context = cls(engine, folder.manifest, folder)
-            if host_memory is not None:
-                engine.tiers().budget = host_memory
+            _bound(engine, host_memory)
             if folder.manifest.segments:
                 context._hold = load(engine, folder)
                 context.tokens = context._hold.tokens[:]
@@ -546,6 +552,15 @@ class Context:
         assert self.folder is not None, "it has one"
         self.folder.put(manifest)
         self.manifest = manifest
+
+
+def _bound(engine: Engine, host_memory: int | None) -> None:
+    """Bound the bytes of keys and values in memory that also lie on disk, unless it is None."""
+    if host_memory is None:
+        return
+    if host_memory < 1:
+        raise ValueError(f"host_memory must be at least 1 byte, got {host_memory}")
+    engine.tiers().budget = host_memory
 
 
 def _manifest(engine: Engine) -> Manifest:

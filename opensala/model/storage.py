@@ -5,6 +5,8 @@ sparse layer. A slot is the float32 states of all Lightning layers at one positi
 to whom is the business of `opensala.cache`; what is written into them that of the ops.
 """
 
+import math
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -18,8 +20,6 @@ from .config import MiniCPMSALAConfig
 
 if TYPE_CHECKING:
     from .batch import BatchRow
-
-_AS_INTEGERS = {torch.bfloat16: np.dtype(np.uint16)}  # numpy has no such type
 
 
 class CacheSizes(NamedTuple):
@@ -174,6 +174,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     with torch.inference_mode(False):  # usable inside and outside of inference mode, whichever comes first
         if device.type != "cpu":
             return torch.zeros(shape, dtype=dtype, device=device)
-        if dtype in _AS_INTEGERS:
-            return torch.from_numpy(np.zeros(shape, _AS_INTEGERS[dtype])).view(dtype)
-        return torch.from_numpy(np.zeros(shape, str(dtype).removeprefix("torch.")))
+        # numpy's zeros are the system's, which torch's are not. They begin where the system's own pages do,
+        # so that a page of ours shares none of those with its neighbours: it is taken, and given back, whole.
+        size = math.prod(shape) * dtype.itemsize
+        memory = np.zeros(size + mmap.PAGESIZE, np.uint8)
+        begin = -memory.ctypes.data % mmap.PAGESIZE
+        return torch.from_numpy(memory[begin : begin + size]).view(dtype).view(shape)

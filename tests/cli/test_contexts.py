@@ -89,6 +89,12 @@ def test_a_conversation(run):
     assert code == 0 and out == "48213\n" and "bytes read from disk, where the context has" in err
     said = run("chat", "b.ctx", "--host-memory", "1MB", stdin=f"{QUESTION}\n")
     assert said[:2] == (2, "") and "one step needs 64 pages of 32,768 bytes at a time, and" in said[2]
+    assert run("ingest", "report.txt", "-o", "d.ctx", "--host-memory", "3MB", "--quiet")[0] == 0
+    assert run("contexts", "extend", "d.ctx", "more.txt", "--host-memory", "3MB", "--quiet")[0] == 0
+    code, out, _ = run("ask", "d.ctx", "-q", QUESTION, "--host-memory", "3MB", "--quiet")
+    assert (code, out) == (0, "48213\n")
+    code, _, err = run("ingest", "report.txt", "-o", "e.ctx", "--host-memory", "few")
+    assert code == 2 and "--host-memory: must be a size like" in err
     code, _, err = run("chat", stdin="/save\nhello\n")
     assert code == 0 and "the context has no folder yet" in err and "1 question with answer not saved" in err
 

@@ -108,16 +108,20 @@ def test_device_host_and_disk(frames, pages, kv_dtype, tmp_path, kept):
             assert tiers.device_traffic.evictions > 50
 
 
-def test_reading_answering_and_keeping_on_a_small_device(kept, tmp_path):
-    """A document of many times the device tier is read, several sequences at a time go on from it, and the
-    context that is kept is the same to the byte."""
+@pytest.mark.parametrize("host", [None, 24])
+def test_reading_answering_and_keeping_on_a_small_device(host, kept, tmp_path, monkeypatch):
+    """A document of many times the device tier (and the host's) is read, several sequences at a time go on
+    from it, and the context that is kept is the same to the byte."""
     of, folder, docs, wanted = kept
-    running = in_frames(of, 30)
+    if host is not None:
+        monkeypatch.setattr(context_module, "SEGMENT_PAGES", 20)
+    running = in_frames(of, 30, host_memory=host and host * PAGE_BYTES)
     with Context.ingest(running, docs, tmp_path / "b.ctx") as context:
         prompts = [list(context._prompt(q)) for q in QUESTIONS]
         found = running.generate(prompts, PARAMS)
         assert [c.text.strip() for c in found] == [text for text, *_ in wanted]
         assert running.tiers().device_traffic.evictions > 1000
+        assert host is None or running.tiers().traffic.evictions > 1000
         running.tiers().check_integrity()
     assert content(tmp_path / "b.ctx") == content(folder)
 
