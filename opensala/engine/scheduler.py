@@ -174,7 +174,8 @@ class Scheduler:
             raise ValueError(
                 f"{len(tokens):,} tokens need {pages:,} pages and a state slot; {self.pages.num_free:,} of "
                 f"{self.pages.size:,} pages and {self.slots.num_free} of {self.slots.size} slots are free: "
-                "wait for running requests, close other contexts, or give the engine more memory"
+                "wait for running requests, close other contexts, give the engine more memory, or bound "
+                "what of a context is in memory (--host-memory)"
             )
         self.holds.append(Hold(tokens, sparse, self.pages.take(pages), self.slots.take()[0], namespace))
         return self.holds[-1]
