@@ -18,6 +18,7 @@ struct Weights {
   const float* bias;    // `[outer]` or null
   int64_t outer, inner;
 };
+static inline bool has_codes(const Weights& w) { return w.kind >= 3; }
 
 // x `[rows, inner]` with rows `x_stride` elements apart, times `weights` transposed, into out `[rows, out_stride]`.
 struct Linear {

@@ -141,7 +141,15 @@ class Worker {
   // Every thread keeps the residual stream for itself: what all would have to wait for takes less time than waiting.
   Scratch x_, next_, normal_, widened_;
 
-  bool needs_widened() const { return tokens_ >= 4; }
+  // Fresh memory for it costs more than a small step computes.
+  bool needs_widened() const {
+    bool codes = has_codes(m_.head);
+    for (int64_t i = 0; i < m_.count && !codes; ++i) {
+      const Layer& l = m_.layers[i];
+      for (const Weights* w : {&l.q, &l.k, &l.v, &l.gate, &l.o, &l.mlp_gate, &l.mlp_up, &l.down}) codes |= has_codes(*w);
+    }
+    return codes && tokens_ >= 4;
+  }
   float eps() const { return float(m_.eps); }
 
   void embed(int64_t id, float* out) const {
