@@ -75,6 +75,9 @@ def test_selection_and_attention(monkeypatch):
     near, apart = (q, k, v), [far(x, 0, 1, 2) for x in (q, k, v)]
     blocks = select_blocks(q, k, SPEC, backend="triton")
     assert torch.equal(select_blocks(*apart[:2], SPEC, backend="triton"), blocks)
+    levels = [compress_keys(k, *sizes, backend="triton") for sizes in ((8, 4), (32, 16))]
+    windows = tuple(far(x, 0, 1, 2) for x in levels)
+    assert torch.equal(select_blocks(q, k, SPEC, compressed=windows, backend="triton"), blocks)
     d_out = torch.randn(q.shape, generator=generator)
     wanted, got = attended(near, blocks, d_out), attended(apart, blocks, far(d_out, 0, 1, 2))
     for name, a, b in zip(("o", "dq", "dk", "dv"), got, wanted, strict=True):
@@ -145,19 +148,15 @@ def test_states_in_slots():
         assert torch.equal(a, b)
 
 
+@torch.no_grad()
 def test_rows_of_a_wide_product():
     """Gates, and queries, keys and values, are columns of a product's result: its rows are far apart."""
     generator = torch.Generator().manual_seed(0)
-    x, gate = (torch.randn(9, 64, generator=generator) for _ in range(2))
-    weight = torch.randn(64, generator=generator)
-    wide = far(gate, 0)
-    assert torch.equal(
-        norm_gate(x, weight, gate, 1e-6, backend="triton"), norm_gate(x, weight, wide, 1e-6, backend="triton")
-    )
-    assert torch.equal(silu_mul(gate, x, backend="triton"), silu_mul(wide, far(x, 0), backend="triton"))
-    with torch.inference_mode():
-        parts = [
-            split_heads(y[None], 2, 1, None, None, None, None, 1e-6, backend="triton") for y in (gate, wide)
-        ]
-    for a, b in zip(*parts, strict=True):
+    x, gate, weight = (torch.randn(*shape, generator=generator) for shape in ((9, 64), (9, 64), (64,)))
+    wide, how = far(gate, 0), {"backend": "triton"}
+    near = norm_gate(x, weight, gate, 1e-6, **how), silu_mul(gate, x, **how)
+    apart = norm_gate(x, weight, wide, 1e-6, **how), silu_mul(wide, far(x, 0), **how)
+    near += split_heads(gate[None], 2, 1, None, None, None, None, 1e-6, **how)
+    apart += split_heads(wide[None], 2, 1, None, None, None, None, 1e-6, **how)
+    for a, b in zip(near, apart, strict=True):
         assert torch.equal(a, b)
