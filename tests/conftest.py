@@ -49,6 +49,21 @@ def tiny_config(**changes: Any) -> MiniCPMSALAConfig:
     return MiniCPMSALAConfig(**{**values, **changes})
 
 
+def two_layer_config(**changes: Any) -> MiniCPMSALAConfig:
+    """A layer of each kind with blocks of the released sizes: every text of a test is attended densely."""
+    values: dict[str, Any] = {
+        "vocab_size": 80,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "mixer_types": ["minicpm4", "lightning-attn"],
+        "eos_token_id": 2,
+    }
+    return MiniCPMSALAConfig(**{**values, **changes})
+
+
 def tiny_model(seed: int = 0, **changes: Any) -> MiniCPMSALAForCausalLM:
     torch.manual_seed(seed)
     model = MiniCPMSALAForCausalLM(tiny_config(**changes)).eval()

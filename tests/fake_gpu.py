@@ -5,9 +5,7 @@ What would wait for a GPU (a value that comes to Python) or mixes devices raises
 for `tolist`, which gives ones and is counted.
 """
 
-import importlib
 import os
-import pkgutil
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -24,12 +22,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import opensala.ops
 from opensala import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from opensala.engine import capture as capture_module
 from opensala.model import batch as batch_module
 from opensala.model import layers as layers_module
 from opensala.ops import backends
+
+from .ops.kernels import triton_modules
 
 CUDA = torch.device("cuda", 0)
 _ATEN = torch.ops.aten
@@ -168,9 +167,7 @@ def fake_gpu() -> Iterator[FakeGPU]:
         gpu.launches.append(name)
         gpu.arguments.append((name, {n: x.dtype for n, x in tensors.items()}))
 
-    for name in [m.name for m in pkgutil.walk_packages(opensala.ops.__path__, "opensala.ops.")]:
-        if name.rpartition(".")[2].startswith("triton"):  # interpreted or not: decided by the variable below
-            importlib.import_module(name)
+    triton_modules()  # before the variable below changes
     with ExitStack() as stack:
         import triton.runtime.interpreter
         import triton.runtime.jit

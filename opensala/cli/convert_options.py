@@ -48,9 +48,9 @@ else:
 
 def phase_changes(name: str, options: Any) -> tuple[dict[str, Any], str | None]:
     """What a group changes in its phase, and the budget in tokens it names."""
-    given = {key: getattr(options, f"{name}_{key}") for key, _, _ in _PHASE}
-    tokens = given.pop("tokens")
-    return changed(**given), tokens
+    numbers = {key: getattr(options, f"{name}_{key}") for key, _, _ in _PHASE}
+    tokens = numbers.pop("tokens")
+    return changed(**numbers), tokens
 
 
 @dataclass
@@ -107,13 +107,11 @@ class LayerOptions:
             base = replace(base, layers=None)
         return replace(
             base,
+            **given(self, "rule", "fix_ends", "lightning_nkv"),
             **changed(
                 keep=count,
                 layers=chosen,
-                rule=self.rule,
-                fix_ends=self.fix_ends,
                 hype_fade=amount("--hype-fade", self.hype_fade),
-                lightning_nkv=self.lightning_nkv,
                 sparse_config=_object(self.sparse_config),
             ),
             hype=self.hype,
@@ -158,13 +156,8 @@ class TrainedOptions:
         """A recipe with these changes."""
         return replace(
             base,
-            **changed(
-                trainable=self.trainable,
-                lora_rank=self.lora_rank,
-                calibrate=self.calibrate,
-                calibrate_tokens=amount("--calibrate-tokens", self.calibrate_tokens),
-                clip=self.clip,
-            ),
+            **given(self, "trainable", "lora_rank", "calibrate", "clip"),
+            **changed(calibrate_tokens=amount("--calibrate-tokens", self.calibrate_tokens)),
             cache_teacher=self.cache_teacher,
             reuse=self.reuse,
             start=self.start,
@@ -218,7 +211,7 @@ class TextOptions:
         )
         return replace(
             base,
-            **changed(length=self.length, task_share=self.task_share),
+            **given(self, "length", "task_share"),
             data=tuple(self.data or ()),
             tokens=tuple(self.tokens or ()),
             probes=replace(base.probes, **probes),
@@ -254,7 +247,7 @@ class MachineOptions:
 
     def apply(self, base: "ConvertConfig") -> "ConvertConfig":
         """A recipe with these changes."""
-        every = changed(save_every=self.save_every, validate_every=self.validate_every)
+        every = given(self, "save_every", "validate_every")
         return replace(base, **every, compute=self.compute, device=self.device)
 
     def execution(self) -> "Execution":
@@ -273,6 +266,11 @@ class MachineOptions:
 def changed(**options: Any) -> dict[str, Any]:
     """Those that were given."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def given(group: Any, *names: str) -> dict[str, Any]:
+    """Of these options of a group, whose fields of the recipe have the same names, those that were given."""
+    return changed(**{name: getattr(group, name) for name in names})
 
 
 def amount(option: str, text: str | None) -> int | None:

@@ -106,7 +106,8 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Train by a recipe, stage by stage. Under torchrun, on all its processes."""
-    from ..train.pipeline import Start, summary, train
+    from ..train.pipeline import summary, train
+    from ..train.start import Start
     from ..train.trainer import Stopped
 
     chosen = _recipe(recipe, settings, data)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .facts import invented_word
 from .text import documents
+from .words import invented_word
 
 _LEVELS = ("INFO", "DEBUG", "WARN", "ERROR", "TRACE")
 

@@ -8,7 +8,7 @@ that values stand in.
 import random
 from collections.abc import Callable
 
-from .facts import invented_word
+from .words import invented_word
 
 
 def listed(text: str) -> list[str]:

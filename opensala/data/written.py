@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from . import values
-from .facts import Fact, compound, invented_word
+from .facts import Fact
 from .forms import FORMS, Form
 from .values import listed
+from .words import compound, invented_word
 
 ABSENT = "not found"  # the answer to a question whose fact is not in the document
 Words = Sequence[str]

@@ -25,6 +25,7 @@ from ..model.layers import Linear, RMSNorm, SwiGLU, rotary_angles
 from ..model.modeling import MiniCPMSALADecoderLayer
 from ..model.quantised import QuantisedLinear
 from ..model.storage import CacheStorage
+from ..model.watch import ModuleWatch
 from ..ops import PageTable
 from ..ops.backends import planned_backend
 from ..ops.native.program import NotReplayable, Program, record
@@ -117,8 +118,9 @@ class DecodeGraphs:
         foreign = [type(m).__name__ for m in self._modules if type(m) not in _OURS and list(m.parameters())]
         if foreign:
             self.reason = f"the model has a module of another kind, {foreign[0]}"
-        self._weights = [*model.model.layers.parameters(), *model.model.norm.parameters()]
-        if model.compute_dtype != torch.float32 or any(w.device.type != "cpu" for w in self._weights):
+        self._watch = ModuleWatch(self._all_modules())
+        weights = [*model.model.layers.parameters(), *model.model.norm.parameters()]
+        if model.compute_dtype != torch.float32 or any(w.device.type != "cpu" for w in weights):
             self.reason = "it is for float32 on a CPU"
         for module in self._modules:
             if isinstance(module, LightningMixer):
@@ -147,7 +149,7 @@ class DecodeGraphs:
         longest = max(row.start + row.count for row in rows)
         width = max(8, 1 << (-(-longest // size) - 1).bit_length())
         any_sparse = any(row.sparse for row in rows)
-        where = tuple(w.data_ptr() for w in (*self._weights, *self._codes()))
+        where = (*self._watch.addresses(), *(codes.data_ptr() for codes in self._codes()))
         config = self.model.config
         key = (
             x.shape[1],
@@ -174,11 +176,9 @@ class DecodeGraphs:
         return hidden, graph.batch
 
     def _disturbed(self, x: Tensor) -> bool:
-        """Whether something must see each call of a layer, or another backend is asked for."""
-        hooks = any(
-            m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self._modules
-        )
-        return hooks or planned_backend(x) != "cpp"
+        """Whether something must see each call of a layer or replaced one, or another backend is asked
+        for."""
+        return self._watch.disturbed() is not None or planned_backend(x) != "cpp"
 
 
 def _rotated(config: Any) -> set[int]:

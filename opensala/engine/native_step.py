@@ -27,6 +27,7 @@ from ..model.layers import Embedding, Linear, RMSNorm, SwiGLU, rotary_angles
 from ..model.modeling import MiniCPMSALADecoderLayer
 from ..model.quantised import QuantisedLinear
 from ..model.storage import CacheStorage
+from ..model.watch import ModuleWatch
 from ..ops.backends import planned_backend
 from ..ops.linear.quantised import KINDS as CODE_KINDS
 from ..ops.native import library
@@ -266,11 +267,7 @@ class NativeSteps:
         self.reason = self._unsuited(modules)
         self._described: _Described | None = None
         self._addresses: list[int] = []
-        # Looked at before every step, so kept as plain containers.
-        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._members = [m.__dict__ for m in modules]
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._parameters = [(m._parameters, name) for m in modules for name in m._parameters]
+        self._watch = ModuleWatch(modules)
         self._quantised = [m for m in modules if isinstance(m, QuantisedLinear)]
         config = model.config
         used = (
@@ -337,9 +334,8 @@ class NativeSteps:
 
     def _places(self) -> list[int]:
         """Where all weights lie."""
-        found: list[Tensor | None] = [d[name] for d, name in self._parameters]
-        found += [p.codes for m in self._quantised if (p := m.pack()) is not None]
-        return [0 if x is None else x.data_ptr() for x in found]
+        codes = [p.codes.data_ptr() for m in self._quantised if (p := m.pack()) is not None]
+        return self._watch.addresses() + codes
 
     def _call(
         self,
@@ -384,13 +380,9 @@ class NativeSteps:
 
     def _disturbed(self) -> str | None:
         """Why the layers have to run one by one at the moment, or None."""
-        if any(self._hooks):
-            return "a hook must see each call of a module"
-        for modules, name, child in self._children:
-            if modules.get(name) is not child:
-                return f"{name} was replaced by a {type(modules.get(name)).__name__}"
-        if any("forward" in members for members in self._members):
-            return "a module's forward was replaced"
+        why = self._watch.disturbed()
+        if why is not None:
+            return why
         if self.model.config.block_search != "exact":
             return f"block_search is {self.model.config.block_search}"
         if planned_backend(_LIKE) != "cpp":

@@ -1,8 +1,9 @@
 """MiniCPM-SALA in the released checkpoint format: configuration, layers, cache, model."""
 
 from .cache import SALACache
+from .causal import MiniCPMSALAForCausalLM
 from .config import MiniCPMSALAConfig
-from .modeling import MiniCPMSALAForCausalLM, MiniCPMSALAModel, MiniCPMSALAPreTrainedModel, describe_attention
+from .modeling import MiniCPMSALAModel, MiniCPMSALAPreTrainedModel, describe_attention
 
 __all__ = [
     "MiniCPMSALAConfig",

@@ -19,6 +19,7 @@ from ..ops import add_rms_norm, norm_gate, rms_norm, split_heads
 from .attention import LightningMixer, SparseMixer
 from .batch import ForwardBatch
 from .layers import Linear, RMSNorm, SwiGLU, product
+from .watch import ModuleWatch
 
 if TYPE_CHECKING:
     from .modeling import MiniCPMSALADecoderLayer, MiniCPMSALAModel
@@ -129,34 +130,17 @@ class MergedLayers:
                 if device.type == "cuda":  # what the parts took is no room for the next whole
                     torch.cuda.empty_cache()
         self.device = self.layers[0].gate_up.weight.device  # `cuda` has become `cuda:0`
-        # Looked at before every step, so kept as plain dictionaries.
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._members = [m.__dict__ for m in modules]
-        self._parameters = [
-            (m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None
-        ]
-        self.addresses = self._addresses()  # of all parameters
-
-    def _addresses(self) -> list[int]:
-        found = [parameters[name] for parameters, name in self._parameters]
-        return [0 if p is None else p.data_ptr() for p in found]
+        self._watch = ModuleWatch(modules)
+        self.addresses = self._watch.addresses()  # of all parameters
 
     @property
     def is_current(self) -> bool:
         """Whether the parameters lie where they lay (else merge them again)."""
-        return self.addresses == self._addresses()
+        return self.addresses == self._watch.addresses()
 
     def disturbed(self) -> str | None:
-        """Why the layers have to run one by one (something must see each call, or replaces one), or None."""
-        if any(self._hooks):
-            return "a hook must see each call of a module"
-        for modules, name, child in self._children:
-            if modules.get(name) is not child:
-                return f"{name} was replaced by a {type(modules.get(name)).__name__}"
-        if any("forward" in members for members in self._members):
-            return "the forward of a module was replaced"
-        return None
+        """Why the layers have to run one by one, or None."""
+        return self._watch.disturbed()
 
     def run(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """Scaled embeddings `[1, T, W]` of a batch's tokens to normalised hidden states `[1, T, W]`."""

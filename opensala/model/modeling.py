@@ -1,22 +1,19 @@
-"""MiniCPM-SALA as a transformers model: embedding, decoder layers, head, loss and generation hooks.
+"""MiniCPM-SALA as a transformers model, without its head (`causal.py`): embedding and decoder layers.
 
-It decides which sequences a call holds and whether each attends densely or sparsely (the rule of
+It decides whether each sequence of a call (`calls.py`) attends densely or sparsely (the rule of
 docs/architecture.md), and leaves the attention to the mixers. There are no buffers: rotary angles and
 decays are computed where they are used, so loading through the meta device cannot corrupt them.
 """
 
 import logging
-from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..ops import add_rms_norm, add_scaled
 from ..ops.backends import planned_backend
@@ -24,16 +21,16 @@ from ..ops.sparse import SEARCHES
 from .attention import LightningMixer, SparseMixer
 from .batch import ForwardBatch
 from .cache import SALACache
+from .calls import Call, unpacked
 from .checkpoint import load_strictly
 from .compat import CACHE_ARGUMENT, take_cache
 from .config import ATTENTION_MODES, MiniCPMSALAConfig, check_choice
 from .inference import MergedLayers
-from .layers import Embedding, Linear, RMSNorm, SwiGLU, fuses
+from .layers import Embedding, RMSNorm, SwiGLU, fuses
 from .layout import (
     SequenceLayout,
     SequenceParallel,
     documents_layout,
-    packed_bounds,
     parallel_layout,
     rows_layout,
 )
@@ -183,7 +180,15 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         assert inputs_embeds is not None
-        call = self._call(inputs_embeds, attention_mask, position_ids, cu_seqlens, cache, bool(use_cache))
+        call = Call.of(
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            cu_seqlens,
+            has_cache=cache is not None,
+            use_cache=bool(use_cache),
+            parallel=self.parallel,
+        )
         cached = cache is not None or (use_cache if use_cache is not None else self.config.use_cache)
         if cached and call.packed:
             if use_cache:
@@ -210,7 +215,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         """Normalised hidden states `[B, T, W]` of whole sequences `[B, T]`, as in training: without a cache,
         whether gradients are wanted or not."""
         x = self.embed(input_ids)
-        return self._learn(x, self._call(x, None, None, None, None, False), None)
+        return self._learn(x, Call.of(x, parallel=self.parallel), None)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """What comes into the first layer, `[B, T, W]`, for ids `[B, T]`."""
@@ -225,12 +230,12 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         Returns:
             `[B, T, W]`; from `embed` through all layers, what `read_whole` gives.
         """
-        layout = self._layout(self._call(x, None, None, None, None, False), x.device)
+        layout = self._layout(Call.of(x, parallel=self.parallel), x.device)
         for layer in self.layers[start:stop]:
             x = layer(x, layout)
         return self.norm(x) if stop is None else x
 
-    def _learn(self, x: Tensor, call: "_Call", every: list[Tensor] | None) -> Tensor:
+    def _learn(self, x: Tensor, call: Call, every: list[Tensor] | None) -> Tensor:
         """Whole sequences with gradients: normalised hidden states `[B, T, W]`."""
         layout = self._layout(call, x.device)
         self.say_attention(layout.sparse, x)
@@ -241,7 +246,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
         return self.norm(x)
 
     def _read(
-        self, x: Tensor, call: "_Call", cache: SALACache, ids: Tensor | None, every: list[Tensor] | None
+        self, x: Tensor, call: Call, cache: SALACache, ids: Tensor | None, every: list[Tensor] | None
     ) -> Tensor:
         """The next tokens of a cache's rows, without gradients: normalised hidden states `[B, T, W]`."""
         cache.begin_call(len(call.counts), x.shape[1])
@@ -264,7 +269,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             cache.discard()
             raise
         cache.commit(call.counts, x.shape[1], call.row_ids(ids))
-        *rest, last = _unpacked(made, x)
+        *rest, last = unpacked(made, x)
         if every is not None:
             every += rest
         return last
@@ -324,55 +329,7 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
             self._said.add(("one by one", reason))
             logger.warning("the projections of a layer run one by one, not merged: %s", reason)
 
-    def _call(
-        self,
-        embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cu_seqlens: Tensor | None,
-        cache: SALACache | None,
-        use_cache: bool,
-    ) -> "_Call":
-        """What sequences a call holds, checked."""
-        batch, length = embeds.shape[:2]
-        if self.parallel is not None:
-            if cache is not None or use_cache or attention_mask is not None:
-                raise ValueError(
-                    "where sequences are split over ranks there is no cache and no padding: pass "
-                    "use_cache=False "
-                    "and no attention_mask"
-                )
-            if cu_seqlens is not None and batch != 1:
-                raise ValueError(f"cu_seqlens needs a single row, got {batch}")
-            bounds = packed_bounds(None, cu_seqlens, length * self.parallel.ranks)
-            return _Call((batch, length), None, bounds, position_ids)
-        valid = self._valid(attention_mask, batch, length)
-        bounds = None
-        if cu_seqlens is not None or (cache is None and position_ids is not None):
-            if cu_seqlens is not None and (valid is not None or batch != 1 or cache is not None):
-                raise ValueError(
-                    "cu_seqlens needs a single row without padding and without a cache: pass use_cache=False "
-                    "and no attention_mask with zeros"
-                )
-            bounds = packed_bounds(position_ids, cu_seqlens, length, valid)
-        custom = position_ids if cache is None and attention_mask is None and bounds is None else None
-        return _Call((batch, length), valid, bounds, custom)
-
-    @staticmethod
-    def _valid(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-        """Which of the new tokens are real, `[B, T]`; None if all are."""
-        if attention_mask is None:
-            return None
-        fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch
-        if not fits or attention_mask.shape[1] < length:
-            raise ValueError(
-                f"attention_mask must be [batch, past + new tokens] = [{batch}, >= {length}] of 0 and 1, "
-                f"got shape {list(attention_mask.shape)}"
-            )
-        valid = attention_mask[:, -length:].bool()
-        return None if bool(valid.all()) else valid
-
-    def _layout(self, call: "_Call", device: torch.device) -> SequenceLayout:
+    def _layout(self, call: Call, device: torch.device) -> SequenceLayout:
         """The layout of a call without cache, for layers with gradients."""
         if self.parallel is not None:
             return parallel_layout(
@@ -397,68 +354,6 @@ class MiniCPMSALAModel(MiniCPMSALAPreTrainedModel):
                 logger.warning(describe_attention(self.config, "sparse" if sparse else "dense", like))
 
 
-@dataclass
-class _Call:
-    """The sequences of a call `[B, T]`: rows with padding left out, or documents packed in one row.
-
-    Attributes:
-        shape: (B, T).
-        valid: `[B, T]`, the real tokens; None if all are.
-        bounds: boundaries of packed documents, or None.
-        positions: `[B, T]` rotary positions that the caller gave, or None.
-    """
-
-    shape: tuple[int, int]
-    valid: Tensor | None
-    bounds: list[int] | None
-    positions: Tensor | None
-
-    @property
-    def packed(self) -> bool:
-        return self.bounds is not None and len(self.bounds) > 2
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """Tokens of each sequence."""
-        if self.packed:
-            assert self.bounds is not None, "packed documents have bounds"
-            return [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
-        return [self.shape[1]] * self.shape[0] if self.valid is None else self.valid.sum(1).tolist()
-
-    @cached_property
-    def places(self) -> list[Tensor] | None:
-        """Flat places of each row's real tokens in `[B * T]`; None if all tokens are real, in order."""
-        if self.valid is None:
-            return None
-        width = self.shape[1]
-        return [n * width + row.nonzero()[:, 0].cpu() for n, row in enumerate(self.valid)]
-
-    def places_of(self, sequence: int) -> Tensor:
-        if self.places is not None:
-            return self.places[sequence]
-        first = sum(self.counts[:sequence])
-        return torch.arange(first, first + self.counts[sequence])
-
-    def row_ids(self, ids: Tensor | None) -> list[array] | None:
-        """Token ids of each row without its padding."""
-        if ids is None:
-            return None
-        rows = ids if self.valid is None else [row[real] for row, real in zip(ids, self.valid, strict=True)]
-        return [array("i", row.tolist()) for row in rows]
-
-
-def _unpacked(made: list[tuple[Tensor | None, list[Tensor]]], like: Tensor) -> list[Tensor]:
-    """Packed results `[1, tokens, W]` of a call's steps, each with the places of its tokens, as `[B, T,
-    W]`."""
-    if len(made) == 1 and made[0][0] is None:
-        return [h[0].view(like.shape) for h in made[0][1]]
-    whole = [like.new_zeros(like.shape) for _ in made[0][1]] if made else [torch.zeros_like(like)]
-    for where, results in made:
-        for target, h in zip(whole, results, strict=True):
-            target.flatten(0, 1)[where] = h[0]
-    return whole
-
-
 def describe_attention(config: MiniCPMSALAConfig, mode: str, like: Tensor) -> str:
     """One line: which mode and which backend each kind of layer uses for activations like `like`."""
     sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
@@ -474,121 +369,3 @@ def describe_attention(config: MiniCPMSALAConfig, mode: str, like: Tensor) -> st
         f"{config.num_hidden_layers - sparse} lightning layers "
         f"({backend}); mode {config.attention_mode}, sparse from {config.dense_len} tokens"
     )
-
-
-class MiniCPMSALAForCausalLM(MiniCPMSALAPreTrainedModel, GenerationMixin):
-    """MiniCPM-SALA with its language-model head."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: MiniCPMSALAConfig) -> None:
-        super().__init__(config)
-        self.model = MiniCPMSALAModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: SALACache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        cu_seqlens: Tensor | None = None,
-        cache: SALACache | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Run the model.
-
-        Args:
-            input_ids: `[B, T]` token ids (or `inputs_embeds` `[B, T, hidden]`).
-            attention_mask: `[B, past + T]` of 0 and 1; zeros (padding, on any side) are left out entirely.
-            position_ids: `[B, T]`; used without a cache or mask. In a single row, a fall back to 0 starts a
-                new packed document.
-            past_key_values, cache: a `SALACache`, under either name (`cache` is that of transformers 5.24 and
-                later). Without one, a call that needs no gradients and packs no documents makes one if
-                `use_cache` or the configuration says so.
-            labels: `[B, T]`, -100 where there is no loss; shifted here.
-            logits_to_keep: compute logits for the last so many positions (0: all).
-            cu_seqlens: `[N + 1]` boundaries of documents packed in one row (the whole row, where it is split
-                over ranks).
-        """
-        if labels is not None and self.model.parallel is not None:
-            raise ValueError(
-                "labels are shifted here, which loses a token at each border between ranks: shift them "
-                "before the "
-                "sequence is split and take the loss from the logits"
-            )
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            cu_seqlens=cu_seqlens,
-            cache=cache,
-            output_hidden_states=output_hidden_states,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept] / self.config.logit_divisor)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            **{CACHE_ARGUMENT: getattr(outputs, CACHE_ARGUMENT)},
-        )
-        return output if return_dict is not False else output.to_tuple()
-
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """As in transformers, with a `SALACache` that knows the whole prompt before its first token is read.
-
-        A cache that is passed must hold the beginning of the prompt: `input_ids` are then the whole text, of
-        which only what the cache lacks is read (or only the new tokens, with an `attention_mask` as long as
-        the whole).
-
-        Raises:
-            ValueError: another `cache_implementation`, a cache that holds all of the prompt or other tokens
-                than its beginning, a cache together with use_cache=False.
-            RuntimeError: transformers did not use the cache, so that the answer would have come from nothing.
-        """
-        cache = take_cache(kwargs)
-        settings = generation_config or self.generation_config
-        kind = kwargs.get("cache_implementation", settings.cache_implementation)
-        if kind not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation must be unset or 'dynamic' for MiniCPM-SALA, got {kind!r}"
-            )
-        given = {
-            name: getattr(settings, name, None) for name in ("use_cache", "max_new_tokens", "is_assistant")
-        }
-        given |= {name: value for name, value in kwargs.items() if name in given}
-        if given["use_cache"] is False:
-            if cache is not None:
-                raise ValueError(f"use_cache=False with {CACHE_ARGUMENT}: drop one of the two")
-            return super().generate(inputs, generation_config, **kwargs)
-        cache = SALACache(self.config, record_past=bool(given["is_assistant"])) if cache is None else cache
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        cache.announce(
-            ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), given["max_new_tokens"] or 0
-        )
-        before = cache.padded_length
-        output = super().generate(inputs, generation_config, **kwargs, **{CACHE_ARGUMENT: cache})
-        if cache.padded_length == before:
-            raise RuntimeError(
-                "the model never saw the cache that generate was given, so its answer is worth nothing: "
-                "this version of transformers is not supported"
-            )
-        return output

@@ -14,40 +14,36 @@ import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from ..convert import convert
-from ..convert.config import ConvertConfig
 from ..convert.export import save_weights
 from ..convert.teacher import check_place, check_vocabulary, read_config, teacher_config
-from ..data.documents import installed_texts
 from ..data.encode import Encoder
-from ..data.pack import PackSource, is_packed, pack, parse_sources
+from ..data.pack import is_packed, parse_sources
 from ..hub import checkpoint_folder
-from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from ..model import MiniCPMSALAForCausalLM
 from ..model.config import check_choice
 from ..model.flops import matmul_flops_per_second
 from ..parallel import (
     ParallelConfig,
     ParallelMesh,
     close_parallel,
-    from_first,
     init_parallel,
     whole_weights,
 )
 from ..runs import RunFolder, read_json, require_matplotlib, write_errors, write_json
-from ..runs.progress import counter
 from .checkpoints import Checkpoint, Checkpoints
+from .conversion import run_halo
 from .data import StageData
 from .data.batches import check_source
 from .memory import check_fits
 from .plan import check_world
 from .recipes import Halo, Recipe, Stage
+from .start import RunConfig, Start, own_transformer, reduced
 from .steps import StepBatch
 from .trainer import Signals, StageRun
 from .watch import Board, plot_training
@@ -57,84 +53,6 @@ SHIPPED = (
     Path(__file__).parents[1] / "assets" / "small"
 )  # the tokenizer of recipes that train their own Transformer
 _MUP_RATE = 1e-3  # from here on a rate is one of muP's, which is divided by width for matrices
-_FREE = (
-    "probe_tokens",
-    "micro_tokens",
-    "recompute",
-    "save_every",
-    "keep",
-    "guard",
-    "scratch_tokens",
-)  # may change between runs
-_MINICPM = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "scale_emb",
-    "scale_depth",
-    "dim_model_base",
-    "initializer_range",
-    "eos_token_id",
-    "max_position_embeddings",
-)
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins. At most one of `teacher` (a Transformer to convert) and `init` (a hybrid: no HALO);
-    neither trains the recipe's own Transformer first."""
-
-    teacher: str = ""
-    init: str = ""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """What identifies a run: the recipe without what may change between machines, and its start."""
-
-    recipe: Recipe
-    start: Start
-
-    def as_dict(self) -> dict[str, Any]:
-        record = self.recipe.as_dict()
-        for name in _FREE:
-            record.pop(name)
-        for stage in record["stages"]:
-            stage.pop("cp", None)
-        record["stages"] = {stage["name"]: stage for stage in record["stages"]}
-        return {
-            "order": " ".join(record["stages"]),
-            **record,
-            "teacher": self.start.teacher,
-            "init": self.start.init,
-        }
-
-
-def reduced(recipe: Recipe, start: Start) -> Recipe:
-    """The recipe without the stages that its start makes needless.
-
-    Raises ValueError for both a teacher and an init, or for a recipe that needs one of them.
-    """
-    if start.teacher and start.init:
-        raise ValueError(
-            "give --teacher (a Transformer to convert) or --init (a hybrid to go on with), not both"
-        )
-    own = any(isinstance(s, Stage) and s.dense_start for s in recipe.stages)
-    if not own and not start.teacher and not start.init:
-        raise ValueError(
-            f"{recipe.name} starts from a trained Transformer: give its checkpoint with --teacher, or a "
-            "converted hybrid with --init"
-        )
-    stages: Sequence[Stage | Halo] = recipe.stages
-    if start.teacher or start.init:
-        stages = [s for s in stages if isinstance(s, Halo) or not s.dense_start]
-    if start.init:
-        stages = [s for s in stages if isinstance(s, Stage)]
-    return replace(recipe, stages=tuple(stages))
 
 
 def train(
@@ -279,7 +197,16 @@ class Pipeline:
 
     def run_stage(self, index: int, stage: Stage | Halo) -> None:
         if isinstance(stage, Halo):
-            self._convert(stage)
+            run_halo(
+                self.recipe,
+                stage,
+                self.start.teacher or str(self.path / "models" / self.recipe.stages[0].name),
+                self.path,
+                self.mesh,
+                device=self.device,
+                skip_bad=self.skip_bad,
+                quiet=self.quiet,
+            )
             return
         mesh = init_parallel(ParallelConfig(cp=stage.cp), device=self.device)
         tokenizer = self.tokenizer(stage)
@@ -352,7 +279,7 @@ class Pipeline:
         """A model of the stage's architecture in float32, with the weights of the model before it."""
         if stage.dense_start:
             torch.manual_seed(self.recipe.seed)
-            return MiniCPMSALAForCausalLM(teacher_config(_minicpm(self.recipe)))
+            return MiniCPMSALAForCausalLM(teacher_config(own_transformer(self.recipe)))
         path = self.model_of(self.recipe.stages[index - 1]) if index else checkpoint_folder(self.start.init)
         return MiniCPMSALAForCausalLM.from_pretrained(path, dtype=torch.float32)
 
@@ -369,63 +296,6 @@ class Pipeline:
             tokenizer.chat_template = self.chat_template or self.recipe.chat_template or None
         return tokenizer
 
-    def _convert(self, stage: Halo) -> None:
-        config = replace(
-            stage.config,
-            teacher=self.start.teacher or str(self.path / "models" / self.recipe.stages[0].name),
-            seed=self.recipe.seed,
-        )
-        if self.device is not None:
-            config = replace(config, device=self.device)
-        if not config.sparse_config:
-            config = replace(config, sparse_config=dict(self.recipe.model.get("sparse_config", {})))
-        data = from_first(self.mesh, lambda: str(self._packed(config) or self._texts()))
-        config = replace(config, data=(data,))
-        begun = (self.path / "halo" / "config.json").exists()
-        convert(config, self.path / "halo", resume=begun, quiet=self.quiet)
-
-    def _packed(self, config: ConvertConfig) -> Path | None:
-        """The conversion's texts as packed tokens, as many as it trains on: its own, or the files of the
-        first stage that trains the hybrid on text, in their shares. None where there are no files."""
-        if len(config.data) == 1 and is_packed(config.data[0]):
-            return Path(config.data[0])
-        sources = parse_sources(config.data) if config.data else self._files()
-        if not sources:
-            return None
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(config.teacher))
-        wanted = config.length * sum(p.steps * p.batch for p in (config.align, config.distill))
-        with counter("tokens of the conversion", self.quiet) as advance:
-            made = pack(
-                sources,
-                tokenizer,
-                self.path / "halo_texts",
-                tokens=max(1, wanted),
-                seed=self.recipe.seed,
-                skip_bad=self.skip_bad,
-                advance=advance,
-            )
-        return made.folder
-
-    def _files(self) -> list[PackSource]:
-        """The files of the first stage that trains the hybrid on text."""
-        for stage in self.recipe.stages:
-            if isinstance(stage, Stage) and not stage.dense_start and not stage.chat:
-                made = ("python:", "synthetic:")
-                given = [s for s in stage.mixture if s.path and not s.path.startswith(made)]
-                return [PackSource(s.name, s.path, s.weight) for s in given]
-        return []
-
-    def _texts(self) -> Path:
-        """Texts of the installation as files, for the conversion."""
-        folder = self.path / "texts"
-        folder.mkdir(exist_ok=True)
-        for kind in ("code", "prose"):
-            file = folder / f"{kind}.txt"
-            if not file.exists():
-                file.with_suffix(".partial").write_text("\n\n".join(installed_texts(kind)), encoding="utf-8")
-                file.with_suffix(".partial").replace(file)
-        return folder
-
     # --- what it leaves ---
 
     def _export(self, stage: Stage, model: Any, tokenizer: Any, mesh: ParallelMesh) -> None:
@@ -440,7 +310,7 @@ class Pipeline:
             save_weights(partial, model, weights, dtype)
             model.config.attention_mode = mode
             if stage.dense_start:
-                write_json(partial / "config.json", _minicpm(self.recipe))
+                write_json(partial / "config.json", own_transformer(self.recipe))
             tokenizer.save_pretrained(partial)
             partial.replace(target)
         if mesh.world > 1:
@@ -454,23 +324,6 @@ class Pipeline:
             shutil.copytree(source, partial)
             partial.replace(target)
         return target
-
-
-def _minicpm(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's own Transformer as the `config.json` of a MiniCPM model."""
-    shape = MiniCPMSALAConfig(**recipe.model)
-    return {
-        "model_type": "minicpm",
-        "architectures": ["MiniCPMForCausalLM"],
-        "bos_token_id": 1,
-        "pad_token_id": 2,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
-        "hidden_act": "silu",
-        **{name: getattr(shape, name) for name in _MINICPM},
-    }
 
 
 def _open_folder(path: Path, config: RunConfig, resume: bool, mesh: ParallelMesh) -> RunFolder | None:

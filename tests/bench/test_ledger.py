@@ -86,8 +86,8 @@ def test_make_gpu_fills_the_measured_columns():
     shape = "T=262144 Hq=32 Hkv=2 D=128 blocks=96x64"
     last = "T=4096 Hq=32 Hkv=2 D=128 blocks=96x64 correlated last of L=1048576"
     rows = [
-        row("select_blocks", f"{shape} random", 1111),
         row("select_blocks", f"{shape} correlated", 71.5),
+        row("select_blocks", f"{shape} random", 1111),
         row("sparse_attention", f"{shape} correlated", 82.5),
         row("sparse_attention", last, 1.75, kind="chunk"),
         row("lightning_attention", "T=262144 H=32 D=128", 4.25),

@@ -15,8 +15,10 @@ from opensala.bench.million import SPEC, random_lists
 from opensala.bench.record import Report, Target
 from opensala.bench.timing import Timing, quantiles, take_turns
 from opensala.cli import main
-from opensala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from opensala.model import MiniCPMSALAForCausalLM
 from opensala.ops import BlockSpec
+
+from ..conftest import two_layer_config
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -87,18 +89,14 @@ def test_counts_equal_counting_one_by_one(tokens):
 
 
 def test_prefill_counts_every_weight_of_the_layers():
-    config = MiniCPMSALAConfig(
+    config = two_layer_config(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=16,
         lightning_nh=4,
         lightning_nkv=2,
         lightning_head_dim=8,
-        mixer_types=["minicpm4", "lightning-attn"],
     )
     model = MiniCPMSALAForCausalLM(config)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)

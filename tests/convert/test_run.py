@@ -3,32 +3,26 @@ nothing."""
 
 import json
 import math
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-import opensala.convert.batches as batches_module
 import opensala.convert.run as run_module
 import opensala.convert.work as work_module
-from opensala.convert import convert, halo, sala, tiny
+from opensala.convert import convert, sala
 from opensala.convert.align import Alignment
-from opensala.convert.batches import Batches, user_texts
-from opensala.convert.benchmarks import task_metric
-from opensala.convert.config import RECIPES, Phase, Probes
+from opensala.convert.config import Phase, Probes
 from opensala.convert.probes import answers_right
 from opensala.convert.states import States
 from opensala.convert.work import Work
-from opensala.data.pack import pack, parse_sources
 from opensala.runs import FolderLock
 
 from ..runs.test_folder import small_files
@@ -280,18 +274,6 @@ def test_refused_options_and_plans_leave_no_run_behind(config, finished, tmp_pat
         convert(config, tmp_path / "run", resume=True, quiet=True)
 
 
-def test_a_teacher_that_is_not_there_and_a_tokenizer_of_another_model(config, teacher_folder, tmp_path):
-    with pytest.raises(ValueError, match="^teacher: there is no folder /nope$"):
-        convert(replace(config, teacher="/nope"), tmp_path / "run", quiet=True)
-    other = tmp_path / "other"
-    shutil.copytree(teacher_folder, other)
-    settings = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(settings | {"vocab_size": 2000}))
-    with pytest.raises(ValueError, match="the tokenizer has 2,048 tokens and the model's vocabulary 2,000"):
-        convert(replace(config, teacher=str(other)), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()
-
-
 def test_other_texts_than_the_run_began_with_are_refused(config, finished, text_file, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text(text_file.read_text())
@@ -377,14 +359,6 @@ def test_the_kl_rule_sweeps_for_itself(config, finished, tmp_path):
     assert json.loads((folder / "selection.json").read_text())["kept"] == [0, min(middle, key=middle.get), 7]
 
 
-def test_the_plan_is_printed_and_nothing_is_trained(config, tmp_path, capsys):
-    convert(config, tmp_path / "run", plan_only=True)
-    shown = capsys.readouterr().err
-    for word in ("alignment", "sweep", "distillation", "2,048", "in all", "MiB free on cpu"):
-        assert word in shown
-    assert not (tmp_path / "run" / "states").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
 @pytest.mark.parametrize(("rule", "left"), [("recall", False), ("retrieval", True)])
 def test_the_plan_knows_what_is_taken_over(config, finished, tmp_path, capsys, rule, left):
     convert(replace(config, rule=rule, keep=3, reuse=str(finished)), tmp_path / "run", plan_only=True)
@@ -392,107 +366,7 @@ def test_the_plan_knows_what_is_taken_over(config, finished, tmp_path, capsys, r
     assert "alignment" not in shown and ("sweep" in shown) == left and "distillation" in shown
 
 
-def test_what_cannot_be_converted_is_refused_before_any_work(config, teacher_folder, tmp_path):
-    short = tmp_path / "short.txt"
-    short.write_text("Too little text for anything. " * 12)
-    for changes, message in (
-        ({"data": (str(short),)}, "one sequence needs 128: give more text"),
-        ({"data": (str(tmp_path / "absent"),)}, "absent holds no documents"),
-        ({"keep": 1}, "keep must be 2 to 8 .*both ends included, got 1"),
-        ({"keep": 9}, "got 9"),
-        ({"layers": (0, 8)}, r"layers must be different numbers in 0..7, got \[0, 8\]"),
-        ({"rule": "halos"}, "Did you mean 'halo'"),
-        ({"trainable": "some"}, "trainable must be one of 'linear', 'lora', 'all'"),
-        ({"task_share": 2.0}, "task_share must be 0 to 1, got 2.0"),
-        ({"length": 8}, "length must be at least 16, got 8"),
-        ({"align": Phase(3, 2, math.nan, 0.0)}, "align.lr must be a number above 0, got nan"),
-        ({"device": "tpu0"}, "device must be cpu, cuda or cuda:N, got 'tpu0'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            convert(replace(config, **changes), tmp_path / "run", quiet=True)
-        assert not (tmp_path / "run").exists()
-
-
-def test_tasks_of_lm_eval_need_lm_eval(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "lm_eval" else object())
-    with pytest.raises(ValueError, match="pip install 'opensala\\[eval\\]'"):
-        convert(replace(config, probes=Probes(recall_tasks=("squad",))), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_figure_of_an_lm_eval_task():
-    assert (
-        task_metric(
-            "arc",
-            {"alias": "arc", "sample_len": 9, "acc,none": 0.4, "acc_stderr,none": 0.1, "acc_norm,none": 0.5},
-        )
-        == 0.5
-    )
-    assert task_metric("fda", {"alias": "fda", "contains,none": 0.3, "contains_stderr,none": "N/A"}) == 0.3
-    with pytest.raises(ValueError, match="lm-eval task 'x' reports no number"):
-        task_metric("x", {"alias": "x"})
-
-
-def test_a_teacher_too_shallow_for_a_quarter(config, tmp_path):
-    from .test_transfer import make_teacher
-
-    make_teacher(tmp_path / "shallow")
-    with pytest.raises(
-        ValueError,
-        match="a teacher of 4 layers cannot keep 25% and both ends stay: name a number with --keep",
-    ):
-        convert(replace(config, teacher=str(tmp_path / "shallow")), tmp_path / "run", quiet=True)
-
-
-def test_recipes():
-    published = sala("t")
-    tokens = 512 * (published.align.steps * 32 + published.distill.steps * 96)
-    assert tokens == pytest.approx(1.311e9, rel=0.001) and published.fix_ends
-    assert (halo("t").trainable, halo("t").fix_ends, halo("t").align.steps) == ("all", False, 20_000)
-    assert tiny(halo("t")).trainable == "all" and tiny(sala("t")).align.steps < 1000
-    for recipe in RECIPES.values():
-        recipe("t").check()
-    phase = Phase(100, 1, 1e-3, 1e-5, warmup=10)
-    assert (
-        phase.rate(0) == pytest.approx(1e-4)
-        and phase.rate(10) == pytest.approx(1e-3)
-        and phase.rate(100) == pytest.approx(1e-5)
-    )
-
-
 def test_an_answer_counts_if_all_of_its_value_is_right():
     marks = torch.tensor([[0, 1, 1, 1, 0, 1, 1], [0, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     right = torch.tensor([[1, 1, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
     assert answers_right(right, marks) == [True, False, True]  # the end-of-text after a value does not count
-
-
-def test_all_of_a_packed_folder_is_trained_on(config, teacher_folder, tmp_path):
-    rows = [f"Row {n} of the ledger: {n * 31 % 997} sacks of barley went to the mill." for n in range(3000)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
-    made = pack(parse_sources([str(tmp_path / "a.jsonl")]), tokenizer, tmp_path / "packed")
-    batches = Batches(tokenizer, replace(config, data=(str(tmp_path / "packed"),), task_share=0.0))
-    count = made.tokens["a"] // config.length
-    drawn = batches.train("align", 0, count).ids
-    assert len({row.numpy().tobytes() for row in drawn}) == count  # an epoch has every row once
-    held, size = np.load(tmp_path / "packed" / "held_out" / "a.npy"), config.probes.length
-    assert batches.text_probes(1)[0].tolist() in held[: len(held) // size * size].reshape(-1, size).tolist()
-    ids, marks = batches.recall_probes(128, 2)
-    assert ids.shape == (2, 128) and marks.any()
-    folder = convert(replace(config, data=(str(tmp_path / "packed"),)), tmp_path / "run", quiet=True)
-    assert (folder / "config.json").exists()
-
-
-def test_more_text_than_is_read_into_memory_is_not_left_out_in_silence(tmp_path, monkeypatch):
-    monkeypatch.setattr(batches_module, "_CHARACTERS", 1000)
-    (tmp_path / "a.txt").write_text("a line of text\n" * 400)
-    with pytest.raises(ValueError, match="more than the 3,000 characters .*convert pack"):
-        user_texts([str(tmp_path / "a.txt")])
-
-
-def test_texts_are_read_as_documents(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
-    assert user_texts([str(tmp_path / "*.jsonl")]) == ["first", "second"]
-    (tmp_path / "a.jsonl").write_text('{"text": "first"}\nbroken\n')
-    with pytest.raises(ValueError, match="a.jsonl line 2 is not JSON"):
-        user_texts([str(tmp_path)])

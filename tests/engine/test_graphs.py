@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensala.engine import SamplingParams
+from opensala.model.layers import Linear
 from opensala.ops import use_backend
 from opensala.ops.native import library
 from opensala.ops.native.program import NotReplayable, record
@@ -79,6 +80,19 @@ def test_changed_weights_are_seen():
     running.scheduler.tree.clear()
     third = outcome(running)
     assert first != second != third and third == outcome(without_graphs(model))
+
+
+@pytest.mark.parametrize("what", ["parameter", "module"])
+def test_parts_that_take_the_place_of_others_are_seen(what):
+    """After steps were recorded: what they read is no longer the model's."""
+    model = tiny_model()
+    running = engine(model)
+    first, mlp = outcome(running), model.model.layers[0].mlp
+    if what == "module":
+        mlp.up_proj = Linear(32, 48, bias=False)
+    mlp.up_proj.weight = torch.nn.Parameter(torch.randn(48, 32))
+    running.scheduler.tree.clear()
+    assert outcome(running) == outcome(without_graphs(model)) != first
 
 
 def test_hooks_see_every_step():

@@ -1,7 +1,7 @@
 """The engine on a GPU that computes nothing: launches, dtypes, devices and bytes of the released 9B model.
 
 What a million tokens take, and that a decoding step is few launches with one copy to the device and one
-from it.
+from it. That every kernel is compiled ahead of time as the model calls it.
 """
 
 import numpy as np
@@ -16,6 +16,7 @@ from opensala.model.cache import _Store
 from opensala.model.storage import CacheStorage, cache_sizes
 
 from ..fake_gpu import CUDA, fake_gpu, on_fake_gpu
+from ..ops.kernels import triton_modules
 
 MILLION = 1 << 20
 RELEASED = {"lightning_nkv": 32}
@@ -90,6 +91,39 @@ def test_lightning_gets_bf16_and_keeps_float32_states(count):
             for kinds in found:
                 inputs = {kind for name, kind in kinds.items() if name in ("q", "k", "v", "o")}
                 assert inputs == {torch.bfloat16} and kinds["states"] == torch.float32
+
+
+KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} | {
+    "i32": torch.int32,
+    "i64": torch.int64,
+}
+
+
+def compiled_ahead():
+    """The tensors, by name and dtype, of each kernel's cases for sm_90."""
+    found: dict[str, list[dict[str, torch.dtype]]] = {}
+    for module in triton_modules():
+        for case in module.compile_cases(90) if hasattr(module, "compile_cases") else ():
+            tensors = {n: KINDS[kind[1:]] for n, kind in case.types.items() if kind.startswith("*")}
+            found.setdefault(case.kernel.__name__, []).append(tensors)
+    return found
+
+
+def test_kernels_are_compiled_ahead_as_the_model_calls_them():
+    """A dtype that no case has is a kernel that nobody looked at: its registers, its spills, its products."""
+    cases = compiled_ahead()
+    with fake_gpu() as gpu:
+        model = on_fake_gpu(MiniCPMSALAConfig(**SHORT))
+        storage = CacheStorage(model.config, MILLION // 64 + 1, 40, torch.bfloat16, CUDA)
+        for merged in (False, True):
+            if merged:
+                model.model.merge_projections()
+            for works in (*SITUATIONS.values(), [(0, 100, 1, False)]):
+                chunk(model, storage, works)
+        launched = {(name, tuple(kinds.items())) for name, kinds in gpu.arguments}
+    unknown = [f"{name} {dict(kinds)}" for name, kinds in launched if dict(kinds) not in cases.get(name, [])]
+    assert not unknown, "\n".join(unknown)
+    assert len({name for name, _ in launched}) > 15
 
 
 @pytest.mark.parametrize("device", [None, "cuda", "cuda:0"])

@@ -8,9 +8,11 @@ import torch
 
 from opensala.engine import SamplingParams, generate, load_engine, precision
 from opensala.engine.precision import HALF_ROWS, Precision, apply_precision, choose_precision
-from opensala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, SALACache
+from opensala.model import MiniCPMSALAForCausalLM, SALACache
 from opensala.ops.linear import speed
 from opensala.ops.linear.speed import ProductTimes
+
+from ..conftest import two_layer_config
 
 FASTER = ProductTimes(one=2e-5, one_stored=1e-5, many=3e-3, many_half=1e-3)  # as with AVX512-BF16
 SLOWER = ProductTimes(one=2e-5, one_stored=1e-5, many=3e-3, many_half=15e-3)  # as with AVX2
@@ -20,17 +22,7 @@ SLOW_STORED = ProductTimes(one=1e-5, one_stored=2e-5, many=3e-3, many_half=15e-3
 def small(dtype=torch.bfloat16):
     """A model whose weights are exact in `dtype`, held in float32."""
     torch.manual_seed(1)
-    config = MiniCPMSALAConfig(
-        vocab_size=80,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        mixer_types=["minicpm4", "lightning-attn"],
-        eos_token_id=2,
-    )
-    return MiniCPMSALAForCausalLM(config).to(dtype).float().eval()
+    return MiniCPMSALAForCausalLM(two_layer_config()).to(dtype).float().eval()
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,8 @@ is a program of its own because Triton decides at import whether kernels are int
 tests.
 """
 
-import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -26,17 +24,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
-import opensala.ops  # noqa: E402
 from opensala.ops.triton_common import CompileCase, shared_memory  # noqa: E402
 from tests.ops import machine_code  # noqa: E402
+from tests.ops.kernels import triton_modules  # noqa: E402
 
 MAIN = 90  # every case is compiled for it; for other GPUs the first of each kernel
-
-
-def triton_modules() -> list[ModuleType]:
-    """The modules of the package that hold kernels: those whose names begin with `triton`."""
-    names = [m.name for m in pkgutil.walk_packages(opensala.ops.__path__, "opensala.ops.")]
-    return [importlib.import_module(name) for name in names if name.rpartition(".")[2].startswith("triton")]
+STRIDE = re.compile(r"^(?!per_row$).*_(b|t|h|n|p|s|row)$")
 
 
 def launched_kernels(modules: list[ModuleType]) -> set[str]:
@@ -48,12 +41,17 @@ def launched_kernels(modules: list[ModuleType]) -> set[str]:
 
 def cases_for(module: ModuleType, arch: int) -> list[CompileCase]:
     cases = list(module.compile_cases(arch)) if hasattr(module, "compile_cases") else []
-    if arch == MAIN:
-        return cases
     first: dict[int, CompileCase] = {}
     for case in cases:
         first.setdefault(id(case.kernel), case)
-    return list(first.values())
+    return [*cases, *filter(None, map(far, first.values()))] if arch == MAIN else list(first.values())
+
+
+def far(case: CompileCase) -> CompileCase | None:
+    """The case with strides that take 64 bits, as those between the rows of a batch of long texts do; None
+    without strides."""
+    strides = {n: "i64" for n, kind in case.types.items() if kind == "i32" and STRIDE.match(n)}
+    return case._replace(name=f"{case.name} far", types={**case.types, **strides}) if strides else None
 
 
 def compile_case(case: CompileCase, arch: int) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opensala.cli import main
 from opensala.engine import Engine, SamplingParams, load_engine, shipped_model
-from opensala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM, SALACache
+from opensala.model import MiniCPMSALAForCausalLM, SALACache
 from opensala.model.quantised import QuantisedLinear, quantised_layers
 from opensala.ops.linear.gptq import Codes, to_gptq
 from opensala.quantize import Plan, quantise_checkpoint
+
+from ..conftest import two_layer_config
 
 FEW = ["--sequences", "4", "--length", "512", "--questions", "2", "--document-tokens", "512", "--quiet"]
 
@@ -25,16 +27,7 @@ def small(tmp_path_factory):
     """A tiny checkpoint with the shipped tokenizer, head not tied."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model") / "source"
-    config = MiniCPMSALAConfig(
-        vocab_size=2048,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        mixer_types=["minicpm4", "lightning-attn"],
-        eos_token_id=2,
-    )
+    config = two_layer_config(vocab_size=2048, intermediate_size=128)
     MiniCPMSALAForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(shipped_model()).save_pretrained(folder)
     (folder / "LICENSE").write_text("as the source")

@@ -1,20 +1,16 @@
-"""Contexts over HTTP: uploaded once, kept, asked through every API, extended, forked, expired, deleted."""
+"""Contexts over HTTP: uploaded once, kept, asked through every API, extended, forked, deleted."""
 
 import base64
 import json
 import random
 import re
-import socket
-import time
 
 import anthropic
 import httpx2
 import openai
 import pytest
 
-from opensala.contexts.folder import ContextFolder
 from opensala.contexts.kept import Kept, identity
-from opensala.contexts.shelf import Shelf
 from opensala.engine import Document, Engine, EngineOptions, SamplingParams, ask
 from opensala.engine.ask import build_prompt
 from opensala.engine.chat import Message
@@ -190,21 +186,6 @@ def test_reading_is_watched_by_events(shared):
         assert answer.status_code == 200 and "context_length_exceeded" in answer.read().decode()
 
 
-def test_a_context_outlives_its_server(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("opensala.contexts.kept._SEGMENT_PAGES", 20)  # several segments
-    first = Client(start(contexts=tmp_path / "kept"))
-    made = first.create({"text": DOCUMENT + FILLER * 400 + NOTES})
-    wanted = first.ask(made["id"], CAPTAIN)[0]
-    first.live.stop()
-    second = Client(start(contexts=tmp_path / "kept"))
-    assert second.send("GET")["data"] == [made]
-    text, usage = second.ask(made["id"], CAPTAIN)
-    assert text == wanted == "Orla Brandt"
-    assert usage.prompt_tokens_details.cached_tokens == made["tokens"]
-    more = second.send("POST", f"/{made['id']}/extend", {"documents": [{"text": "More.\n"}]})
-    assert second.ask(more["id"], CAPTAIN)[0] == "Orla Brandt"
-
-
 def test_a_context_of_another_key_is_not_there(start, tmp_path):
     path = tmp_path / "keys.json"
     secrets = [new_key(path, name)[1] for name in ("ada", "bob")]
@@ -258,138 +239,6 @@ def test_a_fork_stays_when_its_original_goes(kept):
     kept.live.service.engine.scheduler.tree.clear()
     assert kept.ask(twin["id"])[0] == "48213"
     assert names(kept.live) == [twin["id"], f"{twin['id']}.json"]
-
-
-def test_contexts_expire_unless_they_are_pinned(kept):
-    shelf, now = kept.live.service.keeper.shelf, time.time()
-    short, long, pinned = (kept.create(ttl=ttl) for ttl in (10, 1000, 10))
-    changed = kept.send("PATCH", f"/{pinned['id']}", {"pinned": True})
-    assert changed == {**pinned, "pinned": True, "expires_at": None}
-    shelf.clock = lambda: now + 500
-    assert kept.refused("GET", f"/{short['id']}")["code"] == "context_not_found"
-    assert [c["id"] for c in kept.send("GET")["data"]] == sorted([long["id"], pinned["id"]])
-    renewed = kept.send("PATCH", f"/{long['id']}", {"ttl": 1000})
-    assert renewed["expires_at"] == int(now + 500) + 1000
-    assert shelf.sweep() == 1
-    left = [f"{i}{end}" for i in (long["id"], pinned["id"]) for end in ("", ".json")]
-    assert names(kept.live) == sorted(left)
-    kept.send("PATCH", f"/{pinned['id']}", {"pinned": False})
-    assert kept.refused("GET", f"/{pinned['id']}")["code"] == "context_not_found"
-
-
-def test_a_client_that_goes_away_leaves_nothing(kept):
-    live = kept.live
-    body = json.dumps({"model": "small", "documents": [{"text": FILLER * 3000}]}).encode()
-    head = b"POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    for share in (len(body) // 2, len(body)):
-        with socket.create_connection(("127.0.0.1", live.port)) as connection:
-            connection.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body[:share])
-            if share == len(body):
-                live.wait(lambda: live.service.loop.stats.running)
-        live.wait_until_idle()
-    live.wait(lambda: not live.service.gate.num_inside)
-    assert names(live) == [] and kept.send("GET")["data"] == []
-
-
-def test_a_client_that_goes_away_while_it_is_written_leaves_nothing(kept, monkeypatch):
-    live, add = kept.live, ContextFolder.add_segment
-
-    def slow(*args):
-        time.sleep(0.5)
-        return add(*args)
-
-    monkeypatch.setattr(ContextFolder, "add_segment", slow)
-    body = json.dumps({"model": "small", "documents": [REPORT]}).encode()
-    head = b"POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with socket.create_connection(("127.0.0.1", live.port)) as connection:
-        connection.sendall(head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        live.wait(lambda: names(live))
-    live.wait(lambda: not names(live))
-    assert kept.send("GET")["data"] == []
-
-
-def test_a_server_that_stops_ends_what_is_read_and_leaves_nothing_of_it(start, tmp_path):
-    live = start(ServerOptions(**QUICK), contexts=tmp_path / "kept")
-    body = {"model": "small", "documents": [{"text": FILLER * 4000}], "stream": True}
-    with Client(live).http.stream("POST", "/v1/contexts", json=body) as answer:
-        lines = (line for line in answer.iter_lines() if line)
-        assert "context.progress" in next(lines)
-        live.server.should_exit = True
-        assert "shutting down" in list(lines)[-1]
-    live.stop()
-    assert names(live) == []
-
-
-def test_a_server_that_stops_keeps_what_is_being_written(start, tmp_path, monkeypatch):
-    live, add = start(ServerOptions(grace_seconds=5), contexts=tmp_path / "kept"), ContextFolder.add_segment
-
-    def slow(*args):
-        live.server.should_exit = True
-        time.sleep(0.3)
-        return add(*args)
-
-    monkeypatch.setattr(ContextFolder, "add_segment", slow)
-    monkeypatch.setattr("opensala.contexts.kept._SEGMENT_PAGES", 20)
-    made = Client(live).create({"text": DOCUMENT + FILLER * 400})  # several segments
-    live.stop()
-    assert names(live) == [made["id"], f"{made['id']}.json"]
-
-
-def test_servers_share_a_folder(start, tmp_path):
-    one, two = (Client(start(contexts=tmp_path / "kept")) for _ in range(2))
-    made = one.create()
-    assert two.ask(made["id"])[0] == "48213"
-    two.send("DELETE", f"/{made['id']}")
-    assert one.refused("GET", f"/{made['id']}")["code"] == "context_not_found"
-
-
-def test_a_disk_that_fails_leaves_nothing_and_tells_no_path(kept, monkeypatch):
-    def full(*_):
-        raise ValueError("/secret/place is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ContextFolder, "add_segment", full)
-        error = kept.create(status=500)["error"]
-    assert error["type"] == "server_error" and "secret" not in error["message"]
-    assert names(kept.live) == [] and kept.create()["tokens"]
-
-
-def test_what_was_never_finished_is_swept(tmp_path):
-    shelf = Shelf(tmp_path)
-    path = shelf.folder(shelf.new_id())
-    path.mkdir()
-    (path / "segment-00001.safetensors").write_bytes(b"part")
-    (tmp_path / "mine").mkdir()
-    assert shelf.sweep() == 1 and [p.name for p in tmp_path.iterdir()] == ["mine"]
-
-
-def test_damaged_files_do_not_reach_an_answer(kept):
-    made = kept.create({"text": DOCUMENT + FILLER * 400})
-    shelf, live = kept.live.service.keeper.shelf, kept.live
-    (segment,) = shelf.folder(made["id"]).glob("segment-*")
-    data = bytearray(segment.read_bytes())
-    whole = bytes(data)
-    data[-(len(data) // 4) :] = bytes(len(data) // 4)  # keys and values of the last layers
-    segment.write_bytes(data)
-    live.service.engine.scheduler.tree.clear()
-    with pytest.raises(openai.InternalServerError, match="DamagedContext"):
-        kept.ask(made["id"])
-    text, usage = kept.ask(made["id"])  # from now on it is read from its text
-    assert text == "48213" and usage.prompt_tokens_details.cached_tokens == 0
-    more = kept.send("POST", f"/{made['id']}/extend", {"documents": [{"text": NOTES}]})
-    live.service.engine.scheduler.tree.clear()
-    text, usage = kept.ask(more["id"], CAPTAIN)  # nothing damaged got into it
-    assert text == "Orla Brandt" and usage.prompt_tokens_details.cached_tokens == more["tokens"]
-    live.service.keeper._open.clear()
-    segment.write_bytes(whole[:-1])  # its length is wrong: it is not even opened
-    with pytest.raises(openai.InternalServerError, match="could not be read"):
-        kept.ask(made["id"])
-    assert live.service.loop.is_alive and kept.ask(more["id"])[0] == "48213"
-    for text_file in shelf.folder(more["id"]).glob("text-*"):
-        text_file.write_bytes(b"[]")
-    body = {"documents": [{"text": "x"}]}
-    error = kept.refused("POST", f"/{more['id']}/extend", body, 500)
-    assert str(shelf.root) not in error["message"] and "could not be read" in error["message"]
 
 
 def test_limits(start, tmp_path):

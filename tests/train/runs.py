@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from opensala.convert.work import Work
-from opensala.train.pipeline import Start, train
+from opensala.train.pipeline import train
+from opensala.train.start import Start
 from opensala.train.trainer import StageRun
 
 

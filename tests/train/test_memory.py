@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from opensala.model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from opensala.parallel import ParallelConfig, close_parallel, init_parallel
 from opensala.train.memory import training_memory
-from opensala.train.pipeline import SHIPPED, Start, train
+from opensala.train.pipeline import SHIPPED, train
 from opensala.train.recipes import tiny
+from opensala.train.start import Start
 from opensala.train.steps import _row_loss
 from opensala.train.trainer import StageRun, prepared
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +16,11 @@ from transformers import AutoModelForCausalLM
 import opensala.parallel.checkpoint as writing
 from opensala.data.pack import Packed, PackSource
 from opensala.runs import FolderLock
+from opensala.train.conversion import recipe_files
 from opensala.train.overrides import override
-from opensala.train.pipeline import Pipeline, Start, train
+from opensala.train.pipeline import train
 from opensala.train.recipes import Guard, Source
+from opensala.train.start import Start
 from opensala.train.trainer import StageRun, Stopped
 
 from ..parallel.group import run_group
@@ -357,5 +358,5 @@ def test_the_files_of_the_first_stage_reach_the_conversion(corpus):
     stages = tuple(
         replace(s, mixture=mixture) if getattr(s, "name", "") == "stable" else s for s in recipe.stages
     )
-    found = Pipeline._files(SimpleNamespace(recipe=replace(recipe, stages=stages)))
+    found = recipe_files(replace(recipe, stages=stages))
     assert found == [PackSource("web", "a.jsonl", 0.7), PackSource("code", "b", 0.2)]

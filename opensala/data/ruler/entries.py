@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from ..facts import invented_word
+from ..words import invented_word
 from .needles import distinct
 from .types import RulerDocument, RulerQuestion
 

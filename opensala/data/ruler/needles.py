@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-from ..facts import compound, invented_word
+from ..words import compound, invented_word
 from .filler import filler, place
 from .types import RulerDocument, RulerQuestion
 

@@ -4,7 +4,7 @@ import random
 import string
 from dataclasses import dataclass
 
-from ..facts import invented_word, plain_words
+from ..words import invented_word, plain_words
 from .needles import distinct
 from .types import RulerDocument, RulerQuestion
 

@@ -243,6 +243,10 @@ def compile_cases(arch: int) -> CompileCases:
         types = {"x": x, "weight": x, "gate": x, "rows": "i32", "eps": "fp32"}
         forward = {**types, "out": x, "gate_row": "i32"}
         yield CompileCase(f"norm_gate {name}", norm_gate_kernel, forward, config, options)
+        if name == "4096 bf16":  # sparse layers have a gate and no norm
+            plain = {key: kind for key, kind in forward.items() if key != "weight"}
+            constants = {**config, "weight": None}
+            yield CompileCase(f"norm_gate {name} plain", norm_gate_kernel, plain, constants, options)
         yield CompileCase(
             f"norm_gate grad {name}",
             norm_gate_grad_kernel,

@@ -158,12 +158,15 @@ def triton_split_heads(
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """The released shapes in bf16."""
+    """The released shapes in bf16; a model's first norm, which adds nothing, and a sum without a norm."""
     config = _gate_config(4096, 2)
     options = {"num_warps": config.pop("num_warps")}
     types = {"rows": "i32", "scale": "fp32", "eps": "fp32"}
     tensors = dict.fromkeys(("x", "y", "weight", "total", "out"), "*bf16")
     yield CompileCase("add_norm", add_norm_kernel, {**types, **tensors}, config, options)
+    for name, absent in (("norm", "y"), ("add", "weight")):
+        some = types | {n: kind for n, kind in tensors.items() if n != absent}
+        yield CompileCase(f"add_norm {name} only", add_norm_kernel, some, {**config, absent: None}, options)
     yield CompileCase(
         "silu_mul", silu_mul_kernel,
         {**dict.fromkeys(("gate", "up", "out"), "*bf16"), "gate_row": "i32", "up_row": "i32"},

@@ -371,19 +371,23 @@ def triton_lightning_attention(
     return o.to(v.dtype), final
 
 
-_CASES = (
-    (128, 128, torch.bfloat16, False),
-    (128, 128, torch.bfloat16, True),
-    (64, 64, torch.bfloat16, False),
-    (128, 128, torch.float32, False),
+# head dim, value dim, dtype, backward, dtype of the boundaries of packed sequences (training's are int64, the
+# engine's int32)
+_CASES: tuple[tuple[int, int, torch.dtype, bool, str], ...] = (
+    (128, 128, torch.bfloat16, False, ""),
+    (128, 128, torch.bfloat16, False, "*i32"),
+    (128, 128, torch.bfloat16, True, "*i64"),
+    (64, 64, torch.bfloat16, False, ""),
+    (128, 128, torch.float32, False, ""),
 )
 _TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Forward and backward of the released heads (32 x 128), smaller ones, float32; packed documents."""
-    for dim, value_dim, dtype, backward in _CASES:
-        name = f"{dim} {_TYPE_NAMES[dtype]}{' backward packed' * backward}"
+    """Forward and backward of the released heads (32 x 128), smaller ones, float32; packed sequences, and
+    those of at most one segment, which have no states between."""
+    for dim, value_dim, dtype, backward, boundaries in _CASES:
+        name = f"{dim} {_TYPE_NAMES[dtype]}{' backward' * backward}{' packed' * bool(boundaries)}"
         x, f = f"*{_TYPE_NAMES[dtype]}", "*fp32"
         shapes = {"length": "i32", "segments": "i32", "documents": "i32"}
         common = {
@@ -395,22 +399,23 @@ def compile_cases(arch: int) -> CompileCases:
             "SHIFT": 1 - backward,
             "STEPS": 3,
         }
-        cu = {"cu": "*i64"} if backward else {}
-        absent = {} if backward else {"cu": None}
+        cu = {"cu": boundaries} if boundaries else {}
+        absent = {} if boundaries else {"cu": None}
         config = _output_config(dim, value_dim, dtype, arch)
-        yield CompileCase(
-            f"output {name}",
-            output_kernel,
-            {
-                **dict.fromkeys("qkvo", x),
-                **dict.fromkeys(("decay", "initial", "states", "final"), f),
-                **shapes,
-                **cu,
-                **dict.fromkeys(("score_scale", "state_scale", "update_scale"), "fp32"),
-            },
-            {**common, **absent, "TRANSPOSED": backward, **_without_warps(config)},
-            {"num_warps": config["num_warps"]},
-        )
+        types = {
+            **dict.fromkeys("qkvo", x),
+            **dict.fromkeys(("decay", "initial", "states", "final"), f),
+            **shapes,
+            **cu,
+            **dict.fromkeys(("score_scale", "state_scale", "update_scale"), "fp32"),
+        }
+        constants = {**common, **absent, "TRANSPOSED": backward, **_without_warps(config)}
+        options = {"num_warps": config["num_warps"]}
+        yield CompileCase(f"output {name}", output_kernel, types, constants, options)
+        if boundaries == "*i32":
+            short = {n: kind for n, kind in types.items() if n != "states"}
+            constants = {**constants, "states": None}
+            yield CompileCase(f"output {name} short", output_kernel, short, constants, options)
         config = _segment_config(dim, value_dim, dtype, arch)
         yield CompileCase(
             f"segment {name}",
@@ -419,13 +424,10 @@ def compile_cases(arch: int) -> CompileCases:
             {**common, **absent, **_without_warps(config)},
             {"num_warps": config["num_warps"]},
         )
-    yield CompileCase(
-        "scan",
-        scan_kernel,
-        {**dict.fromkeys(("states", "initial", "decay"), "*fp32"), "segments": "i32"},
-        {"cu": None, "H": 32, "SIZE": 128 * 128, "L": 4096, "BLOCK": SCAN_BLOCK},
-        {"num_warps": 4},
-    )
+    types = {**dict.fromkeys(("states", "initial", "decay"), "*fp32"), "segments": "i32"}
+    constants = {"H": 32, "SIZE": 128 * 128, "L": 4096, "BLOCK": SCAN_BLOCK}
+    yield CompileCase("scan", scan_kernel, types, {**constants, "cu": None}, {"num_warps": 4})
+    yield CompileCase("scan packed", scan_kernel, {**types, "cu": "*i32"}, constants, {"num_warps": 4})
     yield CompileCase(
         "step",
         step_kernel,

@@ -16,7 +16,7 @@ from .gptq import GptqTensors
 
 MOST_ROWS = 16  # of x: the smallest side of a product, which fewer rows are filled up to
 _COLUMNS = 64  # outputs of a program
-_CHUNK = 128  # inputs at a time, at most
+_WORDS = 16  # of packed weights of an output at a time, at most: more spill in 8 bits with Triton 3.6
 _PROGRAMS = 512  # at least so many share the work, where there are inputs enough
 
 
@@ -54,9 +54,9 @@ def gptq_kernel(
     tl.store(out + cells, acc, mask=(row < rows)[:, None] & inside[None, :])
 
 
-def _chunk(group: int) -> int:
-    """Inputs at a time: the largest power of two that divides a group; below 16 there is no product."""
-    return min(_CHUNK, group & -group)
+def _power(group: int) -> int:
+    """The largest power of two that divides a group; below 16 there is no product."""
+    return group & -group
 
 
 def beyond_triton(inner: int, group: int, rows: int, regular: bool) -> str | None:
@@ -66,7 +66,7 @@ def beyond_triton(inner: int, group: int, rows: int, regular: bool) -> str | Non
     if rows > MOST_ROWS:
         return f"it is for {MOST_ROWS} rows at most, got {rows}"
     size = inner if group == -1 else group
-    return None if _chunk(size) >= 16 else f"16 must divide the group, got {size}"
+    return None if _power(size) >= 16 else f"16 must divide the group, got {size}"
 
 
 def triton_gptq(x: Tensor, tensors: GptqTensors, bits: int, group: int, layout: str) -> Tensor:
@@ -104,7 +104,7 @@ def _split(groups: int, outer: int) -> int:
 def _constants(group: int, split: int, bits: int, layout: str) -> dict[str, int]:
     return {
         "GROUP": group,
-        "CHUNK": _chunk(group),
+        "CHUNK": min(_WORDS * 32 // bits, _power(group)),
         "SPLIT": split,
         "BITS": bits,
         "PLUS": int(layout == "gptq"),

@@ -349,7 +349,7 @@ SIZES = (
 
 def compile_cases(arch: int) -> CompileCases:
     """Whole lists of packed documents in all sizes, split ones of the release; merging the parts of a
-    decoding step."""
+    decoding step and those of pairs."""
     for name, dtype, group, size, dim in SIZES:
         for splits, absent in ((1, ("lengths",)), (48, ("cu", "number")))[: 1 if name else 2]:
             config = list_config(group, size, dim, dim, 4 if dtype == "fp32" else 2, arch)
@@ -367,14 +367,15 @@ def compile_cases(arch: int) -> CompileCases:
             }
             types = case_types(attend_kernel, dtype, constants)
             yield CompileCase(f"attend_kernel{name} {splits}", attend_kernel, types, constants, options)
-    for rows, count, width in ((32, 48, 128), (1 << 16, 96, 128)):
-        config = merge_config(rows, count, width)
+    integers = dict.fromkeys(("rows", "count", "outer", "inner", "step"), "i32")
+    for rows, count, parts, out in (
+        (32, 48, "fp32", "bf16"),
+        (1 << 16, 96, "bf16", "bf16"),
+        (1 << 16, 96, "fp32", "fp32"),
+    ):
+        config = merge_config(rows, count, 128)
         options = {"num_warps": config.pop("num_warps")}
-        constants = {"E": width, "MORE": count == 96, **config}
-        types = case_types(
-            merge_kernel,
-            "fp32",
-            constants,
-            **dict.fromkeys(("rows", "count", "outer", "inner", "step"), "i32"),
-        )
-        yield CompileCase(f"merge_kernel {rows} {width}", merge_kernel, types, constants, options)
+        constants = {"E": 128, "MORE": count == 96, **config}
+        kinds = {**integers, "part_lse": "*fp32", "parts": f"*{parts}"}
+        types = case_types(merge_kernel, out, constants, **kinds)
+        yield CompileCase(f"merge_kernel {rows} {parts}", merge_kernel, types, constants, options)

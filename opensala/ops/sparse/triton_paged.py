@@ -288,23 +288,28 @@ INTEGERS = (
     *("tokens", "sequences", "per_row"),
 )
 KINDS = {**dict.fromkeys(INTEGERS, "i32"), **dict.fromkeys(("pages", "sparse"), "*i32")}
+# Name, LEAST, LIST (0: no lists) and dtype of the results of `paged_query_kernel`, where it is not that of
+# the queries: programs that share a list or a sequence leave float32.
+QUERY_CASES = (("0", 0, 96, "fp32"), ("1", 1, 96, ""), ("0 dense", 0, 0, "fp32"), ("0 dense whole", 0, 0, ""))
 
 
 def compile_cases(arch: int) -> CompileCases:
-    """Decoding and the dense sequences of a prefill in all sizes; prefill of sparse ones at the released
-    size."""
+    """Decoding and the dense sequences of a prefill in all sizes; at the released size also steps in which
+    all sequences are dense, and prefill of sparse ones."""
     for name, dtype, group, size, dim in SIZES:
         itemsize = 4 if dtype == "fp32" else 2
         common = {"HEADS": 2, "GROUP": group, "SIZE": size, "D": dim, "E": dim, "STEPS": 4}
         lists = list_config(group, size, dim, dim, itemsize, arch)
         options = {n: lists.pop(n) for n in ("num_warps", "num_stages")}
-        for least in (0, 1) if not name else (0,):
-            constants = {**common, **lists, "LEAST": least, "LIST": 96}
-            kinds = KINDS | ({} if least else {"out": "*fp32"})
-            types = case_types(paged_query_kernel, dtype, constants, **kinds)
-            yield CompileCase(f"query{name} {least}", paged_query_kernel, types, constants, options)
+        for title, least, chosen, out in QUERY_CASES[: 1 if name else None]:
+            absent = {} if chosen else {"blocks": None}
+            constants = {**common, **lists, "LEAST": least, "LIST": chosen, **absent}
+            types = case_types(paged_query_kernel, dtype, constants, **KINDS, out=f"*{out or dtype}")
+            yield CompileCase(f"query{name} {title}", paged_query_kernel, types, constants, options)
         tile = dense_config(4096, group, size, dim, dim, itemsize, arch)
         options = {n: tile.pop(n) for n in ("num_warps", "num_stages")}
-        constants = {**common, **tile}
-        types = case_types(paged_tile_kernel, dtype, constants, **KINDS)
-        yield CompileCase(f"tile{name}", paged_tile_kernel, types, constants, options)
+        for dense in (False, True) if not name else (False,):
+            constants = {**common, **tile, **({"sparse": None} if dense else {})}
+            types = case_types(paged_tile_kernel, dtype, constants, **KINDS)
+            title = f"tile{name}{' dense' * dense}"
+            yield CompileCase(title, paged_tile_kernel, types, constants, options)
