@@ -33,6 +33,11 @@ class Work:
     drafted: int = 0
 
     @property
+    def reads(self) -> bool:
+        """Whether it computes tokens that were known before, and not just the one chosen last."""
+        return self.sequence.num_pending > 1
+
+    @property
     def completes(self) -> bool:
         """Whether all tokens known are computed behind it, so that the next one can be chosen."""
         return self.count - self.drafted == self.sequence.num_pending
@@ -56,12 +61,14 @@ class Limits:
         max_running: sequences that hold memory at a time.
         snapshot_interval: a snapshot every so many tokens of a prompt; 0 for none.
         min_shared: prompts that begin with so many equal tokens share the reading of them.
+        max_read_tokens: tokens read in a step that also decodes; None for as many as max_batch_tokens leaves.
     """
 
     max_batch_tokens: int
     max_running: int
     snapshot_interval: int
     min_shared: int
+    max_read_tokens: int | None = None
 
 
 @dataclass(eq=False)
@@ -237,8 +244,15 @@ class Scheduler:
         """
         self._step = step = Step()
         budget = self.limits.max_batch_tokens
-        for sequence in sorted(self.running, key=lambda s: (s.is_reading, s.arrival)):
+        decoding = [s for s in self.running if s.num_pending == 1]
+        reading = [s for s in self.running if s.num_pending > 1]
+        for sequence in decoding:
             if sequence.status is Status.RUNNING and budget > 0:  # it may have given way to an earlier one
+                budget -= self._plan(sequence, step, budget)
+        if step.works and self.limits.max_read_tokens is not None:  # else nobody waits for the next token
+            budget = min(budget, self.limits.max_read_tokens)
+        for sequence in reading:
+            if sequence.status is Status.RUNNING and budget > 0:
                 budget -= self._plan(sequence, step, budget)
         while budget > 0 and self.waiting and len(self.running) < self.limits.max_running:
             first = self._next_waiting()

@@ -3,6 +3,7 @@ so."""
 
 import random
 from array import array
+from dataclasses import replace
 
 import pytest
 
@@ -62,9 +63,13 @@ def test_ten_thousand_random_operations(seed):
                 if one.status is Status.RUNNING and one.num_pending == 1 and rng.random() < 0.5:
                     room = one.room - one.num_tokens - 1
                     one.draft = [7] * rng.randint(0, max(0, min(5, room)))
+            most = rng.choice([None, None, 0, 1, 20])
+            planned.limits = replace(planned.limits, max_read_tokens=most)
             step = planned.schedule()
             planned.check_integrity()
             assert sum(work.count for work in step.works) <= planned.limits.max_batch_tokens
+            read = sum(work.count for work in step.works if work.reads)
+            assert most is None or read <= most or all(work.reads for work in step.works)
             assert bool(step.works) == bool(alive)
             if rng.random() < 0.1:
                 planned.discard(step)  # interrupted
@@ -88,6 +93,24 @@ def test_decoding_goes_beside_a_long_prompt():
     planned.add(sequence(range(3, 90), 1, 5))
     step = planned.schedule()
     assert [(w.sequence.request_id, w.count) for w in step.works] == [("0", 1), ("1", 49)]
+
+
+@pytest.mark.parametrize("most", [0, 1, 20, None])
+def test_reading_beside_decoding_takes_no_more_than_it_may(most):
+    planned = scheduler(pages=200)
+    planned.limits = replace(planned.limits, max_read_tokens=most)
+    stream = sequence(range(3, 13), 0)
+    planned.add(stream)
+    assert [w.count for w in planned.schedule().works] == [10]  # nobody decodes: the limit is for no one
+    finish_works(planned, planned._step)
+    stream.draft = [7] * 5
+    for arrival in (1, 2):
+        planned.add(sequence([arrival] * 40, arrival, 5))
+    works = planned.schedule().works
+    assert works[0].count == 6 and not works[0].reads  # drafts are not counted
+    assert sum(w.count for w in works[1:]) == (44 if most is None else most)
+    planned.finish(stream, FinishReason.ABORT)
+    assert sum(w.count for w in planned.schedule().works) == 50
 
 
 def test_works_end_where_the_mode_changes():
