@@ -2,6 +2,7 @@
 
 import io
 
+import psutil
 from pypdf import PdfReader, PdfWriter
 
 
@@ -37,6 +38,16 @@ def make_pdf(pages, extra=b""):
         b"xref\n0 %d\n0000000000 65535 f \n%strailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF"
         % (size, table, size, len(out))
     )
+
+
+def long_pdf():
+    """A PDF that takes seconds to read."""
+    return make_pdf([["Nothing of note happened that day."] * 40] * 4000)
+
+
+def pdf_processes():
+    """Processes of this one that read PDFs."""
+    return [p for p in psutil.Process().children() if "pdf.py" in " ".join(p.cmdline())]
 
 
 def encrypted(data, user, owner):

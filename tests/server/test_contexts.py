@@ -20,7 +20,7 @@ from opensala.engine.ask import build_prompt
 from opensala.engine.chat import Message
 from opensala.server import KeyFile, ServerOptions, new_key
 
-from ..pdfs import make_pdf
+from ..pdfs import long_pdf, make_pdf, pdf_processes
 from .conftest import DOCUMENT, FILLER, QUESTION
 
 NOTES = "The captain of Silver Heron is Orla Brandt.\n"
@@ -519,6 +519,22 @@ def test_files_are_read_as_the_command_line_reads_them(shared):
         ({}, None),
     ):
         assert shared.create({"name": "x", **part}, status=400)["error"]["code"] == code
+
+
+def test_a_pdf_is_read_beside_streams_and_no_longer_than_its_client_waits(kept):
+    body = {"model": "small", "documents": [{"name": "a", "data": base64.b64encode(long_pdf()).decode()}]}
+    with openai.OpenAI(base_url=f"{kept.live.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(
+            model="small", prompt="a\n", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+        )
+        upload = httpx2.Client(base_url=kept.live.url, timeout=1.0, trust_env=False)
+        with pytest.raises(httpx2.TimeoutException):
+            upload.post("/v1/contexts", json=body)
+        assert pdf_processes() and kept.live.service.loop.stats.running
+        upload.close()
+        kept.live.wait(lambda: not pdf_processes())
+        stream.close()
+    assert kept.send("GET")["data"] == []
 
 
 def test_the_server_says_what_it_is(shared):
