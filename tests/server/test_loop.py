@@ -132,6 +132,17 @@ def test_owners_take_turns():
     run(scenario, max_running=2)
 
 
+def test_a_long_prompt_of_one_owner_does_not_keep_another_waiting():
+    async def scenario(loop):
+        long = loop.submit("a", [job(20_000, tokens=1)])
+        await until(lambda: long.read > 1000)
+        done = await loop.submit("b", [job(100, seed=1, tokens=3)]).completions()
+        assert len(done[0].tokens) == 3 and long.read < 15_000
+        await long.completions()
+
+    run(scenario)
+
+
 def test_owners_do_not_share_prefixes():
     async def scenario(loop):
         for owner, reused in (("a", 0), ("a", 299), ("b", 0)):
