@@ -167,7 +167,7 @@ def main() -> int:
     seconds, size = (int(word) for word in sys.argv[1:3])
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    os.nice(10)  # whoever waits for a token comes first
+    os.nice(5)  # whoever waits for a token comes first
     try:
         text, notes = pdf_text(sys.stdin.buffer.read())
         found: dict[str, object] = {"text": text, "notes": notes}
