@@ -9,11 +9,15 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import logging
 import signal
 import sys
 import weakref
 from dataclasses import dataclass, field
 
+from .errors import ApiError
+
+_log = logging.getLogger("opensala.server")
 _MEMORY = (
     4 << 30
 )  # bytes of address space; a file of 32 MiB whose streams are deflated tenfold needs 1 to 2 GiB
@@ -41,10 +45,16 @@ class PdfReader:
 
         Raises:
             ValueError: see `engine.pdf.pdf_text`; it takes more than it may. The message is the reason alone.
+            ApiError: 503, no process can be started.
         """
         turn = self._turns.setdefault(owner, asyncio.Lock())
         async with turn, self._places:
-            return await self._read(data)
+            try:
+                return await self._read(data)
+            except OSError as error:  # of this machine: no memory, no processes left
+                _log.error("no process could be started to read a PDF: %s", error)
+                text = "the server could not start to read the PDF; try again"
+                raise ApiError(503, text, code="unavailable", retry_after=10) from None
 
     async def _read(self, data: bytes) -> tuple[str, list[str]]:
         pipe = asyncio.subprocess.PIPE

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from opensala.engine.pdf import pdf_text
+from opensala.server.errors import ApiError
 from opensala.server.pdfs import PdfReader
 
 from ..pdfs import encrypted, long_pdf, make_pdf, pdf_processes
@@ -37,6 +38,13 @@ def test_a_file_that_takes_too_much_is_refused():
     with pytest.raises(ValueError, match="memory to read|3 s to read|not a readable PDF"):
         read(LONG, PdfReader(seconds=3, memory=64 << 20))
     assert not pdf_processes()
+
+
+def test_no_process_is_no_fault_of_the_file(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    with pytest.raises(ApiError) as refused:
+        read(make_pdf([["yes"]]))
+    assert refused.value.status == 503 and "nowhere" not in refused.value.message
 
 
 def test_a_process_ends_with_whoever_waits_for_it():
