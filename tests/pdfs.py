@@ -1,5 +1,6 @@
 """Small PDFs written by hand, for tests: pages with text, pages with an image only, and encrypted ones."""
 
+import contextlib
 import io
 
 import psutil
@@ -47,7 +48,11 @@ def long_pdf():
 
 def pdf_processes():
     """Processes of this one that read PDFs."""
-    return [p for p in psutil.Process().children() if "pdf.py" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            found += [process] if "pdf.py" in " ".join(process.cmdline()) else []
+    return found
 
 
 def encrypted(data, user, owner):
