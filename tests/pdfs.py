@@ -1,7 +1,9 @@
 """Small PDFs written by hand, for tests: pages with text, pages with an image only, and encrypted ones."""
 
+import contextlib
 import io
 
+import psutil
 from pypdf import PdfReader, PdfWriter
 
 
@@ -37,6 +39,20 @@ def make_pdf(pages, extra=b""):
         b"xref\n0 %d\n0000000000 65535 f \n%strailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF"
         % (size, table, size, len(out))
     )
+
+
+def long_pdf():
+    """A PDF that takes seconds to read."""
+    return make_pdf([["Nothing of note happened that day."] * 40] * 4000)
+
+
+def pdf_processes():
+    """Processes of this one that read PDFs."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            found += [process] if "pdf.py" in " ".join(process.cmdline()) else []
+    return found
 
 
 def encrypted(data, user, owner):

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 
 import typer
@@ -24,10 +25,13 @@ _TALKATIVE = ("transformers", "huggingface_hub", "torch")  # these bring a handl
 
 
 class _Notes(logging.Handler):
-    """Writes our warnings to what stderr is at the time: while a progress bar is shown, that is the bar."""
+    """Writes our warnings to what stderr is at the time: while a progress bar is shown, that is the bar. An
+    exception that goes with one, a defect for a server's log, follows with its traceback."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"note: {' '.join(record.getMessage().split())}", file=sys.stderr)
+        if record.exc_info and record.exc_info[1] is not None:
+            traceback.print_exception(record.exc_info[1], file=sys.stderr)
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def run(
     """Serve a model until Ctrl-C."""
     _check_extra()
     from ..engine import EngineOptions as Bounds
-    from ..server import KeyFile, ServerOptions, Service, build_server, check_bind
+    from ..server import KeyFile, ServerOptions, Service, build_server, check_bind, settle
 
     if name is not None and not name.strip():
         raise ValueError("--name is empty: say what clients call the model, or omit it")
@@ -125,6 +125,7 @@ def run(
     service = Service(loaded, served, options, known, contexts, prefixes.open(loaded))
     server = build_server(service, host, port)
     server.announce = None if quiet else _announce
+    settle()
     server.run()
 
 

@@ -29,20 +29,32 @@ def read_text(stream: BinaryIO) -> tuple[str, list[str]]:
         ValueError: nothing in it, or not text; the message is the reason alone.
         OSError: the stream cannot be read.
     """
+    found = text_or_pdf(stream)
+    if isinstance(found, str):
+        return found, []
+    from .pdf import pdf_text  # pypdf takes half a second to import
+
+    return pdf_text(found)
+
+
+def text_or_pdf(stream: BinaryIO) -> str | bytes:
+    """The text of a whole stream, or the bytes of the PDF that it is.
+
+    Raises:
+        ValueError: see `read_text`.
+        OSError: the stream cannot be read.
+    """
     data = stream.read(_FIRST_PIECE)
     if _HEADER not in data and _encoding(data) is None and b"\0" in data:
         raise ValueError(_BINARY)
     data += stream.read()
     start = _find_pdf(data)
-    if start is None:
-        text, notes = _decode(data), list[str]()
-    else:
-        from .pdf import pdf_text  # pypdf takes half a second to import
-
-        text, notes = pdf_text(data[start:])
+    if start is not None:
+        return data[start:]
+    text = _decode(data)
     if not text.strip():
         raise ValueError("empty (no text in it)")
-    return text, notes
+    return text
 
 
 def check_text(name: str, text: str) -> None:

@@ -181,6 +181,7 @@ class Engine:
         self.end_ids = _end_ids(model)
         self.grammars = Grammars(tokenizer, self.config.vocab_size, self.end_ids)
         self.prefixes: KeptPrefixes | None = None  # asked for each prompt
+        self.last_read = 0  # tokens of prompts that the last step computed
         self._requests: dict[str, _Request] = {}
         self._numbers = itertools.count()
         if self.options.host_memory is not None or self.options.device_memory is not None:
@@ -386,12 +387,12 @@ class Engine:
 
     # --- a step ---
 
-    def limit_step(self, tokens: int | None) -> None:
-        """Compute at most so many tokens in each step from now on; None for `max_batch_tokens`."""
-        most = self.options.max_batch_tokens
-        tokens = most if tokens is None else max(1, min(tokens, most))
-        if tokens != self.scheduler.limits.max_batch_tokens:
-            self.scheduler.limits = replace(self.scheduler.limits, max_batch_tokens=tokens)
+    def limit_reading(self, tokens: int | None) -> None:
+        """Read at most so many tokens in each step that also decodes, from now on (see `last_read`); None for
+        as many as `max_batch_tokens` leaves."""
+        tokens = None if tokens is None else max(0, tokens)
+        if tokens != self.scheduler.limits.max_read_tokens:
+            self.scheduler.limits = replace(self.scheduler.limits, max_read_tokens=tokens)
 
     def step(self) -> list[TokenEvent]:
         """Compute one step for all requests; returns what there is to say, in the order of their arrival.
@@ -404,6 +405,7 @@ class Engine:
         if not step.works:
             assert not self.has_work, "a sequence that is alone always fits"
             return []
+        self.last_read = sum(work.count for work in step.works if work.reads)
         try:
             hidden = self.runner.run(step)
             plans = self._choose(step, hidden)

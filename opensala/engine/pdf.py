@@ -2,11 +2,18 @@
 
 It does no OCR: a page that is only an image has no text, and is named. pypdf repairs damaged files where it
 can; that it had to is said too, because a repaired file may lack text.
+
+Run as a program (`python -P pdf.py SECONDS BYTES < FILE`) it does this in a process of its own, which needs
+neither torch nor the rest of this package: for servers, whose other requests must not wait for a file that
+keeps an interpreter busy for minutes, nor suffer from one that was made to take all memory.
 """
 
 import io
+import json
 import logging
+import os
 import struct
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -116,7 +123,11 @@ def _pages(numbers: Sequence[int]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(": ")
+    return _one_line(f"{type(error).__name__}: {error}").rstrip(": ")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(_whole_characters(text).split())[:200]
 
 
 def _whole_characters(text: str) -> str:
@@ -131,7 +142,7 @@ class _Collector(logging.Handler):
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(" ".join(record.getMessage().split())[:200])
+        self.messages.append(_one_line(record.getMessage()))
 
 
 @contextmanager
@@ -143,3 +154,30 @@ def _warnings() -> Iterator[list[str]]:
         yield collector.messages
     finally:
         logger.removeHandler(collector)
+
+
+def main() -> int:
+    """Read a PDF from standard input; write `{"text", "notes"}`, or `{"error"}`, as JSON to standard output.
+
+    The command line says how many seconds of a processor and bytes of memory it may take. Beyond the first
+    the process is ended by SIGXCPU; too little memory is an error like others.
+    """
+    import resource  # not on every system that reads documents
+
+    seconds, size = (int(word) for word in sys.argv[1:3])
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    os.nice(5)  # whoever waits for a token comes first
+    try:
+        text, notes = pdf_text(sys.stdin.buffer.read())
+        found: dict[str, object] = {"text": text, "notes": notes}
+    except ValueError as error:
+        found = {"error": str(error)}
+    except MemoryError:
+        found = {"error": f"a PDF that takes more than {size:,} bytes of memory to read"}
+    sys.stdout.buffer.write(json.dumps(found).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,15 +1,15 @@
 """Which sequences compute which of their tokens in the next step, and who gives way when memory is short.
 
 Decoding sequences come first, then prompts in the order of their arrival, as many tokens as the budget of a
-step allows. Pages are taken as they are needed; when none is left, what the prefix tree remembers is
-forgotten, the
-least recently used first, and then the youngest running sequence is put back to wait: it will be read again.
+step allows; where prompts of several namespaces (owners) are to be read, each gets an equal part of it. Pages
+are taken as they are needed; when none is left, what the prefix tree remembers is forgotten, the least
+recently used first, and then the youngest running sequence is put back to wait: it will be read again.
 
 Integers only: no tensors, no model.
 """
 
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -31,6 +31,11 @@ class Work:
     sparse: bool
     slot: int
     drafted: int = 0
+
+    @property
+    def reads(self) -> bool:
+        """Whether it computes tokens that were known before, and not just the one chosen last."""
+        return self.sequence.num_pending > 1
 
     @property
     def completes(self) -> bool:
@@ -56,12 +61,14 @@ class Limits:
         max_running: sequences that hold memory at a time.
         snapshot_interval: a snapshot every so many tokens of a prompt; 0 for none.
         min_shared: prompts that begin with so many equal tokens share the reading of them.
+        max_read_tokens: tokens read in a step that also decodes; None for as many as max_batch_tokens leaves.
     """
 
     max_batch_tokens: int
     max_running: int
     snapshot_interval: int
     min_shared: int
+    max_read_tokens: int | None = None
 
 
 @dataclass(eq=False)
@@ -238,15 +245,41 @@ class Scheduler:
         """
         self._step = step = Step()
         budget = self.limits.max_batch_tokens
-        for sequence in sorted(self.running, key=lambda s: (s.is_reading, s.arrival)):
+        decoding = [s for s in self.running if s.num_pending == 1]
+        reading = [s for s in self.running if s.num_pending > 1]
+        for sequence in decoding:
             if sequence.status is Status.RUNNING and budget > 0:  # it may have given way to an earlier one
                 budget -= self._plan(sequence, step, budget)
-        while budget > 0 and self.waiting and len(self.running) < self.limits.max_running:
-            first = self._next_waiting()
-            if first is None or not self._admit(first, step):
-                break
-            budget -= self._plan(first, step, budget)
+        if step.works and self.limits.max_read_tokens is not None:  # else nobody waits for the next token
+            budget = min(budget, self.limits.max_read_tokens)
+        parts = _equal_parts(budget, [*reading, *self.waiting])
+        self._read(reading, step, parts)
+        self._admit_waiting(step, parts)
+        if not step.works:  # a tiny budget, all of it for those that wait for something
+            self._read(reading[:1], step, {s.namespace: budget for s in reading[:1]})
         return step
+
+    def _read(self, sequences: list[Sequence], step: Step, parts: dict[str, int]) -> None:
+        for sequence in sequences:
+            part = parts[sequence.namespace]
+            if sequence.status is Status.RUNNING and part > 0:
+                parts[sequence.namespace] -= self._plan(sequence, step, part)
+
+    def _admit_waiting(self, step: Step, parts: dict[str, int]) -> None:
+        """Start waiting sequences, first come first, as far as their owners' parts of the budget go. Nobody
+        overtakes one that waits for memory, which would never come."""
+        for sequence in list(self.waiting):
+            part = parts.get(sequence.namespace, 0)  # none for what gave way in this step
+            if part <= 0:
+                continue
+            if len(self.running) >= self.limits.max_running:
+                return
+            if self._is_being_read(sequence):
+                parts[sequence.namespace] = 0  # those of its owner behind it wait too
+            elif self._admit(sequence, step):
+                parts[sequence.namespace] -= self._plan(sequence, step, part)
+            else:
+                return
 
     def commit(self, work: Work, kept: int) -> None:
         """Note that the first `kept` tokens of a work are computed and its states stand behind the last of
@@ -326,10 +359,9 @@ class Scheduler:
         sequence.status, sequence.num_cached = Status.WAITING, 0
         self.waiting.appendleft(sequence)
 
-    def _next_waiting(self) -> Sequence | None:
-        """The first waiting sequence, unless more of its prompt is just being read by another one: it waits
-        for that."""
-        sequence = self.waiting[0]
+    def _is_being_read(self, sequence: Sequence) -> bool:
+        """Whether more of a waiting sequence's prompt is just being read by another one: it waits for
+        that."""
         limit = sequence.reuse_limit
         here = self.tree.match(sequence.tokens, sequence.is_sparse(0), limit, sequence.namespace).length
         for other in self.running:
@@ -337,8 +369,8 @@ class Scheduler:
                 common = min(common_length(other.tokens, sequence.tokens), limit)
                 coming = [m for m in other.marks if other.num_cached < m <= common]
                 if coming and max(coming) >= here + self.limits.min_shared:
-                    return None
-        return sequence
+                    return True
+        return False
 
     def _admit(self, sequence: Sequence, step: Step) -> bool:
         """Start a waiting sequence from the longest beginning that is at hand; False if there is no memory
@@ -415,6 +447,20 @@ class Scheduler:
         for sequence in self.running:
             needed = -(-sequence.num_cached // self.page_size)
             assert len(sequence.pages) >= needed, f"{sequence.request_id} lacks pages"
+
+
+def _equal_parts(budget: int, sequences: Iterable[Sequence]) -> dict[str, int]:
+    """A budget of tokens by namespace: equal parts, but for those that want less."""
+    wanted: Counter[str] = Counter()
+    for sequence in sequences:
+        wanted[sequence.namespace] += sequence.num_pending
+    parts = {}
+    for left, namespace in zip(
+        range(len(wanted), 0, -1), sorted(wanted, key=wanted.__getitem__), strict=True
+    ):
+        parts[namespace] = min(wanted[namespace], -(-budget // left))
+        budget -= parts[namespace]
+    return parts
 
 
 def _may_share(a: Sequence, b: Sequence) -> bool:

@@ -7,7 +7,7 @@ from .app import create_app
 from .keys import Key, KeyFile, list_keys, new_key, revoke_key
 from .limits import ServerOptions
 from .loop import EngineLoop, Job, Ticket
-from .run import Server, build_server, check_bind, is_loopback
+from .run import Server, build_server, check_bind, is_loopback, settle
 from .service import Service
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "list_keys",
     "new_key",
     "revoke_key",
+    "settle",
 ]

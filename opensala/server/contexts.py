@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse, Response
 from ..contexts.kept import Kept
 from ..contexts.shelf import Record
 from ..engine import Document
-from ..engine.decode import read_text
+from ..engine.decode import text_or_pdf
 from ..engine.documents import shown
 from .chat import DONE, openai_error
-from .errors import bad_request
+from .errors import ApiError, bad_request
 from .http import EventStream, event, read_json, while_connected
 from .keeping import Keeper, Progress, Wish
 from .schema import ApiRequest, Strict
@@ -35,8 +35,8 @@ class DocumentPart(Strict):
     text: Annotated[str, Field(min_length=1)] | None = None
     data: Annotated[str, Field(min_length=1)] | None = None
 
-    def read(self, place: str) -> tuple[str, list[str]]:
-        """Its text, and remarks on what of it is missing.
+    def content(self, place: str) -> str | bytes:
+        """Its text, or the bytes of the PDF that it is.
 
         Raises:
             ApiError: 400, there is no text.
@@ -44,20 +44,22 @@ class DocumentPart(Strict):
         if (self.text is None) == (self.data is None):
             raise bad_request(f"Give either '{place}.text' or '{place}.data'", f"{place}.text")
         if self.data is not None:
-            place += ".data"
             try:
-                text, notes = read_text(io.BytesIO(base64.b64decode(self.data, validate=True)))
+                return text_or_pdf(io.BytesIO(base64.b64decode(self.data, validate=True)))
             except binascii.Error as error:
+                place += ".data"
                 raise bad_request(f"Invalid '{place}': no base64 ({error})", place, "invalid_value") from None
             except ValueError as error:
-                raise bad_request(f"{shown(self.name)}: {error}", place, "unreadable_document") from None
-            return text, [f"{shown(self.name)}: {note}" for note in notes]
+                raise self.unreadable(place, error) from None
         place, text = f"{place}.text", self.text or ""
         if not text.strip() or "\0" in text:
             blank = not text.strip()
             what = "it has no text" if blank else "it holds zero bytes, which no text has"
             raise bad_request(f"Invalid '{place}': {what}", place, "invalid_value")
-        return text.replace("\r\n", "\n"), []
+        return text.replace("\r\n", "\n")
+
+    def unreadable(self, place: str, error: ValueError) -> ApiError:
+        return bad_request(f"{shown(self.name)}: {error}", f"{place}.data", "unreadable_document")
 
 
 class ForkRequest(ApiRequest):
@@ -73,18 +75,26 @@ class ExtendRequest(ForkRequest):
     documents: Annotated[list[DocumentPart], Field(min_length=1, max_length=10_000)]
     stream: bool = False
 
-    def read(self) -> tuple[list[Document], list[str]]:
+    async def read(self, service: Service, owner: str) -> tuple[list[Document], list[str]]:
         """The documents as the command line would read them from files, and remarks on what is missing of
         them.
 
         Raises:
             ApiError: 400, one without text.
         """
-        texts = [document.read(f"documents[{number}]") for number, document in enumerate(self.documents)]
-        documents = [
-            Document(shown(d.name), text) for d, (text, _) in zip(self.documents, texts, strict=True)
-        ]
-        return documents, [note for _, notes in texts for note in notes]
+        parts = {f"documents[{number}]": part for number, part in enumerate(self.documents)}
+        contents = await service.aside(lambda _: [part.content(place) for place, part in parts.items()])
+        documents, notes = [], []
+        for (place, part), content in zip(parts.items(), contents, strict=True):
+            name = shown(part.name)
+            if isinstance(content, bytes):
+                try:
+                    content, remarks = await service.pdfs.read(owner, content)
+                except ValueError as error:
+                    raise part.unreadable(place, error) from None
+                notes += [f"{name}: {remark}" for remark in remarks]
+            documents.append(Document(name, content))
+        return documents, notes
 
 
 class CreateRequest(ExtendRequest):
@@ -189,7 +199,8 @@ async def _make(
     asked: ExtendRequest,
     base: tuple[Record, Kept] | None,
 ) -> Response:
-    documents, notes = await service.aside(lambda _: asked.read())  # a PDF takes a while
+    reading = asked.read(service, request.scope["owner"])
+    documents, notes = await while_connected(request, reading)  # a PDF takes a while
     steps = keeper.make(_wish(service, request, asked, documents, base))
     if not asked.stream:
         return JSONResponse(_with_notes(await while_connected(request, _last(steps)), notes))

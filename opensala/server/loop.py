@@ -288,7 +288,7 @@ class EngineLoop:
 
     def _step(self) -> None:
         decoding, reading = self._load()
-        self.engine.limit_step(self.pace.limit(decoding, reading))
+        self.engine.limit_reading(self.pace.limit(decoding, reading))
         began = time.perf_counter()
         try:
             events = self.engine.step()
@@ -301,7 +301,7 @@ class EngineLoop:
                 for source in filter(None, sources):
                     source.distrusted = True
             return
-        self.pace.note(decoding, reading, time.perf_counter() - began)
+        self.pace.note(decoding, reading, self.engine.last_read, time.perf_counter() - began)
         self._steps += 1
         for event in events:
             ticket, index = self._running[event.request_id]
@@ -315,11 +315,10 @@ class EngineLoop:
                 ticket.read = self.engine.tokens_read(request_id)
 
     def _load(self) -> tuple[int, bool]:
-        """Tokens that the next step decodes at most, drafts included, and whether it reads prompts too."""
-        scheduler, drafts = self.engine.scheduler, self.engine.options.speculate
-        decoding = sum(not sequence.is_reading for sequence in scheduler.running)
-        reading = decoding < len(scheduler.running) or len(scheduler.waiting) > 0
-        return decoding * (1 + drafts), reading
+        """Sequences that the next step decodes, and whether there are prompts to read too."""
+        scheduler = self.engine.scheduler
+        decoding = sum(sequence.num_pending == 1 for sequence in scheduler.running)
+        return decoding, decoding < len(scheduler.running) or len(scheduler.waiting) > 0
 
     def _end(self, ticket: Ticket) -> None:
         """Abort the jobs of a ticket."""

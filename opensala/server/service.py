@@ -27,6 +27,7 @@ from .limits import Gate, ServerOptions
 from .loop import Closed, EngineLoop, Job, Ticket
 from .metrics import Metrics
 from .output import Piece, TextReader, TokenTexts, Usage
+from .pdfs import PdfReader
 from .selections import Selections
 from .tools import Shape, ToolUse
 
@@ -93,6 +94,7 @@ class Service:
             self._tokenizers.put(copy.deepcopy(engine.tokenizer))
         self.tokens = TokenTexts(copy.deepcopy(engine.tokenizer), engine.end_ids)
         self._encoder = ThreadPoolExecutor(_ENCODERS, "encoder")  # so that a long text stops no stream
+        self.pdfs = PdfReader()
         self.temperature, self.top_p = _defaults(engine)
         self.selections = Selections(engine)
         self._form: CallForm | None = None  # how the model calls tools, once somebody asked

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 
 import pytest
+
+from opensala.cli.entry import _Notes
 
 from ..pdfs import encrypted, make_pdf
 
@@ -90,6 +93,17 @@ def test_warnings_of_libraries_are_not_shown_and_ours_are():
     done = subprocess.run([sys.executable, "-c", LIBRARIES], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "note: from ourselves\nopensala: stop here\n"
+
+
+def test_a_defect_is_shown_with_its_traceback(capsys):
+    """What a server says of a request that failed: `the server's log says how`."""
+    handler = _Notes()
+    try:
+        raise KeyError("here")
+    except KeyError:
+        handler.emit(logging.LogRecord("opensala", 40, "", 0, "a request failed", (), sys.exc_info()))
+    said = capsys.readouterr().err
+    assert said.startswith("note: a request failed\nTraceback") and "KeyError: 'here'" in said
 
 
 @pytest.mark.parametrize(

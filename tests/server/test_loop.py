@@ -132,6 +132,17 @@ def test_owners_take_turns():
     run(scenario, max_running=2)
 
 
+def test_a_long_prompt_of_one_owner_does_not_keep_another_waiting():
+    async def scenario(loop):
+        long = loop.submit("a", [job(20_000, tokens=1)])
+        await until(lambda: long.read > 1000)
+        done = await loop.submit("b", [job(100, seed=1, tokens=3)]).completions()
+        assert len(done[0].tokens) == 3 and long.read < 15_000
+        await long.completions()
+
+    run(scenario)
+
+
 def test_owners_do_not_share_prefixes():
     async def scenario(loop):
         for owner, reused in (("a", 0), ("a", 299), ("b", 0)):
@@ -235,43 +246,107 @@ def test_a_fair_queue():
         line.pop()
 
 
-def simulate(pace, alone, per_token, steps=200):
-    """Seconds of mixed steps on a machine that needs so much for decoding and for each token read."""
-    for _ in range(20):
-        assert pace.limit(4, False) is None
-        pace.note(4, False, alone)
-    times = []
-    for _ in range(steps):
-        tokens = pace.limit(4, True) - 4
-        times.append(alone + per_token * tokens)
-        pace.note(4, True, times[-1])
-    return times
+class Machine:
+    """Seconds of steps on a machine that needs so much for decoding and for each token read.
+
+    Args:
+        pace: what decides.
+        between: how many times as long a step that only decodes takes between two that read.
+        noise: a factor for each step.
+    """
+
+    def __init__(self, pace, alone, per_token, between=1.0, noise=lambda: 1.0):
+        self.pace, self.alone, self.per_token, self.between, self.noise = (
+            pace,
+            alone,
+            per_token,
+            between,
+            noise,
+        )
+
+    def decode(self, steps=70, sequences=4):
+        times = [self.alone * self.noise() for _ in range(steps)]
+        for seconds in times:
+            assert self.pace.limit(sequences, False) is None
+            self.pace.note(sequences, False, 0, seconds)
+        return times
+
+    def read(self, steps=300, sequences=4):
+        """Seconds of steps that read, and tokens in each; all others only decode."""
+        times, tokens = [], []
+        for _ in range(steps):
+            read = self.pace.limit(sequences, True)
+            alone = self.alone * (1.0 if read else self.between)
+            seconds = (alone + self.per_token * read) * self.noise()
+            self.pace.note(sequences, True, read, seconds)
+            if read:
+                times.append(seconds)
+                tokens.append(read)
+        return times, tokens
 
 
 @pytest.mark.parametrize(("alone", "per_token"), [(4e-3, 2e-4), (4e-3, 2e-6), (1.0, 1e-5)])
 def test_reading_slows_streams_down_by_so_much(alone, per_token):
-    pace = Pace(2.5, 4096)
-    times = simulate(pace, alone, per_token)
+    machine = Machine(Pace(2.5, 4096), alone, per_token)
+    machine.decode()
+    times, _ = machine.read()
     assert all(t <= 2.6 * alone for t in times[20:])
-    assert min(times[60:]) >= 2.4 * alone or pace.share == 4096  # no slower than it has to be
+    assert min(times[60:]) >= 2.4 * alone or machine.pace.share == 4096  # no slower than it has to be
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.3, 0.6])
 def test_reading_slows_streams_down_by_so_much_on_a_busy_machine(spread):
     """Steps take by chance longer or shorter; compared is the 95th percentile, as for a stream."""
-    rng, pace, idle, mixed = random.Random(1), Pace(2.5, 4096), [], []
-    for _ in range(400):
-        idle.append(1e-3 * rng.lognormvariate(0, spread))
-        pace.note(4, False, idle[-1])
-    for _ in range(600):
-        tokens = pace.limit(4, True) - 4
-        mixed.append((1e-3 + 2e-5 * tokens) * rng.lognormvariate(0, spread))
-        pace.note(4, True, mixed[-1])
-    assert 1.8 < sorted(mixed)[570] / sorted(idle)[380] < 2.7
+    rng = random.Random(1)
+    machine = Machine(Pace(2.5, 4096), 1e-3, 2e-5, noise=lambda: rng.lognormvariate(0, spread))
+    idle, (mixed, _) = machine.decode(400), machine.read(700)
+    assert 1.5 < sorted(mixed)[-len(mixed) // 20] / sorted(idle)[380] < 2.7
+
+
+def test_what_slows_steps_down_before_and_between_reading_is_no_measure():
+    """Finding a prompt's tokens, and caches that hold its data: what counts is the stream in calm."""
+    for between in (1.0, 1.8):
+        machine = Machine(Pace(2.5, 4096), 1e-3, 2e-5, between)
+        machine.decode()
+        for _ in range(20):
+            machine.pace.note(4, False, 0, 12e-3)
+        assert max(machine.read()[0][20:]) <= 2.6e-3
+    machine = Machine(Pace(2.5, 4096), 1e-3, 2e-5, 1.2)  # a prompt so long that no other steps are known
+    for _ in range(100):
+        machine.pace.note(4, False, 0, 12e-3)
+    assert 2.4e-3 < max(machine.read()[0][100:]) <= 1.2 * 2.6e-3
+
+
+def test_what_was_long_ago_or_of_other_streams_is_no_measure():
+    """Streams that always have a prompt beside them: steps that only decode show what they are used to."""
+    machine = Machine(Pace(2.5, 4096), 1e-3, 2e-5)
+    machine.decode()
+    machine.alone = 10e-3  # sixteen streams now, then longer ones
+    assert min(machine.read(sequences=16)[0][150:]) > 24e-3
+    machine.decode(sequences=16)
+    machine.alone = 20e-3
+    machine.read(4000, 16)
+    assert min(machine.read(sequences=16)[0]) > 48e-3
+
+
+def test_few_steps_only_decode_and_a_short_share_teaches_nothing():
+    machine = Machine(Pace(2.5, 4096), 1e-3, 2e-5)
+    machine.decode()
+    times, tokens = machine.read(800)
+    assert len(times) == 700
+    pace, share = machine.pace, machine.pace.share
+    for _ in range(7):
+        pace.note(4, True, 3, 1.1e-3)  # the ends of short prompts
+    assert pace.share == share == tokens[-1]
+    for _ in range(50):
+        assert pace.limit(4, True) is not None
+        pace.note(4, True, 0, 1e-3)  # a prompt that waits for memory
+    assert pace.share == share
 
 
 def test_reading_goes_on_however_slow_it_is():
-    assert simulate(Pace(2.5, 4096), 1e-3, 1.0)[-1] == pytest.approx(16.001)
+    machine = Machine(Pace(2.5, 4096), 1e-3, 1.0)
+    assert machine.read()[1][-1] == 8
     assert Pace(0.0, 4096).limit(4, True) is None and Pace(2.5, 4096).limit(0, True) is None
 
 

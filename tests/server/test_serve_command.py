@@ -1,5 +1,6 @@
 """`opensala serve` as a program."""
 
+import gc
 import json
 import signal
 import sys
@@ -9,7 +10,7 @@ import openai
 import pytest
 
 from opensala.cli import main
-from opensala.server import new_key
+from opensala.server import new_key, settle
 
 from ..serving import serving
 from .conftest import DOCUMENT, QUESTION
@@ -111,3 +112,11 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, _, err = run(monkeypatch, capsys, "keys", "list")
     assert code == 2 and "pip install 'opensala[serve]'" in err
+
+
+def test_what_is_loaded_is_left_out_of_garbage_collections():
+    settle()
+    try:
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()
