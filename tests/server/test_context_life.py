@@ -1,6 +1,7 @@
 """How contexts end, and what is left of them: expiry, clients that go away, servers that stop, disks that
 fail, damage."""
 
+import base64
 import json
 import socket
 import time
@@ -12,6 +13,7 @@ from opensala.contexts.folder import ContextFolder
 from opensala.contexts.shelf import Shelf
 from opensala.server import ServerOptions
 
+from ..pdfs import long_pdf, pdf_processes
 from .conftest import DOCUMENT, FILLER
 from .test_contexts import CAPTAIN, NOTES, QUICK, REPORT, Client, names
 
@@ -166,3 +168,20 @@ def test_damaged_files_do_not_reach_an_answer(kept):
     body = {"documents": [{"text": "x"}]}
     error = kept.refused("POST", f"/{more['id']}/extend", body, 500)
     assert str(shelf.root) not in error["message"] and "could not be read" in error["message"]
+
+
+def test_a_pdf_is_read_beside_streams_and_no_longer_than_its_client_waits(kept):
+    part = {"name": "a", "data": base64.b64encode(long_pdf()).decode()}
+    body = json.dumps({"model": "small", "documents": [part]}).encode()
+    head = "POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with openai.OpenAI(base_url=f"{kept.live.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(
+            model="small", prompt="a\n", max_tokens=30_000, stream=True, extra_body={"ignore_eos": True}
+        )
+        with socket.create_connection(("127.0.0.1", kept.live.port)) as upload:
+            upload.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            kept.live.wait(pdf_processes)
+            assert kept.live.service.loop.stats.running
+        kept.live.wait(lambda: not pdf_processes(), 4)  # to its end it takes longer
+        stream.close()
+    assert kept.send("GET")["data"] == []

@@ -16,7 +16,7 @@ from opensala.engine.ask import build_prompt
 from opensala.engine.chat import Message
 from opensala.server import KeyFile, ServerOptions, new_key
 
-from ..pdfs import long_pdf, make_pdf, pdf_processes
+from ..pdfs import make_pdf
 from .conftest import DOCUMENT, FILLER, QUESTION
 
 NOTES = "The captain of Silver Heron is Orla Brandt.\n"
@@ -368,23 +368,6 @@ def test_files_are_read_as_the_command_line_reads_them(shared):
         ({}, None),
     ):
         assert shared.create({"name": "x", **part}, status=400)["error"]["code"] == code
-
-
-def test_a_pdf_is_read_beside_streams_and_no_longer_than_its_client_waits(kept):
-    part = {"name": "a", "data": base64.b64encode(long_pdf()).decode()}
-    body = json.dumps({"model": "small", "documents": [part]}).encode()
-    head = "POST /v1/contexts HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with openai.OpenAI(base_url=f"{kept.live.url}/v1", api_key="none", max_retries=0) as client:
-        stream = client.completions.create(
-            model="small", prompt="a\n", max_tokens=30_000, stream=True, extra_body={"ignore_eos": True}
-        )
-        with socket.create_connection(("127.0.0.1", kept.live.port)) as upload:
-            upload.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            kept.live.wait(pdf_processes)
-            assert kept.live.service.loop.stats.running
-        kept.live.wait(lambda: not pdf_processes(), 4)  # to its end it takes longer
-        stream.close()
-    assert kept.send("GET")["data"] == []
 
 
 def test_the_server_says_what_it_is(shared):
