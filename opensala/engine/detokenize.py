@@ -21,6 +21,11 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), keep_special: bool = False) -> None:
         self._tokenizer, self._stop, self._keep_special = tokenizer, tuple(stop), keep_special
+        # Twice a token, what transformers does around its backend takes longer than the decoding. It adds
+        # nothing where no spaces are cleaned up.
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        cleans_up = getattr(tokenizer, "clean_up_tokenization_spaces", True)
+        self._decoder = tokenizer if backend is None or cleans_up else backend
         self._tokens: list[int] = []
         self._start = self._read = 0  # tokens before `start` are decoded for good; up to `read`, as context
         self.text = ""  # decoded so far
@@ -56,7 +61,7 @@ class Detokenizer:
         return self._hand_out(len(self.text))
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=not self._keep_special) if tokens else ""
+        return self._decoder.decode(tokens, skip_special_tokens=not self._keep_special) if tokens else ""
 
     def _certain(self) -> str:
         self._cut_at_stop()

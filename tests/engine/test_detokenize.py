@@ -3,7 +3,9 @@
 import random
 
 import pytest
+from transformers import AutoTokenizer
 
+from opensala.engine import shipped_model
 from opensala.engine.detokenize import Detokenizer
 
 
@@ -78,3 +80,17 @@ def test_random_texts_with_random_stops():
 def test_without_a_tokenizer_there_is_no_text():
     one = Detokenizer(None)
     assert one.add(5) == "" and one.finish() == "" and one.text == ""
+
+
+@pytest.mark.parametrize("cleans_up", [False, True])
+@pytest.mark.parametrize("keep_special", [False, True])
+def test_texts_are_those_of_the_tokenizer(cleans_up, keep_special, monkeypatch):
+    """Whether transformers' own decoding is gone through or only its backend's."""
+    tokenizer = AutoTokenizer.from_pretrained(shipped_model())
+    monkeypatch.setattr(tokenizer, "clean_up_tokenization_spaces", cleans_up)
+    one = Detokenizer(tokenizer, keep_special=keep_special)
+    assert (one._decoder is tokenizer) == cleans_up
+    rng = random.Random(0)
+    tokens = [rng.randrange(len(tokenizer)) for _ in range(300)] + [tokenizer.eos_token_id, 300]
+    text = "".join([*map(one.add, tokens), one.finish()])
+    assert text == tokenizer.decode(tokens, skip_special_tokens=not keep_special)
