@@ -1,6 +1,6 @@
 """Make the delta of a published model that ships with the package, from the run of its conversion.
 
-    python scripts/make_delta.py smollm2-135m-sala RUN --tokens corpus/packed/train.npy
+    python scripts/make_delta.py smollm2-135m-sala RUN --tokens packed/train/train.npy
 
 RUN is the folder of a conversion (`opensala convert run smollm2-135m ...`): its outcome, metrics.jsonl and
 config.json. The base must have been pulled. Texts say which errors of the few bits count (16 pieces of

@@ -87,7 +87,9 @@ def pack(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the packed tokens.")],
-    tokens: Annotated[int | None, typer.Option(help="To train on at most. Default: all there are.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="To train on at most. Default: all there are.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of documents.")] = 0,
     skip_bad_data: Annotated[
         bool, typer.Option("--skip-bad-data", help="Count malformed documents and leave them out.")
@@ -206,6 +208,10 @@ def _with_phase(config: Any, name: str, changes: dict[str, Any], tokens: str | N
         raise ValueError(f"--{name}-*: this recipe has no such phase; smollm2_135m has one")
     if phase is None:
         return config
+    if tokens is not None and "steps" in changes:
+        raise ValueError(
+            f"--{name}-tokens and --{name}-steps both say how long it lasts: drop one of the two"
+        )
     phase = replace(phase, **changes)
     budget = amount(f"--{name}-tokens", tokens)
     if budget is not None:

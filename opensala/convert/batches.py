@@ -20,7 +20,7 @@ from .config import ConvertConfig
 from .tokens import PackedTokens, Sample
 
 TOKENS_A_FACT = 64  # room for its statement, question, answer and some text around it
-_HELD_OUT = 12  # of the user's texts, every so-many-th piece is held out
+_HELD_OUT = 12  # of the user's texts, every so-many-th is held out
 _PIECE = 20_000  # characters
 _CHARACTERS = 3_000_000  # read of each kind of text
 
@@ -31,7 +31,7 @@ def facts_for(length: int) -> int:
 
 
 def user_texts(paths: Sequence[str]) -> list[str]:
-    """Texts of the documents of files, folders and patterns (JSONL, Parquet, text), long ones in pieces.
+    """Texts of the documents of files, folders and patterns (JSONL, Parquet, text).
 
     Raises:
         ValueError: a path without documents, a malformed line (file and line), documents without text, or
@@ -48,8 +48,24 @@ def user_texts(paths: Sequence[str]) -> list[str]:
                 f"data: {', '.join(paths)} hold more than the {3 * _CHARACTERS:,} characters that are read "
                 "into memory: pack them (opensala convert pack) and give the folder as data"
             )
-        texts += [text[i : i + _PIECE] for text in found for i in range(0, len(text), _PIECE)]
+        texts += found
     return texts
+
+
+def parted(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Pieces to train on and held out: of every twelfth document where there are as many, so that no document
+    lies on both sides; of fewer, every twelfth piece."""
+    whole = len(texts) >= _HELD_OUT
+    parts = list(texts) if whole else _pieces(texts)
+    stride = min(_HELD_OUT, max(2, len(parts)))
+    held = parts[stride - 1 :: stride]
+    train = [part for n, part in enumerate(parts) if n % stride != stride - 1]
+    return _pieces(train), _pieces(held)
+
+
+def _pieces(texts: Sequence[str]) -> list[str]:
+    """Long texts in pieces."""
+    return [text[i : i + _PIECE] for text in texts for i in range(0, len(text), _PIECE)]
 
 
 class Batches:
@@ -67,10 +83,7 @@ class Batches:
         if self.packed is not None:
             train, held = self._decoded(self.packed)
         elif config.data:
-            pieces = user_texts(config.data)
-            stride = min(_HELD_OUT, max(2, len(pieces)))
-            held = pieces[stride - 1 :: stride]
-            train = [piece for n, piece in enumerate(pieces) if n % stride != stride - 1]
+            train, held = parted(user_texts(config.data))
         else:
             train, held = list(_builtin("train", config.seed)), list(_builtin("held_out", config.seed))
         self.fingerprint = hashlib.sha256("\0".join([*train, "", *held]).encode()).hexdigest()[

@@ -15,7 +15,7 @@ from ..model.config import LIGHTNING
 from ..model.flops import forward_flops
 from ..model.machines import check_machines, layer_bytes, mixer_bytes
 from .config import ConvertConfig, Execution
-from .opening import configured
+from .opening import configured, number_kept
 from .selection import select_layers
 from .sweep import PASSES
 
@@ -88,8 +88,7 @@ class _Counter:
     ) -> None:
         self.teacher, self.config, self.ranks, self.execution = teacher, config, ranks, execution
         self.layers = layers = teacher.num_hidden_layers
-        keep = len(config.layers) if config.layers is not None else config.keep
-        keep = (layers + 2) // 4 if keep is None else keep
+        keep = number_kept(config, layers)
         kept = (
             list(config.layers)
             if config.layers is not None

@@ -15,12 +15,14 @@ from .config import ConvertConfig
 from .cost import Part, fits, hours
 from .plan import Planned, available_bytes
 
+_WIDTH = 120  # of tables: where they go to a file, narrower ones would cut or wrap their cells
+
 
 def print_plan(rows: list[Planned], device: torch.device) -> None:
     """Phases with steps, tokens, seconds and memory, on stderr; and whether they fit."""
     table = Table(box=None, pad_edge=False)
     for column in ("phase", "steps", "tokens", "seconds a step", "tokens/s", "expected time", "memory, MiB"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
+        table.add_column(column, justify="left" if column == "phase" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,
@@ -31,7 +33,7 @@ def print_plan(rows: list[Planned], device: torch.device) -> None:
             _clock(row.steps * row.seconds),
             f"{row.memory / 2**20:,.0f}" if row.memory else "",
         )
-    console = Console(file=sys.stderr, soft_wrap=True)
+    console = Console(file=sys.stderr, soft_wrap=True, width=_WIDTH)
     console.print(table)
     free, most = available_bytes(device), max((row.memory for row in rows), default=0)
     console.print(
@@ -91,7 +93,7 @@ def print_sweep(record: dict[str, Any], kept: list[int]) -> None:
     """What was measured of each layer, with standard errors over the documents, on stderr."""
     table, errors = Table(box=None, pad_edge=False), record["errors"]
     for column in ("layer", "kept", "recall", "loss", "halo", "kl", "loss of RoPE"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     shown = ("recall", "nll", "halo", "kl", "rope")
     values = {**record, "nll": [layer["nll"] for layer in record["layers"]]}
     teacher = record["teacher"]
@@ -99,7 +101,7 @@ def print_sweep(record: dict[str, Any], kept: list[int]) -> None:
     for i in range(len(record["layers"])):
         cells = [f"{values[name][i]:.3f} ± {errors[name][i]:.3f}" for name in shown]
         table.add_row(str(i), "*" if i in kept else "", *cells)
-    Console(file=sys.stderr, soft_wrap=True).print(table)
+    Console(file=sys.stderr, soft_wrap=True, width=_WIDTH).print(table)
 
 
 def _clock(seconds: float) -> str:

@@ -84,14 +84,20 @@ def teacher_config(given: dict[str, Any]) -> MiniCPMSALAConfig:
     in).
 
     Raises:
-        ValueError: a family that is not supported (naming those that are), or a field that cannot be
-            expressed.
+        ValueError: a family that is not supported (naming those that are), quantised weights, or a field that
+            cannot be expressed.
     """
     family = given.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
             f"teacher: model_type must be one of {', '.join(map(repr, FAMILIES))}, got {family!r}; "
             "other families would need their own mapping of weights"
+        )
+    if given.get("quantization_config"):
+        kind = given["quantization_config"].get("quant_method")
+        raise ValueError(
+            f"teacher: its weights are quantised ({kind}), which is not read: give the checkpoint that it "
+            "was made from, or a GGUF file"
         )
     missing = [key for key in _SAME[:5] if given.get(key) is None]
     if missing:

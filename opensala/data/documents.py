@@ -155,6 +155,19 @@ def _read(files: list[str]) -> Iterator[dict[str, Any]]:
                     yield {"file": file, "line": n, "content": line}
 
 
+def _check_parquet(files: list[str]) -> None:
+    """Raise ValueError, naming it, for a file that is called Parquet and cannot be read as such: the reader
+    does not say which one it was."""
+    for file in files:
+        if file.endswith(".parquet"):
+            import pyarrow.parquet
+
+            try:
+                pyarrow.parquet.read_metadata(file)
+            except pyarrow.ArrowException as error:
+                raise ValueError(f"data: {file} cannot be read as Parquet: {error}") from error
+
+
 class Files:
     """Documents of files. See the module.
 
@@ -172,6 +185,7 @@ class Files:
         self.epoch, self.offset, self.skipped, self.rows = 0, 0, 0, 0
         self._good = 0  # documents of this epoch so far
         self._block: list[TrainingDocument] | None = None
+        _check_parquet(self.files)
         self._open(None)
 
     def _open(self, state: dict[str, Any] | None) -> None:
@@ -255,7 +269,8 @@ class Files:
         except ValueError as error:
             if not self.skip_bad:
                 raise ValueError(
-                    f"data: {error}; correct it, or leave such documents out with --skip-bad-data"
+                    f"data: {error}; correct it, or leave such documents out (--skip-bad-data of opensala "
+                    "train and opensala convert pack)"
                 ) from error
             self.skipped += 1
             logger.info("skipped: %s", error)

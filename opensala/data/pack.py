@@ -121,8 +121,8 @@ def pack(
         advance: called with the tokens written since the last call and what is being read.
 
     Raises:
-        ValueError: no documents in a source, a malformed line (file and line), a folder of other sources,
-            fewer than one token wanted.
+        ValueError: a source without documents or with empty ones only, a malformed line (file and line), a
+            folder of other sources, fewer than one token wanted.
     """
     target = Path(folder)
     if tokens is not None and tokens < 1:
@@ -194,6 +194,8 @@ def _write(
         if limit is not None:
             writer.resize(min(limit, writer.count))
         held.close()
+        if not writer.count + held.count:
+            raise ValueError(f"data: {source.path} holds no texts: none of its documents has a token")
         writers[source.name] = writer
         record["tokens"][source.name], record["held_out"][source.name] = writer.count, held.count
         record["skipped"][source.name] = documents.skipped

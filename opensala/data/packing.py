@@ -50,6 +50,7 @@ class PackedText:
                 "shorter sequences"
             )
         self.rows = flat[: count * length].reshape(count, length)
+        self._order: tuple[tuple[int, int], list[int]] | None = None
 
     def cut(self, length: int, name: str = "data") -> "PackedText":
         """The same text in sequences of another length. Raises ValueError if it does not fill one."""
@@ -61,6 +62,7 @@ class PackedText:
             )
         other = object.__new__(PackedText)
         other.rows = flat[: len(flat) // length * length].reshape(-1, length)
+        other._order = None
         return other
 
     def __len__(self) -> int:
@@ -69,11 +71,12 @@ class PackedText:
     def draw(self, seed: int, position: int, count: int) -> np.ndarray:
         """Sequences `position` to `position + count` of an endless stream of shuffled epochs, `[count,
         length]`."""
-        orders: dict[int, list[int]] = {}
         chosen = []
         for n in range(position, position + count):
             epoch, place = divmod(n, len(self.rows))
-            if epoch not in orders:
-                orders[epoch] = random.Random(f"{seed} {epoch}").sample(range(len(self.rows)), len(self.rows))
-            chosen.append(orders[epoch][place])
+            known = self._order  # of the last call: else all rows would be shuffled anew at every step
+            if known is None or known[0] != (seed, epoch):
+                order = random.Random(f"{seed} {epoch}").sample(range(len(self.rows)), len(self.rows))
+                self._order = known = (seed, epoch), order
+            chosen.append(known[1][place])
         return self.rows[chosen]

@@ -1,11 +1,11 @@
 """Let an instructed model write conversations, for a conversion of it to learn from.
 
-    python scripts/corpus/converse.py smollm2-135m OUT/train.npy OUT/tasks --count 2048 --device cuda
+    python scripts/corpus/converse.py smollm2-135m packed/train/train.npy tasks --count 2048 --device cuda
 
 Half of them are about nothing given: behind the opening of a user's turn the model writes a question itself,
 and then the answer (arXiv 2406.08464). The other half show it a passage of the text (packed ids, as
 `opensala convert pack` makes) with one of a few requests. Answers that do not end are dropped. They go to
-OUT/tasks/conversations_LENGTH.npy and .answers.npy, rows of exactly LENGTH tokens as in tasks.py.
+tasks/conversations_LENGTH.npy and .answers.npy, rows of exactly LENGTH tokens as in tasks.py.
 """
 
 import random

@@ -1,6 +1,7 @@
 """`opensala convert` and `opensala convert select` on the command line."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -150,12 +151,52 @@ def test_kept_layers_budgets_and_machines_on_the_command_line(monkeypatch, capsy
     assert found.sparse_config["dense_len"] == 4096 and found.compute == "float32"
     assert found.task_share == 0.5 and all(p.task_share is None for p in found.phases().values())
     assert (execution.micro_tokens, execution.seconds, execution.backend) == (16_000, 500, "torch")
+    numbers = "--align-warmup 3 --align-lr 1e-2 --align-last-lr 1e-3 --align-length 256 --align-batch 7"
+    numbers += " --long-warmup 9 --clip 0.5 --calibrate-tokens 4K --lora-rank 2"
+    run(monkeypatch, capsys, *start, *numbers.split())
+    found = seen["config"]
+    phase = found.align
+    assert (phase.warmup, phase.lr, phase.last_lr, phase.length, phase.batch) == (3, 1e-2, 1e-3, 256, 7)
+    assert (found.long.warmup, found.clip, found.calibrate_tokens, found.lora_rank) == (9, 0.5, 4000, 2)
     run(monkeypatch, capsys, *start, "--keep", "5", "--sparse-config", '{"topk": 16}')
     assert (seen["config"].layers, seen["config"].keep) == (None, 5)
     assert seen["config"].sparse_config == {"topk": 16}
     refuse(monkeypatch, capsys, "at least a batch of 64 sequences", *start, "--distill-tokens", "60K")
     refuse(monkeypatch, capsys, "must be a number of tokens as 300000", *start, "--align-tokens", "much")
+    both = ["--align-tokens", "1M", "--align-steps", "3"]
+    refuse(monkeypatch, capsys, "--align-tokens and --align-steps both say", *start, *both)
     refuse(monkeypatch, capsys, "--keep must be numbers as 0,5,11", *start, "--keep", "a,b")
     refuse(monkeypatch, capsys, "drop one of the two", *start, "--keep", "3", "--layers", "0,1")
     tiny = [*start[:-1], "tiny"]
     refuse(monkeypatch, capsys, "this recipe has no such phase", *tiny, "--long-steps", "3")
+
+
+def test_bad_inputs_are_one_line_and_leave_nothing(monkeypatch, capsys, config, tmp_path):
+    teacher, good = config.teacher, config.data[0]
+    (tmp_path / "none.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nbroken\n')
+    for name, change in (
+        ("family", {"model_type": "gpt2"}),
+        ("awq", {"quantization_config": {"quant_method": "awq", "bits": 4}}),
+    ):
+        shutil.copytree(teacher, tmp_path / name)
+        record = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(record | change))
+    before = sorted(tmp_path.iterdir())
+    out = ["-o", str(tmp_path / "out")]
+    tiny = [*out, "--recipe", "tiny", "--length", "128"]
+    none, bad = str(tmp_path / "none.jsonl"), str(tmp_path / "bad.jsonl")
+    for says, arguments in (
+        ("none.jsonl holds no documents", [teacher, *tiny, "--data", good, "--data", none]),
+        ("bad.jsonl line 2 is not JSON", [teacher, *tiny, "--data", bad]),
+        ("must be one of 'llama', 'qwen3', 'minicpm', got 'gpt2'", [str(tmp_path / "family"), *tiny]),
+        ("its weights are quantised (awq)", [str(tmp_path / "awq"), *tiny]),
+        ("at least a batch of 8 sequences", [teacher, *tiny, "--distill-tokens", "500"]),
+        ("none.jsonl holds no documents", ["pack", teacher, good, none, *out, "--quiet"]),
+        ("bad.jsonl line 2 is not JSON", ["pack", teacher, good, bad, *out, "--quiet"]),
+        ("Input should be greater than or equal to 1", ["pack", teacher, good, *out, "--tokens", "0"]),
+        ("got 'gpt2'", ["plan", str(tmp_path / "family")]),
+        ("its weights are quantised (awq)", ["plan", str(tmp_path / "awq")]),
+    ):
+        refuse(monkeypatch, capsys, says, "convert", *arguments)
+        assert sorted(tmp_path.iterdir()) == before, arguments

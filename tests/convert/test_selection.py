@@ -1,6 +1,8 @@
 """Scores to layers: the formula, the rules, ties, ends, and refusal of what cannot be kept."""
 
+import csv
 import math
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,21 @@ def test_halo_keeps_the_highest():
     assert select_layers(SCORES, 4) == [0, 4, 6, 7]
     assert select_layers(SCORES, 2) == [0, 7]
     assert select_layers(SCORES, 8) == list(range(8))
+
+
+def test_published_scores_choose_the_published_layers():
+    """HypeNet-2B: what its authors' logs say of Qwen3-1.7B with each layer replaced (thunlp/
+    hybrid-linear-attention at a8b605f, attn-layer-selection/results; lm-eval, accuracies of general tasks
+    normalised), and the softmax layers of the model that they made of it (halo/configs at 37474fa)."""
+    with open(Path(__file__).parent / "hypenet_2b.csv") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+    def means(*tasks):
+        return tuple(sum(row[task] for task in tasks) / len(tasks) for row in rows)
+
+    scores = Scores(means("fda", "ruler_qa_squad", "swde"), means("arc_challenge", "arc_easy", "hellaswag"))
+    assert len(rows) == 28 and default_keep(28, fix_ends=False) == 7
+    assert select_layers(scores, 7, fix_ends=False) == [2, 3, 6, 8, 9, 21, 25]
 
 
 def test_percent_and_fractions_choose_alike():

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 import opensala.convert.batches as batches_module
 from opensala.convert import convert
-from opensala.convert.batches import Batches, user_texts
+from opensala.convert.batches import Batches, parted, user_texts
 from opensala.data.pack import pack, parse_sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +37,16 @@ def test_more_text_than_is_read_into_memory_is_not_left_out_in_silence(tmp_path,
     (tmp_path / "a.txt").write_text("a line of text\n" * 400)
     with pytest.raises(ValueError, match="more than the 3,000 characters .*convert pack"):
         user_texts([str(tmp_path / "a.txt")])
+
+
+def test_no_document_lies_on_both_sides():
+    """Long documents are read in pieces; of fewer than twelve, pieces are held out."""
+    texts = [f"{n:02}; " * 11_000 for n in range(24)]
+    train, held = ({piece[:2] for piece in part} for part in parted(texts))
+    assert held == {"11", "23"} and train | held == {text[:2] for text in texts} and not train & held
+    train, held = parted(texts[:11])
+    assert "".join(sorted(train + held)) == "".join(texts[:11]) and 0 < len(held) <= len(train) / 10
+    assert parted(["one", "two"]) == (["one"], ["two"])
 
 
 def test_texts_are_read_as_documents(tmp_path):

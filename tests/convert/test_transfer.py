@@ -283,6 +283,10 @@ def test_what_cannot_be_converted_is_refused(tmp_path):
         ),
         ({"rope_parameters": {**LONGROPE, "attention_factor": 1.2}}, "attention_factor must be 1, got 1.2"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            r"its weights are quantised \(awq\), which is not",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             teacher_config({**llama, **changes})

@@ -122,7 +122,7 @@ def test_held_out_texts_are_apart():
         next(documents("code", "test"))
 
 
-def test_packed_text_is_cut_evenly_and_drawn_by_position(tokenizer):
+def test_packed_text_is_cut_evenly_and_drawn_by_position(tokenizer, monkeypatch):
     from opensala.data.packing import PackedText
 
     texts = [f"Document {n} has its own few words and the number {n * 7919}." for n in range(60)]
@@ -140,6 +140,9 @@ def test_packed_text_is_cut_evenly_and_drawn_by_position(tokenizer):
     assert (packed.draw(3, 5, 4) == whole[5:9]).all() and (
         packed.draw(4, 0, len(packed)) != whole[: len(packed)]
     ).any()
+    monkeypatch.setattr("opensala.data.packing.random.Random", lambda _: pytest.fail("shuffled anew"))
+    for step in range(3):  # within an epoch an order is made once
+        assert (packed.draw(4, step, 1) == packed.draw(4, 0, len(packed))[step : step + 1]).all()
     with pytest.raises(ValueError, match="notes has .* tokens, one sequence needs 400: give more text"):
         PackedText(tokenizer, texts[:1], 400, "notes")
 

@@ -118,6 +118,17 @@ def test_what_fails_leaves_nothing(tokenizer, tmp_path):
         pack([PackSource("ids", str(tmp_path / "ids.jsonl"))], tokenizer, tmp_path / "other")
 
 
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_a_source_without_texts_is_refused(tokenizer, tmp_path, content):
+    """Beside a good one too, in whose place nothing is left."""
+    (tmp_path / "none.jsonl").write_text(content)
+    good, none = str(lines(tmp_path / "a.jsonl", 100)), str(tmp_path / "none.jsonl")
+    for given in ([none], [good, none], [f"{good}=0.5", f"{none}=0.5"]):
+        with pytest.raises(ValueError, match="none.jsonl holds no (documents|texts)"):
+            pack(parse_sources(given), tokenizer, tmp_path / "out")
+        assert {p.name for p in tmp_path.iterdir()} == {"a.jsonl", "none.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -86,6 +86,9 @@ def test_a_malformed_line_is_named_or_skipped_and_counted(tmp_path, line, messag
     file.write_text(f"{line}\n")
     with pytest.raises(ValueError, match=r"holds no documents \(1 bad ones skipped\)"):
         Files(str(file), "s", skip_bad=True).next()
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ValueError, match=r"cut.parquet cannot be read as Parquet"):
+        Files(str(tmp_path / "*.parquet"), "s").next()
     file.write_bytes(b'{"text": "caf\xe9"}\n')
     assert "caf" in Files(str(file), "s").next().text
 
