@@ -209,7 +209,12 @@ def _limit(source: PackSource, tokens: int | None, whole: float, have: int) -> i
     """Tokens to take from a source at most: its share, or without shares what the sources before it left."""
     if tokens is None:
         return None
-    return int(tokens * (source.share or 0) / whole) if whole else tokens - have
+    limit = int(tokens * (source.share or 0) / whole) if whole else tokens - have
+    if whole and not limit:
+        raise ValueError(
+            f"tokens: {tokens} leave none for {source.path} at its share: more tokens, or drop it"
+        )
+    return limit
 
 
 def _share_out(

@@ -79,6 +79,8 @@ def test_shares_are_kept_in_tokens(tokenizer, tmp_path):
     np.testing.assert_array_equal(few[:once], few[once : 2 * once])
     cut = pack(parse_sources(given), tokenizer, tmp_path / "cut", tokens=4000)
     assert cut.tokens == {"many": 3000, "few": 1000} and cut.held_out["many"] > 0
+    with pytest.raises(ValueError, match="tokens: 3 leave none for .*few.jsonl at its share"):
+        pack(parse_sources(given), tokenizer, tmp_path / "none", tokens=3)
     plain = pack(parse_sources([g[:-2] for g in given]), tokenizer, tmp_path / "plain", tokens=4000)
     assert sum(plain.tokens.values()) == 4000
 
