@@ -59,18 +59,20 @@ def save_outcome(
     }
     for name, (a, b) in lora_parts(student).items():
         tensors |= {f"{name}.lora_a": a.float().cpu(), f"{name}.lora_b": b.float().cpu()}
-    whole = _whole(teacher, student.config)
+    whole = untrained_weights(teacher, student.config)
     based = set()
     for name, value in tensors.items():
         if name in whole and (value - whole[name]).norm() < value.norm():
             tensors[name] = value - whole[name]
             based.add(name)
     config = student.config.to_diff_dict()
-    (ranks or Ranks()).first(lambda: _write(folder, config, tensors, based, whole, limit_mib, file_mib))
+    (ranks or Ranks()).first(
+        lambda: write_tensors(folder, config, tensors, based, whole, limit_mib, file_mib)
+    )
 
 
-def _whole(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig) -> dict[str, Tensor]:
-    """The weights of the hybrid before any training, float32."""
+def untrained_weights(teacher: MiniCPMSALAForCausalLM, config: MiniCPMSALAConfig) -> dict[str, Tensor]:
+    """The weights of the hybrid before any training, float32, by name."""
     return {name: x.float().cpu() for name, x in assemble(teacher, config).state_dict().items()}
 
 
@@ -94,17 +96,17 @@ def shrink_outcome(
         ValueError: what `load_outcome` refuses.
     """
     record, tensors = read_outcome(Path(outcome))
-    whole = _whole(teacher, MiniCPMSALAConfig(**record["config"]))
+    whole = untrained_weights(teacher, MiniCPMSALAConfig(**record["config"]))
     based = set(record["base"])
     for name, value in tensors.items():
         if name not in based and name in whole and (value - whole[name]).norm() < value.norm():
             tensors[name] = value - whole[name]
             based.add(name)
     moments = None if tokens is None else input_moments(load_outcome(teacher, outcome), set(tensors), tokens)
-    _write(folder, record["config"], tensors, based, whole, limit_mib, file_mib, moments)
+    write_tensors(folder, record["config"], tensors, based, whole, limit_mib, file_mib, moments)
 
 
-def _write(
+def write_tensors(
     folder: Path,
     config: dict[str, Any],
     tensors: dict[str, Tensor],
