@@ -10,20 +10,18 @@ import itertools
 from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from ..cache import Pool
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from ..model.batch import on_device
 from ..model.storage import CacheStorage, cache_sizes, compressed_bytes
 from ..model.tiers import Allocate, Tiers
+from .choosing import ActiveRequest, Chooser, Outcome
 from .detokenize import Detokenizer
-from .grammar import Grammars, GrammarTooComplex, Guide
+from .grammar import Grammars
 from .memory import cache_budget
 from .request import (
     Completion,
@@ -35,8 +33,8 @@ from .request import (
     as_token_ids,
 )
 from .runner import Runner
-from .sampler import Choice, check_finite, choose, greedy, log_probabilities
-from .scheduler import Limits, Scheduler, Step, Work
+from .sampler import Choice
+from .scheduler import Limits, Scheduler, Work
 from .selection import note_selection
 from .speculate import Drafter
 
@@ -96,29 +94,6 @@ class KeptPrefixes(Protocol):
     def bring(self, engine: "Engine", tokens: array, sparse: bool, namespace: str) -> None:
         """Put the longest beginning of `tokens` at hand that is kept, if the engine lacks it. What cannot be
         had (damaged, too little memory) is left for the engine to read anew."""
-
-
-@dataclass(eq=False)
-class _Request:
-    """What the engine keeps beside a sequence."""
-
-    sequence: Sequence
-    detokenizer: Detokenizer
-    completion: Completion
-    generator: torch.Generator | None
-    drafter: Drafter | None
-    targets: array  # of the prompt's tokens to score: what follows each place
-    guide: Guide | None = None  # where the answer stands in the form that it must have
-    numbers: list[float] = field(default_factory=list)
-
-    def number(self, place: int) -> float | None:
-        """What the answer's token at `place` is drawn with, the same however often it is asked for; None if
-        greedy."""
-        if self.generator is None:
-            return None
-        while len(self.numbers) <= place:
-            self.numbers.append(float(torch.rand((), generator=self.generator, dtype=torch.float64)))
-        return self.numbers[place]
 
 
 class Engine:
@@ -182,7 +157,8 @@ class Engine:
         self.grammars = Grammars(tokenizer, self.config.vocab_size, self.end_ids)
         self.prefixes: KeptPrefixes | None = None  # asked for each prompt
         self.last_read = 0  # tokens of prompts that the last step computed
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, ActiveRequest] = {}
+        self.chooser = Chooser(self.runner, self._requests, self.end_ids)
         self._numbers = itertools.count()
         if self.options.host_memory is not None or self.options.device_memory is not None:
             self.tiers(allocate).budget = self.options.host_memory
@@ -341,7 +317,7 @@ class Engine:
         )
         sequence.marks = sorted({m for m in marks if m <= len(ids)})
         drafts = self.options.speculate if params.speculate is None else params.speculate
-        self._requests[request_id] = _Request(
+        self._requests[request_id] = ActiveRequest(
             sequence,
             Detokenizer(self.tokenizer, params.stop, params.keep_special),
             Completion(request_id),
@@ -408,22 +384,22 @@ class Engine:
         self.last_read = sum(work.count for work in step.works if work.reads)
         try:
             hidden = self.runner.run(step)
-            plans = self._choose(step, hidden)
-            rewound = [(work, kept) for work, _, kept in plans if kept < work.count]
+            found = list(zip(step.works, self.chooser.choose(step, hidden), strict=True))
+            rewound = [(work, outcome.kept) for work, outcome in found if outcome.kept < work.count]
             if rewound:
                 self.runner.rewind(step, rewound)
             if any(work.sequence.params.selection for work in step.works):
-                self._note_selection(plans)
+                self._note_selection(found)
         except BaseException:
             self.scheduler.discard(step)
             raise
-        return [event for work, results, kept in plans for event in self._apply(work, results, kept)]
+        return [event for work, outcome in found for event in self._apply(work, outcome)]
 
-    def _note_selection(self, plans: "list[tuple[Work, _Results, int]]") -> None:
+    def _note_selection(self, found: list[tuple[Work, Outcome]]) -> None:
         completions = {name: request.completion for name, request in self._requests.items()}
-        note_selection(self.runner, [(work, found.choices) for work, found, _ in plans], completions)
+        note_selection(self.runner, [(work, outcome.choices) for work, outcome in found], completions)
 
-    def _draft(self, request: _Request) -> None:
+    def _draft(self, request: ActiveRequest) -> None:
         sequence = request.sequence
         if request.drafter is None or sequence.status is not Status.RUNNING or sequence.num_pending != 1:
             return
@@ -433,149 +409,32 @@ class Engine:
             request.guide.rewind(sequence.num_tokens - sequence.num_prompt)
             del sequence.draft[request.guide.check(sequence.draft) :]
 
-    def _choose(self, step: Step, hidden: Tensor) -> list[tuple[Work, "_Results", int]]:
-        """For each work what its sequence gets, and how many of its tokens stay computed."""
-        rows, first, wanted = [], 0, []
-        for work in step.works:
-            if work.completes and work.sequence.params.max_tokens:
-                wanted.append(work)
-                rows.append(np.arange(first + work.count - work.drafted - 1, first + work.count))
-            first += work.count
-        results = {id(work): _Results() for work in step.works}
-        if wanted:
-            where = np.concatenate(rows)
-            every = len(where) == len(hidden)  # in a decoding step, and in order
-            logits = self.runner.logits(hidden if every else hidden[on_device(where, hidden.device)])
-            self._choose_tokens(wanted, logits, results)
-        first = 0
-        for work in step.works:
-            if self._requests[work.sequence.request_id].targets:
-                self._score(work, hidden[first : first + work.count], results[id(work)])
-            first += work.count
-        plans = []
-        for work in step.works:
-            found = results[id(work)]
-            surplus = max(0, len(found.choices) - 1) if work.completes else work.drafted
-            plans.append((work, found, work.count - work.drafted + surplus))
-        return plans
-
-    def _choose_tokens(self, works: list[Work], logits: Tensor, results: dict[int, "_Results"]) -> None:
-        """Tokens of the works that complete, from logits `[R, V]` of the places behind which one is
-        wanted."""
-        logprobs = log_probabilities(logits)
-        best = greedy(logits)
-        of_best = logprobs.gather(1, best[:, None])[:, 0]
-        # One copy from the device: float64 holds all three exactly.
-        answers = torch.stack([check_finite(logits).double(), best.double(), of_best.double()], 1).tolist()
-        first = 0
-        for work in works:
-            sequence, found = work.sequence, results[id(work)]
-            request = self._requests[sequence.request_id]
-            text = list(sequence.tokens) if sequence.params.has_penalties else []
-            for i in range(work.drafted + 1):
-                row = first + i
-                finite, likely, logprob = answers[row]
-                if not finite:
-                    found.error = (
-                        f"the model's output behind token {sequence.num_tokens + i} is not finite (NaN or "
-                        "infinity): "
-                        "its weights are damaged, or its dtype overflows; try dtype float32"
-                    )
-                    break
-                try:
-                    token = self._choose_token(request, i, int(likely), logits[row], text)
-                except GrammarTooComplex as error:
-                    found.error, found.by_request = str(error), True
-                    break
-                if token != int(likely):
-                    logprob = float(logprobs[row, token])
-                found.choices.append(
-                    Choice(token, logprob, _most_likely(logprobs[row], sequence.params.logprobs))
-                )
-                text.append(token)
-                if self._ends(sequence, token, len(found.choices)):
-                    break
-                if i < work.drafted and sequence.draft[i] != token:
-                    break
-            first += work.drafted + 1
-
-    def _choose_token(
-        self, request: _Request, ahead: int, likely: int, logits: Tensor, text: SequenceOf[int]
-    ) -> int:
-        """The token `ahead` places behind the sequence's last one, from logits `[V]` of which `likely` is the
-        greatest.
-
-        Raises:
-            GrammarTooComplex: see `Guide.allowed`.
-        """
-        sequence, guide = request.sequence, request.guide
-        place = len(sequence.tokens) - sequence.num_prompt + ahead
-        number = request.number(place)
-        if guide is None:
-            if number is None and not sequence.params.has_penalties:
-                return likely
-            return choose(logits, sequence, text, number)
-        guide.rewind(place)
-        token = choose(logits, sequence, text, number, guide.allowed())
-        guide.take(token)
-        return token
-
-    def _ends(self, sequence: Sequence, token: int, new: int) -> bool:
-        params = sequence.params
-        if token in params.stop_token_ids or (token in self.end_ids and not params.ignore_eos):
-            return True
-        return sequence.num_tokens - sequence.num_prompt + new >= params.max_tokens
-
-    def _score(self, work: Work, hidden: Tensor, found: "_Results") -> None:
-        """Log-probabilities of prompt tokens that follow the places of this work; a few hundred rows at a
-        time."""
-        sequence = work.sequence
-        request = self._requests[sequence.request_id]
-        assert sequence.params.score_from is not None, "only such requests have targets"
-        begin = max(0, sequence.params.score_from - 1 - sequence.num_cached)
-        for start in range(begin, work.count, self.runner.rows_at_a_time):
-            end = min(work.count, start + self.runner.rows_at_a_time)
-            logits = self.runner.logits(hidden[start:end])
-            if not bool(check_finite(logits).all()):
-                found.error = (
-                    f"the model's output between tokens {sequence.num_cached + start} and "
-                    f"{sequence.num_cached + end} "
-                    "is not finite (NaN or infinity): its weights are damaged, or its dtype overflows"
-                )
-                return
-            targets = torch.tensor(request.targets[sequence.num_cached + start : sequence.num_cached + end])
-            logprobs = log_probabilities(logits).gather(1, targets.to(logits.device, torch.long)[:, None])[
-                :, 0
-            ]
-            right = logits.argmax(-1).cpu() == targets
-            found.scores += zip(logprobs.tolist(), right.tolist(), strict=True)
-
-    def _apply(self, work: Work, results: "_Results", kept: int) -> list[TokenEvent]:
+    def _apply(self, work: Work, outcome: Outcome) -> list[TokenEvent]:
         """Make a work's outcome part of its sequence."""
         sequence = work.sequence
         request = self._requests[sequence.request_id]
         if sequence.params.score_from is not None:  # a text that was put back is scored again
             del request.completion.scores[max(0, sequence.num_cached - sequence.params.score_from + 1) :]
-            request.completion.scores += results.scores
-        self.scheduler.commit(work, kept)
+            request.completion.scores += outcome.scores
+        self.scheduler.commit(work, outcome.kept)
         if work.drafted and request.drafter is not None:
-            taken = max(0, len(results.choices) - 1)
+            taken = max(0, len(outcome.choices) - 1)
             request.drafter.learn(work.drafted, taken)
         sequence.draft = []
         events = []
-        for choice in results.choices:
+        for choice in outcome.choices:
             sequence.tokens.append(choice.token)
             events.append(self._event(request, choice))
             if events[-1].finish_reason is not None:
                 return events
-        if results.error is not None:
-            request.completion.by_request = results.by_request
-            return [*events, self._end(request, FinishReason.ERROR, results.error)]
+        if outcome.error is not None:
+            request.completion.by_request = outcome.by_request
+            return [*events, self._end(request, FinishReason.ERROR, outcome.error)]
         if not sequence.params.max_tokens and not sequence.is_reading:
             events.append(self._end(request, FinishReason.LENGTH))
         return events
 
-    def _event(self, request: _Request, choice: Choice) -> TokenEvent:
+    def _event(self, request: ActiveRequest, choice: Choice) -> TokenEvent:
         """The event of one token; ends the request if the token does."""
         sequence, done = request.sequence, request.completion
         params = sequence.params
@@ -597,7 +456,7 @@ class Engine:
             text, completion = text + last.text, last.completion
         return TokenEvent(sequence.request_id, choice.token, text, choice.logprob, choice.top, completion)
 
-    def _end(self, request: _Request, reason: FinishReason, error: str | None = None) -> TokenEvent:
+    def _end(self, request: ActiveRequest, reason: FinishReason, error: str | None = None) -> TokenEvent:
         """End a request: give its memory back and say the rest of its text."""
         sequence, done = request.sequence, request.completion
         self.scheduler.finish(sequence, reason)
@@ -683,24 +542,6 @@ class Engine:
         assert {s.request_id for s in self.scheduler.sequences()} == set(self._requests), (
             "requests went astray"
         )
-
-
-@dataclass
-class _Results:
-    """What a step found for one sequence."""
-
-    choices: list[Choice] = field(default_factory=list)
-    scores: list[tuple[float, bool]] = field(default_factory=list)
-    error: str | None = None
-    by_request: bool = False
-
-
-def _most_likely(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` most likely tokens of all `[V]` and their log-probabilities."""
-    if not count:
-        return ()
-    best = logprobs.topk(count)
-    return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _on_gpu(model: MiniCPMSALAForCausalLM) -> Allocate:

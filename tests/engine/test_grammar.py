@@ -102,15 +102,15 @@ def test_free_answers_beside_are_free(engine):
 
 def test_a_step_that_is_discarded_is_taken_again(engine, monkeypatch):
     expected = run(engine, speculate=4)
-    choose, fails = engine._choose, iter(range(100))
+    choose, fails = engine.chooser.choose, iter(range(100))
 
     def failing(step, hidden):
-        plans = choose(step, hidden)  # the guides have moved on
+        outcomes = choose(step, hidden)  # the guides have moved on
         if next(fails) % 3 == 0:
             raise MemoryError
-        return plans
+        return outcomes
 
-    monkeypatch.setattr(engine, "_choose", failing)
+    monkeypatch.setattr(engine.chooser, "choose", failing)
     params = SamplingParams(max_tokens=250, grammar=Grammar.json_schema(SCHEMA), speculate=4)
     texts = {engine.add(engine.encode(p), params): "" for p in PROMPTS}
     while engine.has_work:

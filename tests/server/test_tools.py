@@ -6,8 +6,10 @@ import json
 import anthropic
 import openai
 import pytest
+import torch
 
 from opensala.engine import Engine, EngineOptions
+from opensala.engine.choosing import Chooser
 
 from ..templates import HERMES
 from .conftest import Live
@@ -34,16 +36,22 @@ CLOCK = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
 ASK = [{"role": "user", "content": "What is it like in Rome?"}]
 
 
-class Scripted(Engine):
-    """Says `script` whatever it is asked, if there is one."""
+class Scripted(Chooser):
+    """Finds the tokens of `script` the likeliest, if there is one, whatever the model thinks."""
 
     script = None
 
-    def _choose_token(self, request, ahead, likely, logits, text):
-        if self.script is None:
-            return super()._choose_token(request, ahead, likely, logits, text)
-        ids = [*self.tokenizer(self.script, add_special_tokens=False)["input_ids"], *self.end_ids]
-        return ids[len(request.sequence.tokens) - request.sequence.num_prompt + ahead]
+    def _choose_tokens(self, wanted, logits):
+        if self.script is not None:
+            places = [
+                work.sequence.num_tokens - work.sequence.num_prompt + ahead
+                for work, _ in wanted
+                for ahead in range(work.drafted + 1)
+            ]
+            logits = torch.zeros_like(logits)
+            for row, place in zip(logits, places, strict=True):
+                row[self.script[min(place, len(self.script) - 1)]] = 1.0
+        super()._choose_tokens(wanted, logits)
 
 
 @pytest.fixture(scope="module")
@@ -51,18 +59,23 @@ def talker(model):
     """A server whose model has a chat template with tools."""
     tokenizer = copy.deepcopy(model.tokenizer)
     tokenizer.chat_template = HERMES
-    live = Live(Scripted(model.model, tokenizer, OPTIONS))
+    engine = Engine(model.model, tokenizer, OPTIONS)
+    engine.chooser = Scripted(engine.runner, engine._requests, engine.end_ids)
+    live = Live(engine)
     yield live
     live.stop()
 
 
 @pytest.fixture
 def say(talker):
+    engine = talker.service.engine
+
     def one(text):
-        talker.service.engine.script = text
+        ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+        engine.chooser.script = [*ids, *engine.end_ids]
 
     yield one
-    talker.service.engine.script = None
+    engine.chooser.script = None
     talker.wait_until_idle()
 
 
