@@ -1,6 +1,6 @@
 """Measure the engine on this machine: decoding alone and together, one document asked often, drafts.
 
-    python scripts/measure_engine.py [--tokens 65536]
+    python scripts/measure_engine.py [--tokens 65536] [--kv-dtype int8]
 
 Each figure is a ratio of two things timed in one run, in turns. Rows are added to benchmarks/engine.csv.
 """
@@ -64,7 +64,8 @@ def together(engine: Engine, context: int) -> None:
         for count, times in found.items():
             times.append(seconds_per_step(engine, count, context, rng))
     one, eight = (statistics.median(times) for times in found.values())
-    behind = f"{context:,} tokens of context"
+    kept = "" if engine.options.kv_dtype == "auto" else f", keys and values in {engine.options.kv_dtype}"
+    behind = f"{context:,} tokens of context{kept}"
     note("decoding step, one sequence", 1e3 * one, "ms", behind)
     rates = f"{1 / one:.0f} and {8 / eight:.0f} tokens/s"
     note("tokens/s of 8 sequences over one", 8 * one / eight, "times", f"{behind}: {rates}")
@@ -121,8 +122,10 @@ def drafts(engine: Engine) -> None:
 
 def main(
     tokens: Annotated[int, typer.Option(help="Tokens of the document that is asked often.")] = 65536,
+    kv_dtype: Annotated[str, typer.Option(help="How keys and values are kept: auto or int8.")] = "auto",
 ) -> None:
-    engine = load_engine(options=EngineOptions(max_cached_tokens=3 * tokens + 100_000))
+    options = EngineOptions(max_cached_tokens=3 * tokens + 100_000, kv_dtype=kv_dtype)
+    engine = load_engine(options=options)
     for context in CONTEXTS:
         together(engine, context)
     drafts(engine)

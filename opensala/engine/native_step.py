@@ -270,6 +270,9 @@ class NativeSteps:
         self._watch = ModuleWatch(modules)
         self._quantised = [m for m in modules if isinstance(m, QuantisedLinear)]
         config = model.config
+        # As they are now and later: transformers asks for each attribute of a configuration in Python.
+        self._settings = vars(config)
+        self._page_size = config.block_spec.block_size
         used = (
             (config.lightning_use_rope, config.lightning_head_dim),
             (config.attn_use_rope, config.head_dim),
@@ -345,8 +348,8 @@ class NativeSteps:
         keep: bool,
         logits: bool,
     ) -> NativeStep:
-        config, tokens = self.model.config, len(ids)
-        now = BatchNumbers.of(rows, config.block_spec.block_size)
+        settings, tokens = self._settings, len(ids)
+        now = BatchNumbers.of(rows, self._page_size)
         batch = _Batch(sequences=len(rows), width=now.pages.shape[1], any_sparse=bool(now.sparse.any()))
         arrays: dict[str, np.ndarray] = {"ids": ids, **now.__dict__}
         for name in _INTEGERS:
@@ -356,16 +359,16 @@ class NativeSteps:
             if angles is not None:
                 held.append(angles.at(now.positions))
                 batch.cos[i], batch.sin[i] = (x.ctypes.data for x in held[-1])
-        if config.attn_scale_base is not None:
-            growth = log_growth(torch.from_numpy(now.positions), config.attn_scale_base).float()
+        if settings["attn_scale_base"] is not None:
+            growth = log_growth(torch.from_numpy(now.positions), settings["attn_scale_base"]).float()
             batch.growth = growth.data_ptr()
-        hidden = torch.empty(tokens, config.hidden_size)
+        hidden = torch.empty(tokens, settings["hidden_size"])
         batch.hidden = hidden.data_ptr()
-        scores = torch.empty(tokens, config.vocab_size) if logits else None
+        scores = torch.empty(tokens, settings["vocab_size"]) if logits else None
         batch.logits = None if scores is None else scores.data_ptr()
         kept = None
         if keep:
-            width = (config.lightning_nkv or 1) * (config.lightning_head_dim or 1)
+            width = (settings["lightning_nkv"] or 1) * (settings["lightning_head_dim"] or 1)
             kept = torch.empty(len(self._lightning), 2, tokens, width)
             batch.kept = kept.data_ptr()
         places = (ctypes.c_void_p(ctypes.addressof(x)) for x in (described.model, batch))
@@ -383,11 +386,11 @@ class NativeSteps:
         why = self._watch.disturbed()
         if why is not None:
             return why
-        if self.model.config.block_search != "exact":
-            return f"block_search is {self.model.config.block_search}"
-        if planned_backend(_LIKE) != "cpp":
-            return f"the backend is {planned_backend(_LIKE)}"
-        return None
+        search = self._settings["block_search"]
+        if search != "exact":
+            return f"block_search is {search}"
+        backend = planned_backend(_LIKE)
+        return None if backend == "cpp" else f"the backend is {backend}"
 
     def _say(self, why: str) -> None:
         if self.model.device.type == "cpu" and why not in _said:

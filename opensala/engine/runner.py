@@ -50,13 +50,15 @@ class Runner:
         self.storage.copy_pages(step.copies)
         ids, rows = array("i"), []
         for work in step.works:
-            sequence = work.sequence
-            known = sequence.tokens[sequence.num_cached : sequence.num_cached + work.count]
-            ids += known + array("i", sequence.draft[: work.drafted])
+            sequence, count = work.sequence, work.count
+            cached = sequence.num_cached
+            if count == 1:
+                ids.append(sequence.tokens[cached])
+            else:
+                known = sequence.tokens[cached : cached + count]
+                ids += known + array("i", sequence.draft[: work.drafted])
             pages = np.array(sequence.pages, np.int32)  # a view would keep the array from being cut
-            rows.append(
-                BatchRow(pages, sequence.num_cached, work.count, work.sparse, sequence.slot, work.slot)
-            )
+            rows.append(BatchRow(pages, cached, count, work.sparse, sequence.slot, work.slot))
         backed = self.storage.backing is not None and self.storage.backing.begin(rows)
         record = any(work.drafted for work in step.works)
         numbers = np.frombuffer(ids, np.int32)

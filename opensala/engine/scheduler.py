@@ -19,28 +19,23 @@ from ..cache import Match, Pool, PrefixTree
 from .request import FinishReason, Reuse, Sequence, Status
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Work:
     """`count` next tokens of a sequence (the last `drafted` of them guesses), computed in one mode.
 
-    `slot` is where the states behind them go; the sequence's own slot stays as it is until the step is done.
+    Attributes:
+        slot: where the states behind them go; the sequence's own slot stays as it is until the step is done.
+        reads: whether it computes tokens that were known before, and not just the one chosen last.
+        completes: whether all tokens known are computed behind it, so that the next one can be chosen.
     """
 
     sequence: Sequence
     count: int
     sparse: bool
     slot: int
-    drafted: int = 0
-
-    @property
-    def reads(self) -> bool:
-        """Whether it computes tokens that were known before, and not just the one chosen last."""
-        return self.sequence.num_pending > 1
-
-    @property
-    def completes(self) -> bool:
-        """Whether all tokens known are computed behind it, so that the next one can be chosen."""
-        return self.count - self.drafted == self.sequence.num_pending
+    drafted: int
+    reads: bool
+    completes: bool
 
 
 @dataclass
@@ -316,19 +311,25 @@ class Scheduler:
     def _plan(self, sequence: Sequence, step: Step, budget: int) -> int:
         """Add a work for the sequence, with its pages and slot; returns its number of tokens (0: it had to
         give way)."""
-        draft = [] if sequence.num_pending != 1 else sequence.draft[: max(0, budget - 1)]
-        known = min(sequence.num_pending + len(draft), budget)
-        end = sequence.mode_end(sequence.num_cached, sequence.num_cached + known)
-        if sequence.num_pending > 1:
+        cached, pending = sequence.num_cached, sequence.num_pending
+        draft = 0 if pending != 1 else len(sequence.draft)
+        end = cached + min(pending + draft, budget)
+        sparse = sequence.is_sparse(cached)
+        if end > cached + 1:
+            end = sequence.mode_end(cached, end)
+        if pending > 1:
             end = min(end, sequence.next_mark(end))
-        count = end - sequence.num_cached
+        count = end - cached
         needed = max(0, -(-end // self.page_size) - len(sequence.pages))
         if not self._make_room(sequence, step, needed, 1):
             return 0
-        sequence.pages.extend(self.pages.take(needed))
-        sparse, slot = sequence.is_sparse(sequence.num_cached), self.slots.take()[0]
-        drafted = max(0, count - sequence.num_pending)
-        step.works.append(Work(sequence, count, sparse, slot, drafted))
+        if needed:
+            sequence.pages.extend(self.pages.take(needed))
+        drafted = max(0, count - pending)
+        completes = count - drafted == pending
+        step.works.append(
+            Work(sequence, count, sparse, self.slots.take()[0], drafted, pending > 1, completes)
+        )
         return count
 
     def _make_room(self, sequence: Sequence, step: Step, pages: int, slots: int) -> bool:

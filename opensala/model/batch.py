@@ -19,7 +19,7 @@ from .layers import rotary_angles
 from .storage import CacheStorage
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BatchRow:
     """The part of a step that belongs to one sequence.
 
