@@ -20,8 +20,9 @@ app = typer.Typer(
 Recipe = Annotated[
     str,
     typer.Argument(
-        help="minicpm_sala_9b (the published training), halo (HALO's, with its last stage) or tiny (all its "
-        "stages on two CPU cores)."
+        help="minicpm_sala_9b (the published training), halo (HALO's, with its last stage), tiny (all its "
+        "stages on two CPU cores), smollm2_135m (SmolLM2-135M on two CPU cores, in hours) or "
+        "smollm2_135m_gpu."
     ),
 ]
 Set = Annotated[
@@ -85,7 +86,7 @@ def run(
     ] = None,
     resume: Resume = False,
     teacher: Annotated[
-        str, typer.Option(help="Transformer to convert, instead of one that the recipe trains.")
+        str, typer.Option(help="Transformer to convert, instead of the recipe's own or one that it trains.")
     ] = "",
     init: Annotated[str, typer.Option(help="Hybrid checkpoint to go on with, instead of HALO.")] = "",
     data: Annotated[

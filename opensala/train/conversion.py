@@ -59,7 +59,7 @@ def packed_texts(
     if not sources:
         return None
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_folder(config.teacher))
-    wanted = config.length * sum(p.steps * p.batch for p in (config.align, config.distill))
+    wanted = sum(p.steps * p.batch * config.length_of(name) for name, p in config.phases().items())
     with counter("tokens of the conversion", quiet) as advance:
         made = pack(
             sources,

@@ -43,7 +43,7 @@ from .data.batches import check_source
 from .memory import check_fits
 from .plan import check_world
 from .recipes import Halo, Recipe, Stage
-from .start import RunConfig, Start, own_transformer, reduced
+from .start import RunConfig, Start, begun_with, own_transformer, reduced
 from .steps import StepBatch
 from .trainer import Signals, StageRun
 from .watch import Board, plot_training
@@ -85,7 +85,7 @@ def train(
             that cannot be written. Nothing that was saved is overwritten.
         Stopped: a signal came and the state was saved.
     """
-    start = start or Start()
+    start = begun_with(recipe, start or Start())
     for name in only:
         recipe.stage(name)
     recipe = reduced(recipe, start)

@@ -35,6 +35,7 @@ class Row:
 def shape(recipe: Recipe, teacher: str = "") -> MiniCPMSALAConfig:
     """The hybrid's shape: the recipe's, or that of a teacher's `config.json`, with the layers kept that take
     most."""
+    teacher = teacher or recipe.teacher
     if not teacher:
         return MiniCPMSALAConfig(**recipe.model)
     given = teacher_config(read_config(teacher))

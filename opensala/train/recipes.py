@@ -1,8 +1,8 @@
 """Recipes: every stage of a training as one frozen object, made by a function.
 
 `minicpm_sala_9b` states the published training (arXiv 2602.11761, Table 1 and section 3), `tiny` the same
-stages for a model that two CPU cores train in minutes. What the paper leaves open is chosen here and named in
-docs/training.md.
+stages for a model that two CPU cores train in minutes, `smollm2_135m` for a small published Transformer. What
+the paper leaves open is chosen here and named in docs/training.md.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 from ..convert.config import ConvertConfig, Phase, Probes
 from ..convert.config import halo as convert_halo
+from ..convert.config import smollm2_135m as convert_smollm2
 from ..model.config import LIGHTNING, SPARSE, check_choice
 from .schedule import Schedule
 
@@ -145,6 +146,7 @@ class Recipe:
         save_every, keep: steps between checkpoints, and how many of them are kept.
         chat_template: given to a tokenizer that has none before the first chat stage.
         scratch_tokens: what the same model would see in training from scratch (0: not to be compared).
+        teacher: the Transformer that is converted if the run is given none.
     """
 
     name: str
@@ -161,6 +163,7 @@ class Recipe:
     seed: int = 0
     chat_template: str = ""
     scratch_tokens: int = 8_000_000_000_000
+    teacher: str = ""
 
     def check(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -412,10 +415,101 @@ def tiny() -> Recipe:
     )
 
 
-RECIPES = {"minicpm_sala_9b": minicpm_sala_9b, "halo": halo, "tiny": tiny}
+def _smollm2(name: str, conversion: ConvertConfig, scale: int, batch_tokens: int) -> Recipe:
+    """The stages behind SmolLM2's conversion: `scale` times 2M tokens, `batch_tokens` in a step."""
+    text = (Source("text", 0.8, "python:prose"), Source("code", 0.2, "python:code"))
+    asked = Source("questions", 0.25, "synthetic:questions")
+
+    def stage(name: str, length: int, tokens: int, schedule: Schedule, **more: Any) -> Stage:
+        mixture: tuple[Source, ...] = (*text, asked)
+        if more.get("sparse"):
+            mixture = (*(replace(s, long_from=length // 2, long_factor=8.0) for s in text), asked)
+        batch = max(batch_tokens, length)
+        return Stage(name, length, scale * tokens, batch, schedule, more.pop("mixture", mixture), **more)
+
+    def long(name: str, length: int, tokens: int, peak: float, last: float) -> Stage:
+        return stage(name, length, tokens, Schedule("exponential", peak, last), sparse=True)
+
+    chat = (
+        Source("questions", 0.7, "synthetic:questions"),
+        *(Source(kind, 0.1, f"synthetic:{kind}") for kind in ("facts", "tracing", "cross")),
+    )
+    return Recipe(
+        name,
+        {},
+        (
+            Halo(conversion),
+            stage("stable", 2 * K, 600_000, Schedule("constant", 1e-4, warmup=10), fresh_optimizer=True),
+            long("long_decay_8k", 8 * K, 500_000, 1e-4, 7e-5),
+            long("long_decay_16k", 16 * K, 300_000, 7e-5, 5e-5),
+            long("long_decay_32k", 32 * K, 200_000, 5e-5, 3e-5),
+            stage(
+                "sft_8k",
+                8 * K,
+                400_000,
+                Schedule("cosine", 5e-5, 5e-6, warmup=5),
+                mixture=chat,
+                sparse=True,
+                chat=True,
+                fresh_optimizer=True,
+            ),
+        ),
+        micro_tokens=8 * K,
+        probe_tokens=64 * K,
+        save_every=20,
+        keep=2,
+        scratch_tokens=0,
+        teacher="smollm2-135m",
+    )
+
+
+def smollm2_135m() -> Recipe:
+    """SmolLM2-135M in hours of two CPU cores: 2.4M tokens of conversion, 2M behind it."""
+    whole = convert_smollm2("")
+    assert whole.long is not None, "it has three phases"
+    conversion = replace(
+        whole,
+        align=replace(whole.align, steps=122, batch=8, seconds=None),
+        distill=replace(whole.distill, steps=366, batch=4, seconds=None),
+        long=replace(whole.long, steps=98, batch=1, seconds=None),
+        save_every=20,
+        validate_every=0,
+    )
+    return replace(_smollm2("smollm2_135m", conversion, 1, 8 * K), dtype="float32")
+
+
+def smollm2_135m_gpu() -> Recipe:
+    """The same with a hundred times the tokens, on a GPU."""
+    whole = convert_smollm2("")
+    assert whole.long is not None, "it has three phases"
+
+    def more(phase: Phase, tokens: int) -> Phase:
+        return replace(phase, seconds=None).for_tokens(tokens, whole.length, "phase")
+
+    m = 1_000_000
+    conversion = replace(
+        whole,
+        device="cuda",
+        compute="bfloat16",
+        align=more(whole.align, 50 * m),
+        distill=more(whole.distill, 150 * m),
+        long=more(whole.long, 40 * m),
+    )
+    return _smollm2("smollm2_135m_gpu", conversion, 100, 256 * K)
+
+
+RECIPES = {
+    "minicpm_sala_9b": minicpm_sala_9b,
+    "halo": halo,
+    "tiny": tiny,
+    "smollm2_135m": smollm2_135m,
+    "smollm2_135m_gpu": smollm2_135m_gpu,
+}
 
 
 def recipe_named(name: str) -> Recipe:
-    """The recipe of that name; ValueError with the nearest name if there is none."""
+    """The recipe of that name (hyphens are as good as underscores); ValueError with the nearest name if there
+    is none."""
+    name = name.replace("-", "_")
     check_choice("recipe", name, tuple(RECIPES))
     return RECIPES[name]()

@@ -64,6 +64,11 @@ class RunConfig:
         }
 
 
+def begun_with(recipe: Recipe, start: Start) -> Start:
+    """The start, with the recipe's own teacher if neither a teacher nor a hybrid was given."""
+    return replace(start, teacher=recipe.teacher) if not start.teacher and not start.init else start
+
+
 def reduced(recipe: Recipe, start: Start) -> Recipe:
     """The recipe without the stages that its start makes needless.
 

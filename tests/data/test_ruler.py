@@ -26,6 +26,12 @@ def test_length_with_budget_is_within_one_percent(form, name, length):
         assert 0.99 * length <= longest == fitted.length <= length
 
 
+def test_lists_of_words_have_every_length(form):
+    """Long lists repeat their words more often than short ones: a jump in length, with lists between."""
+    for length in range(2500, 7500, 250):
+        assert 0.99 * length <= ruler_task("cwe").document(length, form).length <= length
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_same_seed_same_document(form, name):
     task = ruler_task(name)

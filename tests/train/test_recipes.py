@@ -272,3 +272,18 @@ def test_an_unknown_source_kind_is_named(corpus):
         check_source(minicpm_sala_9b().stage("stable").mixture[0])
     with pytest.raises(ValueError, match="holds no documents"):
         check_source(replace(Source("a", 1.0), path=str(corpus / "absent*.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("smollm2-135m", 2e6, 5e6), ("smollm2_135m_gpu", 2e8, 5e8)]
+)
+def test_the_smollm2_recipe_has_its_budget(name, least, most):
+    recipe = recipe_named(name)
+    recipe.check()
+    halo, *stages = recipe.stages
+    phases = halo.config.phases()
+    read = sum(p.steps * p.batch * halo.config.length_of(n) for n, p in phases.items())
+    assert least < read + sum(s.steps * s.sequences * s.sequence for s in stages) < most
+    assert all(p.seconds is None for p in phases.values())  # tokens decide, not the machine
+    assert [s.sequence for s in stages if s.sparse and not s.chat] == [8192, 16384, 32768]
+    assert stages[-1].chat and recipe.teacher == "smollm2-135m"

@@ -2,6 +2,7 @@
 
 import difflib
 import random
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,7 @@ class RulerTask:
         budget: tokens for the answer, part of the length.
         any_reference: one reference is enough (question answering); otherwise each counts.
         shareable: several questions can be asked about one document.
+        otherwise: makes the documents of lengths that `builder` has none for.
     """
 
     name: str
@@ -35,6 +37,7 @@ class RulerTask:
     budget: int
     any_reference: bool = False
     shareable: bool = True
+    otherwise: Builder | None = None
 
     def document(
         self, length: int, form: PromptFormat, *, index: int = 0, seed: int = 0, questions: int = 1
@@ -49,14 +52,19 @@ class RulerTask:
         asked = questions if self.shareable else 1
         depth = (random.Random(f"{seed} {self.name} {length}").random() + index * _GOLDEN) % 1
 
-        def build(size: int) -> RulerDocument:
-            return self.builder.build(
-                size, random.Random(f"{seed} {self.name} {length} {index}"), asked, depth
-            )
+        def fitted(builder: Builder) -> FittedDocument:
+            def build(size: int) -> RulerDocument:
+                rng = random.Random(f"{seed} {self.name} {length} {index}")
+                return builder.build(size, rng, asked, depth)
+
+            return fit_document(build, length, self.budget, form)
 
         try:
-            return fit_document(build, length, self.budget, form)
+            return fitted(self.builder)
         except ValueError as error:
+            if self.otherwise is not None:
+                with suppress(ValueError):
+                    return fitted(self.otherwise)
             raise ValueError(f"{self.name}: {error}") from error
 
 
@@ -72,7 +80,7 @@ TASKS = {
         RulerTask("niah_multivalue", Needles("essay", values=4), 128),
         RulerTask("niah_multiquery", Needles("essay", queries=4), 128),
         RulerTask("vt", Tracking(), 30),
-        RulerTask("cwe", CommonWords(), 120, shareable=False),
+        RulerTask("cwe", CommonWords(), 120, shareable=False, otherwise=CommonWords(long_from=1000)),
         RulerTask("fwe", FrequentWords(), 50, shareable=False),
         RulerTask("qa_1", Entries(1), 32, any_reference=True),
         RulerTask("qa_2", Entries(2), 32, any_reference=True),

@@ -8,21 +8,24 @@ from ..words import invented_word, plain_words
 from .needles import distinct
 from .types import RulerDocument, RulerQuestion
 
-# list entries below which words are repeated less often, so that a list of 1K tokens has room for them
-_SHORT = 400
 _ZETA_2 = 1.6449340668482264  # sum of 1/k^2: the share of rank k is k^-2 / this
 
 
 @dataclass(frozen=True)
 class CommonWords:
-    """`common` words stand in the list often, all others seldom: 30 and 3 times, in short lists 6 and
-    once."""
+    """`common` words stand in the list often, all others seldom: 30 and 3 times, in short lists 6 and once.
+
+    Attributes:
+        long_from: seldom entries from which a list is long. Where it becomes long, it also becomes a thousand
+            tokens longer.
+    """
 
     common: int = 10
+    long_from: int = 400
 
     def build(self, size: int, rng: random.Random, questions: int, depth: float) -> RulerDocument:
         """A list in which `size` entries are seldom words; one question only."""
-        often, seldom = (30, 3) if size >= _SHORT else (6, 1)
+        often, seldom = (30, 3) if size >= self.long_from else (6, 1)
         example, shown = self._numbered(rng, 20, 3, 1)
         listed, wanted = self._numbered(rng, size, often, seldom)
         head = (
