@@ -1,4 +1,4 @@
-"""The recipe for SmolLM2, every kind of its stages, on a Llama of its 30 layers that is a thousandth as large."""
+"""The recipe for SmolLM2, every kind of its stages, on a Llama of 30 layers that is a thousandth as large."""
 
 from dataclasses import replace
 
