@@ -4,7 +4,8 @@
     python scripts/soak_server.py --url http://127.0.0.1:8000 --clients 64 --seconds 300
 
 Prints how often each outcome came and what /metrics says before and after; the last line on stdout is JSON.
-Exit code 1 if something failed but for stated limits (429), or if something is still held.
+Exit code 1 if something failed but for stated limits (429), if something is still held, or if rounds after
+the first one, which fills what the server remembers, leave more memory or open files behind than it did.
 """
 
 import json
@@ -21,7 +22,9 @@ import httpx2
 import typer
 
 HELD = ("requests_running", "requests_waiting")
-GAUGES = (*HELD, "pages", "pages_free", "state_slots", "state_slots_free", "snapshots")
+MEMORY, FILES = "resident_memory_bytes", "open_fds"  # of the process; Linux tells them
+GAUGES = (*HELD, "pages", "pages_free", "state_slots", "state_slots_free", "snapshots", MEMORY, FILES)
+REST = 25  # seconds after which a server that nobody asks has given memory back
 WORDS = ["north", "gate", "barn", "code", "owner", "unit", "mill", "captain", "heron", "nothing", "happened"]
 
 
@@ -39,24 +42,41 @@ def main(
     url: str = "http://127.0.0.1:8000",
     key: Annotated[str, typer.Option(help="API key, if the server has keys.")] = "none",
     clients: int = 64,
-    seconds: Annotated[float, typer.Option(help="Time in which it was not suspended.")] = 300,
+    seconds: Annotated[float, typer.Option(help="Of a round, in which it was not suspended.")] = 300,
     seed: int = 0,
     patience: Annotated[
         float, typer.Option(help="Seconds without a byte after which an answer failed.")
     ] = 120,
+    rounds: Annotated[int, typer.Option(help="The first fills caches; the others may add nothing.")] = 1,
+    slack: Annotated[int, typer.Option(help="MiB that the others may add to resident memory.")] = 16,
 ) -> None:
     """Run the clients and say what became of their requests."""
     http = httpx2.Client(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=120)
     name = http.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-    target = Target(url, key, name, patience)
-    before, outcomes, over = gauges(http), Counter[str](), threading.Event()
+    target, outcomes = Target(url, key, name, patience), Counter[str]()
+    before, began, after = gauges(http), time.monotonic(), []
+    for number in range(rounds):
+        run_round(target, clients, seconds, seed + number * clients, outcomes)
+        after.append(settled(http))
+        print(f"round {number + 1}: {after[-1]}", file=sys.stderr)
+    bad = [o for o in outcomes if not re.fullmatch(r"(whole|stream|cancelled|vanished) (200|429)", o)]
+    held = {gauge: after[-1][gauge] for gauge in HELD if after[-1][gauge]}
+    grown = growth(after, slack << 20)
+    found = {"outcomes": outcomes, "before": before, "after": after, "failed": bad, "held": held}
+    print(json.dumps({**found, "grown": grown, "seconds": round(time.monotonic() - began)}))
+    sys.exit(1 if bad or held or grown else 0)
+
+
+def run_round(target: Target, clients: int, seconds: float, seed: int, outcomes: "Counter[str]") -> None:
+    """Let clients go for a while, and wait for the last of them."""
+    over = threading.Event()
     threads = [
         threading.Thread(target=client, args=(target, random.Random(seed + n), over, outcomes))
         for n in range(clients)
     ]
     for thread in threads:
         thread.start()
-    left, began, last = seconds, time.monotonic(), time.monotonic()
+    left, last = seconds, time.monotonic()
     while any(thread.is_alive() for thread in threads):
         time.sleep(1)
         now = time.monotonic()
@@ -66,13 +86,12 @@ def main(
             over.set()
         if before_tick // 10 != left // 10:
             print(f"{max(0.0, left):.0f} s left: {dict(outcomes)}", file=sys.stderr)
-    took = time.monotonic() - began
-    after = settled(http)
-    bad = [o for o in outcomes if not re.fullmatch(r"(whole|stream|cancelled|vanished) (200|429)", o)]
-    held = {gauge: after[gauge] for gauge in HELD if after[gauge]}
-    found = {"outcomes": outcomes, "before": before, "after": after, "failed": bad, "held": held}
-    print(json.dumps({**found, "seconds": round(took)}))
-    sys.exit(1 if bad or held else 0)
+
+
+def growth(after: list[dict[str, float]], slack: int) -> dict[str, float]:
+    """What rounds behind the first one added to memory (more than `slack` bytes) and open files."""
+    found = {name: after[-1].get(name, 0) - after[0].get(name, 0) for name in (MEMORY, FILES)}
+    return {name: more for name, more in found.items() if more > (slack if name == MEMORY else 0)}
 
 
 def client(target: Target, rng: random.Random, over: threading.Event, outcomes: "Counter[str]") -> None:
@@ -105,17 +124,18 @@ def client(target: Target, rng: random.Random, over: threading.Event, outcomes: 
 
 def gauges(http: httpx2.Client) -> dict[str, float]:
     text = http.get("/metrics").raise_for_status().text
-    found = re.findall(r"^opensala_(\w+) ([\d.e+]+)$", text, re.M)
+    found = re.findall(r"^(?:opensala|process)_(\w+) ([\d.e+]+)$", text, re.M)
     return {name: float(value) for name, value in found if name in GAUGES}
 
 
 def settled(http: httpx2.Client) -> dict[str, float]:
-    """What is held when nothing runs any more, or after half a minute."""
-    for _ in range(300):
-        now = gauges(http)
-        if not any(now[gauge] for gauge in HELD):
-            return now
+    """What is held when nothing has run for a while, or after a minute."""
+    calm = 0.0
+    for _ in range(600):
         time.sleep(0.1)
+        calm = 0.0 if any(gauges(http)[gauge] for gauge in HELD) else calm + 0.1
+        if calm >= REST:
+            break
     return gauges(http)
 
 

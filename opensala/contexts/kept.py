@@ -38,6 +38,7 @@ class Kept:
         name: what to call the context in messages.
 
     Attributes:
+        name: as it was given.
         distrusted: what it has of keys and values is not used any more: some of it may be damaged. Its text
             and tokens were checked as a whole.
 
@@ -46,7 +47,7 @@ class Kept:
     """
 
     def __init__(self, path: Path, model: dict[str, Any], name: str) -> None:
-        self.distrusted = False
+        self.name, self.distrusted = name, False
         self.folder = ContextFolder.open(path)
         self.manifest = self.folder.manifest
         check_identity(Path(name), self.manifest.identity, model)

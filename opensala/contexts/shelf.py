@@ -12,10 +12,12 @@ import logging
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..runs import FolderLock, write_errors
 from .checks import write_bytes
@@ -76,6 +78,7 @@ class Shelf:
 
     def __init__(self, root: str | Path, clock: Callable[[], float] = time.time) -> None:
         self.root, self.clock = Path(root), clock
+        self._records = threading.Lock()  # a record that changes is read and written as one
         if self.root.exists() and not self.root.is_dir():
             raise ValueError(f"{root} is a file: give a folder for contexts")
         with write_errors(self.root):
@@ -97,10 +100,14 @@ class Shelf:
         """A context of an owner; None if there is none of this id, if it has expired, or is another's."""
         if not _ID.fullmatch(context_id):
             return None
-        record = self._read(self.root / f"{context_id}.json")
+        record = self._read(self._record_path(context_id))
         if record is None or record.owner != owner or self._is_over(record):
             return None
         return record
+
+    def has(self, context_id: str) -> bool:
+        """Whether there is a context of this id, whoever's it is."""
+        return self._read(self._record_path(context_id)) is not None
 
     def records(self, owner: str) -> list[Record]:
         """All contexts of an owner, the oldest first."""
@@ -115,6 +122,22 @@ class Shelf:
         """
         with write_errors(self.root):
             write_bytes(self._record_path(record.id), json.dumps(asdict(record)).encode())
+
+    def change(self, context_id: str, owner: str, fields: dict[str, Any]) -> Record | None:
+        """Set fields of a record; a `ttl` counts from now on. Returns what it is then; None if there is no
+        such context (any more).
+
+        Raises:
+            ValueError: it cannot be written; what was there is as it was.
+        """
+        with self._records:
+            record = self.get(context_id, owner)
+            if record is None:
+                return None
+            renewed = int(self.clock()) if "ttl" in fields else record.renewed
+            changed = replace(record, renewed=renewed, **fields)
+            self.put(changed)
+        return changed
 
     def fork(self, source: str, record: Record) -> None:
         """A second context, of this record, with the files of another one.
@@ -137,13 +160,14 @@ class Shelf:
     def remove(self, context_id: str) -> None:
         """Remove a context; whoever has its files open can read on. Twice is no harm."""
         folder = self.folder(context_id)
-        self._record_path(context_id).unlink(missing_ok=True)
+        with self._records:
+            self._record_path(context_id).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
     def sweep(self) -> int:
         """Remove what has expired, and what was begun and never finished by a process that is gone; returns
         how many contexts that were."""
-        gone = [record.id for record in self._all() if self._is_over(record)]
+        gone = [path.stem for path in self._paths() if self._is_gone(path)]
         for context_id in gone:
             self.remove(context_id)
         return len(gone) + sum(self._remove_unfinished(path) for path in self.root.glob("ctx_*"))
@@ -169,13 +193,23 @@ class Shelf:
     def _is_over(self, record: Record) -> bool:
         return record.expires is not None and record.expires <= self.clock()
 
+    def _is_gone(self, path: Path) -> bool:
+        """Whether the context of a record has expired, or its files are not there: two servers of one folder
+        changed and removed it at the same moment."""
+        if not path.with_suffix("").is_dir():
+            return True
+        record = self._read(path)
+        return record is not None and self._is_over(record)
+
+    def _paths(self) -> Iterator[Path]:
+        return (path for path in self.root.glob("ctx_*.json") if _ID.fullmatch(path.stem))
+
     def _all(self) -> Iterator[Record]:
-        for path in self.root.glob("ctx_*.json"):
-            record = self._read(path) if _ID.fullmatch(path.stem) else None
-            if record is not None:
-                yield record
+        return (record for record in map(self._read, self._paths()) if record is not None)
 
     def _read(self, path: Path) -> Record | None:
+        if not path.with_suffix("").is_dir():
+            return None
         try:
             record = Record(**json.loads(path.read_bytes()))
         except FileNotFoundError:

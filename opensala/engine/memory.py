@@ -1,5 +1,6 @@
 """How much memory there is for texts: asked before any work is done."""
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -92,3 +93,19 @@ def peak_bytes(device: torch.device) -> int:
     except (OSError, StopIteration):  # not Linux
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def release_free_memory() -> bool:
+    """Give main memory that was freed in this process back to the system; False where that cannot be asked.
+
+    glibc keeps it, in a heap for every few threads, for what they may want next. It takes milliseconds, and
+    the next thing to be read as long again: for a process that has nothing to do.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # another C library
+        return False
+    trim(0)
+    return True

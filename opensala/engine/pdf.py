@@ -3,20 +3,21 @@
 It does no OCR: a page that is only an image has no text, and is named. pypdf repairs damaged files where it
 can; that it had to is said too, because a repaired file may lack text.
 
-Run as a program (`python -P pdf.py SECONDS BYTES < FILE`) it does this in a process of its own, which needs
-neither torch nor the rest of this package: for servers, whose other requests must not wait for a file that
-keeps an interpreter busy for minutes, nor suffer from one that was made to take all memory.
+Run as a program (`python -P pdf.py SECONDS BYTES PARENT < FILE`) it does this in a process of its own, which
+needs neither torch nor the rest of this package: for servers, whose other requests must not wait for a file
+that keeps an interpreter busy for minutes, nor suffer from one that was made to take all memory.
 """
 
 import io
 import json
 import logging
 import os
+import signal
 import struct
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 
 from pypdf import PdfReader
@@ -159,24 +160,44 @@ def _warnings() -> Iterator[list[str]]:
 def main() -> int:
     """Read a PDF from standard input; write `{"text", "notes"}`, or `{"error"}`, as JSON to standard output.
 
-    The command line says how many seconds of a processor and bytes of memory it may take. Beyond the first
-    the process is ended by SIGXCPU; too little memory is an error like others.
+    The command line says how many seconds of a processor and bytes of memory it may take, and the id of the
+    process that wants the answer. Beyond the first the process is ended by SIGXCPU; too little memory is an
+    error like others. On Linux it ends when its parent does, however that ends.
     """
     import resource  # not on every system that reads documents
 
-    seconds, size = (int(word) for word in sys.argv[1:3])
+    seconds, size, parent = (int(word) for word in sys.argv[1:4])
+    if not _ends_with(parent):
+        return 0  # nobody waits for an answer
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     os.nice(5)  # whoever waits for a token comes first
     try:
-        text, notes = pdf_text(sys.stdin.buffer.read())
-        found: dict[str, object] = {"text": text, "notes": notes}
-    except ValueError as error:
-        found = {"error": str(error)}
+        answer = _answer(sys.stdin.buffer.read())
     except MemoryError:
-        found = {"error": f"a PDF that takes more than {size:,} bytes of memory to read"}
-    sys.stdout.buffer.write(json.dumps(found).encode())
+        answer = json.dumps({"error": f"a PDF that takes more than {size:,} bytes of memory to read"})
+    sys.stdout.buffer.write(answer.encode())
     return 0
+
+
+def _answer(data: bytes) -> str:
+    try:
+        text, notes = pdf_text(data)
+    except ValueError as error:
+        return json.dumps({"error": str(error)})
+    return json.dumps({"text": text, "notes": notes})
+
+
+def _ends_with(parent: int) -> bool:
+    """Be killed when the parent ends; False if it has ended already. A parent that is killed cannot end what
+    it started, and closed pipes are noticed only once there is something to write."""
+    if sys.platform == "linux":
+        import ctypes
+
+        death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        with suppress(OSError, AttributeError):  # a C library that cannot be had: the other bounds hold
+            ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL, 0, 0, 0)
+    return os.getppid() == parent
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """/v1/contexts: documents that are uploaded and read once, then named by an id in any request."""
 
+import asyncio
 import base64
 import binascii
 import contextlib
 import io
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 from starlette.requests import Request
@@ -17,12 +18,13 @@ from ..engine import Document
 from ..engine.decode import text_or_pdf
 from ..engine.documents import shown
 from .chat import DONE, openai_error
-from .errors import ApiError, bad_request
+from .errors import ApiError, bad_request, too_slow
 from .http import EventStream, event, read_json, while_connected
 from .keeping import Keeper, Progress, Wish
 from .schema import ApiRequest, Strict
 from .service import Service
 
+T = TypeVar("T")
 _LONGEST_TTL = 10 * 365 * 86_400  # seconds
 Ttl = Annotated[int, Field(ge=1, le=_LONGEST_TTL, description="Seconds that it is kept from now on.")]
 
@@ -199,8 +201,9 @@ async def _make(
     asked: ExtendRequest,
     base: tuple[Record, Kept] | None,
 ) -> Response:
-    reading = asked.read(service, request.scope["owner"])
-    documents, notes = await while_connected(request, reading)  # a PDF takes a while
+    # A PDF takes a while, or waits for others to be read.
+    reading = _in_time(asked.read(service, request.scope["owner"]), service.options.request_seconds)
+    documents, notes = await while_connected(request, reading)
     steps = keeper.make(_wish(service, request, asked, documents, base))
     if not asked.stream:
         return JSONResponse(_with_notes(await while_connected(request, _last(steps)), notes))
@@ -210,6 +213,14 @@ async def _make(
         on_close=lambda: None,  # the reading ends with whoever listens to it
         write_seconds=service.options.write_seconds,
     )
+
+
+async def _in_time(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except TimeoutError:
+        raise too_slow(seconds) from None
 
 
 async def _last(steps: AsyncGenerator[Progress | Record, None]) -> Record:

@@ -72,6 +72,14 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def shutting_down(why: str = "the server is shutting down") -> ApiError:
+    return ApiError(503, why, code="unavailable", retry_after=5)
+
+
+def too_slow(seconds: float) -> ApiError:
+    return ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a request, by the name of its field."""
     first = error.errors(include_url=False)[0]

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import ApiError, shutting_down
 from .http import Gone, api_of
 from .page import is_page
 from .service import Service
@@ -56,6 +56,15 @@ class Guard:
             await _refuse(error, scope, receive, answer)
         except Gone:
             await _cut(scope)
+        except asyncio.CancelledError:
+            if not self.service.closing:
+                raise
+            # It was not over when the server's patience was: uvicorn ends it, or a pool of threads that is
+            # closed.
+            if status:
+                await _cut(scope)
+            else:
+                await _refuse(shutting_down(), scope, receive, answer)
         except Exception:  # a defect of ours: the log has it, the client is told no more than that it was one
             _log.exception("a request failed")
             if status:  # in the middle of an answer

@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..contexts.folder import ContextFolder
@@ -20,7 +20,7 @@ from ..contexts.kept import Draft, Kept
 from ..contexts.shelf import Record, Shelf
 from ..engine import Document, SamplingParams
 from ..engine.chat import ChatPrompt
-from .errors import ApiError, bad_request
+from .errors import ApiError, bad_request, shutting_down
 from .loop import Closed
 
 if TYPE_CHECKING:
@@ -102,11 +102,25 @@ class Keeper:
         """Raises ApiError (404) if the owner has no such context; that it is another's is not told."""
         found = await asyncio.to_thread(self.shelf.get, context_id, owner)
         if found is None:
-            self._open.pop(context_id, None)
-            raise ApiError(
-                404, f"There is no context {context_id[:60]!r}", param="context", code="context_not_found"
-            )
+            raise self.missing(context_id)
         return found
+
+    def missing(self, context_id: str) -> ApiError:
+        """What a request is told that names a context which is not there."""
+        self._open.pop(context_id, None)
+        return ApiError(
+            404, f"There is no context {context_id[:60]!r}", param="context", code="context_not_found"
+        )
+
+    @contextlib.asynccontextmanager
+    async def _unless_removed(self, context_id: str) -> AsyncIterator[None]:
+        """Whoever uses a context while another request removes it is told so: nothing failed here."""
+        try:
+            yield
+        except ApiError as error:
+            if error.code == "context_failed" and not await asyncio.to_thread(self.shelf.has, context_id):
+                raise self.missing(context_id) from None
+            raise
 
     async def open(self, owner: str, context_id: str) -> tuple[Record, Kept]:
         """A context for asking.
@@ -124,8 +138,9 @@ class Keeper:
         kept = self._open.get(record.id)
         if kept is None:
             path, model = self.shelf.folder(record.id), self.identity
-            with _told("read"):
-                kept = await asyncio.to_thread(Kept, path, model, record.id)
+            async with self._unless_removed(record.id):
+                with _told("read"):
+                    kept = await asyncio.to_thread(Kept, path, model, record.id)
         self._open[record.id] = kept
         self._open.move_to_end(record.id)
         while len(self._open) > _OPEN:
@@ -144,12 +159,11 @@ class Keeper:
 
     async def change(self, owner: str, context_id: str, **fields: Any) -> Record:
         """Set fields of a record; a `ttl` counts from now on."""
-        record = await self.record(owner, context_id)
-        if "ttl" in fields:
-            fields["renewed"] = int(self.shelf.clock())
-        changed = replace(record, **fields)
         with _told("kept"):
-            await self._to_its_end(asyncio.to_thread(self.shelf.put, changed))
+            change = asyncio.to_thread(self.shelf.change, context_id, owner, fields)
+            changed = await self._to_its_end(change)
+        if changed is None:
+            raise self.missing(context_id)
         return changed
 
     async def fork(self, wish: Wish) -> Record:
@@ -159,8 +173,9 @@ class Keeper:
         with self._place(wish.owner) as reserve:
             await reserve(old.bytes)
             record = self._record(self.shelf.new_id(), wish, old.tokens, old.bytes, old.documents)
-            with _told("kept"):
-                await self._to_its_end(asyncio.to_thread(self.shelf.fork, old.id, record))
+            async with self._unless_removed(old.id):
+                with _told("kept"):
+                    await self._to_its_end(asyncio.to_thread(self.shelf.fork, old.id, record))
         return record
 
     async def make(self, wish: Wish) -> AsyncGenerator[Progress | Record, None]:
@@ -171,8 +186,11 @@ class Keeper:
             ApiError: beyond a limit (400); too slow (504); the engine or the disk failed (500, 503).
         """
         service, context_id = self.service, self.shelf.new_id()
-        kept = None if wish.base is None else wish.base[1]
-        with self._place(wish.owner) as reserve:
+        base, kept = wish.base or (None, None)
+        async with contextlib.AsyncExitStack() as stack:
+            if base is not None:
+                await stack.enter_async_context(self._unless_removed(base.id))
+            reserve = stack.enter_context(self._place(wish.owner))
             draft = await service.aside(lambda t: Draft(service.engine, t, wish.documents, kept))
             total = len(draft.tokens)
             service.room(total, 1, 1, "documents")
@@ -313,7 +331,7 @@ def _told(what: str) -> Iterator[None]:
     try:
         yield
     except Closed as error:
-        raise ApiError(503, str(error), code="unavailable", retry_after=5) from None
+        raise shutting_down(str(error)) from None
     except (ValueError, OSError) as error:
         _log.error("a context could not be %s: %s", what, error)
         raise ApiError(

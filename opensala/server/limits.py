@@ -80,10 +80,14 @@ class Gate:
     Args:
         options: the limits.
         clock: seconds that only grow.
+
+    Attributes:
+        num_entered: requests let in so far.
     """
 
     def __init__(self, options: ServerOptions, clock: Callable[[], float] = time.monotonic) -> None:
         self.options, self._clock = options, clock
+        self.num_entered = 0
         self._inside: Counter[str] = Counter()
         self._allowance: dict[str, tuple[float, float]] = {}  # of each key: requests left, and when that was
 
@@ -106,6 +110,7 @@ class Gate:
             raise _too_many(f"the server has {options.max_requests} requests in flight, its limit", 2)
         self._spend(owner)
         self._inside[owner] += 1
+        self.num_entered += 1
 
     def leave(self, owner: str) -> None:
         self._inside[owner] -= 1

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -39,6 +39,9 @@ class Metrics:
             "inter_token_seconds", "Between tokens of a request.", buckets=_SECONDS, **where
         )
         self.registry.register(_Gauges(stats))
+        ProcessCollector(
+            registry=self.registry
+        )  # process_resident_memory_bytes, process_open_fds, ...; Linux
 
     def text(self) -> bytes:
         """All of them in Prometheus' text format."""

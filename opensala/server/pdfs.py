@@ -10,12 +10,13 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import signal
 import sys
 import weakref
 from dataclasses import dataclass, field
 
-from .errors import ApiError
+from .errors import ApiError, shutting_down
 
 _log = logging.getLogger("opensala.server")
 _MEMORY = (
@@ -39,19 +40,44 @@ class PdfReader:
     _turns: "weakref.WeakValueDictionary[str, asyncio.Lock]" = field(
         default_factory=weakref.WeakValueDictionary
     )
+    _reading: set[asyncio.Task[tuple[str, list[str]]]] = field(default_factory=set)
+    _closed: bool = False
 
     async def read(self, owner: str, data: bytes) -> tuple[str, list[str]]:
         """The text of a PDF, and remarks on what of it is missing. Its process ends with the caller's task.
 
         Raises:
             ValueError: see `engine.pdf.pdf_text`; it takes more than it may. The message is the reason alone.
-            ApiError: 503, no process can be started.
+            ApiError: 503, no process can be started, somebody else ended it, or the reader was closed.
         """
+        if self._closed:
+            raise shutting_down()
+        task = asyncio.ensure_future(self._in_turn(owner, data))
+        self._reading.add(task)
+        try:
+            await asyncio.wait({task})
+            if task.cancelled():  # by `close`
+                raise shutting_down()
+            return task.result()
+        finally:
+            self._reading.discard(task)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def close(self) -> None:
+        """End what is being read: without an engine that takes it, nobody has a use for it."""
+        self._closed = True
+        for task in self._reading:
+            task.cancel()
+
+    async def _in_turn(self, owner: str, data: bytes) -> tuple[str, list[str]]:
         turn = self._turns.setdefault(owner, asyncio.Lock())
         async with turn, self._places:
             try:
                 return await self._read(data)
-            except OSError as error:  # of this machine: no memory, no processes left
+            # Of this machine: no memory, no processes left, or (RuntimeError) no threads, one of which waits
+            # for the process in some versions of asyncio.
+            except (OSError, RuntimeError) as error:
                 _log.error("no process could be started to read a PDF: %s", error)
                 text = "the server could not start to read the PDF; try again"
                 raise ApiError(503, text, code="unavailable", retry_after=10) from None
@@ -59,11 +85,11 @@ class PdfReader:
     async def _read(self, data: bytes) -> tuple[str, list[str]]:
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", _program(), str(self.seconds), str(self.memory)),
+            *(sys.executable, "-P", _program(), str(self.seconds), str(self.memory), str(os.getpid())),
             stdin=pipe,
             stdout=pipe,
             stderr=asyncio.subprocess.DEVNULL,  # what pypdf warns of is among the remarks
-            process_group=0,  # Ctrl-C is for the server, which lets requests come to their end
+            start_new_session=True,  # Ctrl-C is for the server, which lets requests come to their end
         )
         try:
             out, _ = await process.communicate(data)
@@ -74,6 +100,10 @@ class PdfReader:
         code = process.returncode
         if code == -signal.SIGXCPU:
             raise ValueError(f"a PDF that takes more than {self.seconds} s to read")
+        if code == -signal.SIGKILL:  # not its own bounds: most likely the system ran out of memory
+            _log.error("a process that was reading a PDF was killed from outside")
+            text = "reading the PDF was ended from outside the server; try again"
+            raise ApiError(503, text, code="unavailable", retry_after=10)
         if code:
             raise ValueError(f"not a readable PDF (reading it ended with code {code})")
         found = json.loads(out)

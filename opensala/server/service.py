@@ -4,10 +4,8 @@ import asyncio
 import copy
 import hashlib
 import logging
-import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +18,9 @@ from ..engine import Completion, Engine, Grammar, SamplingParams
 from ..engine.calls import CallReader
 from ..engine.chat import ChatPrompt, Message, encode_chat
 from ..engine.tools import CallForm, Tool
-from .errors import ApiError, bad_request, from_value_error
+from .encoders import Encoders
+from .errors import ApiError, bad_request, from_value_error, shutting_down, too_slow
+from .idle import release_when_idle
 from .keeping import Keeper
 from .keys import KeyFile
 from .limits import Gate, ServerOptions
@@ -33,7 +33,6 @@ from .tools import Shape, ToolUse
 
 T = TypeVar("T")
 _log = logging.getLogger("opensala.server")
-_ENCODERS = 2  # a very long text keeps one of them busy for seconds
 
 
 @dataclass
@@ -89,30 +88,34 @@ class Service:
         described = engine.config.to_json_string(use_diff=False) + str(engine.dtype)
         self.fingerprint = f"fp_{hashlib.sha256(described.encode()).hexdigest()[:10]}"
         self.context = min(engine.capacity, engine.config.max_position_embeddings)
-        self._tokenizers: queue.SimpleQueue[Any] = queue.SimpleQueue()  # the engine's is used in its thread
-        for _ in range(_ENCODERS):
-            self._tokenizers.put(copy.deepcopy(engine.tokenizer))
+        self._encoders = Encoders(engine.tokenizer)  # the engine's own is used in its thread
         self.tokens = TokenTexts(copy.deepcopy(engine.tokenizer), engine.end_ids)
-        self._encoder = ThreadPoolExecutor(_ENCODERS, "encoder")  # so that a long text stops no stream
         self.pdfs = PdfReader()
         self.temperature, self.top_p = _defaults(engine)
         self.selections = Selections(engine)
         self._form: CallForm | None = None  # how the model calls tools, once somebody asked
         self.keeper = None if contexts is None else Keeper(self, Shelf(contexts), identity(engine))
+        self.closing = False  # nothing is begun any more
+        self._idle: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self.loop.start()
+        self._idle = asyncio.get_running_loop().create_task(release_when_idle(self.gate))
         if self.keeper is not None:
             self.keeper.start()
 
     async def close(self) -> None:
         """End what is under way, after the grace that the options give it."""
+        self.closing = True
+        self.pdfs.close()
+        if self._idle is not None:
+            self._idle.cancel()
         if self.keeper is not None:
             await self.keeper.settle(self.options.grace_seconds)
         await self.loop.close(self.options.grace_seconds)
         if self.keeper is not None:
             await self.keeper.close()
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._encoders.close()
 
     # --- the way of a request ---
 
@@ -148,19 +151,20 @@ class Service:
         """
         return None if context_id is None else (await self.contexts().open(owner, context_id))[1]
 
-    async def aside(self, work: Callable[[Any], T]) -> T:
-        """Run `work(tokenizer)` beside the event loop; its refusals are the caller's fault."""
+    async def aside(self, work: Callable[[Any], T], about: Kept | None = None) -> T:
+        """Run `work(tokenizer)` beside the event loop; its refusals are the caller's fault.
 
-        def with_tokenizer() -> T:
-            tokenizer = self._tokenizers.get()
-            try:
-                return work(tokenizer)
-            finally:
-                self._tokenizers.put(tokenizer)
+        Args:
+            about: a context that it reads.
 
+        Raises:
+            ApiError: 400; 404, the context was removed meanwhile; 500, it is damaged; 503, the end.
+        """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, with_tokenizer)
+            return await self._encoders.run(work)
         except DamagedContext as error:  # it names a path, which is no business of the caller's
+            if about is not None and self.keeper is not None and not self.keeper.shelf.has(about.name):
+                raise self.keeper.missing(about.name) from None
             _log.error("a context could not be read: %s", error)
             raise ApiError(
                 500, "the context could not be read; the server's log says why", code="context_failed"
@@ -179,7 +183,8 @@ class Service:
         how: dict[str, Any] = {"continue_final": continue_final, "stable": self.options.stable_prefix}
         how |= {"tools": tools}
         return await self.aside(
-            lambda t: encode_chat(t, messages, **how) if kept is None else kept.chat(t, messages, **how)
+            lambda t: encode_chat(t, messages, **how) if kept is None else kept.chat(t, messages, **how),
+            about=kept,
         )
 
     async def shape(self, use: ToolUse, grammar: Grammar | None, field: str) -> Shape:
@@ -223,7 +228,7 @@ class Service:
             if not isinstance(prompt, str):
                 raise bad_request("Invalid 'prompt': with 'context' it must be text, not token ids", "prompt")
             text = prompt
-            return await self.aside(lambda t: kept.raw(t, text))
+            return await self.aside(lambda t: kept.raw(t, text), about=kept)
         ids = await self.aside(lambda t: t(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
         return ChatPrompt(ids, (), (), False)
 
@@ -306,7 +311,7 @@ class Service:
         except ValueError as error:
             raise from_value_error(error, {}) from None
         except Closed as error:
-            raise ApiError(503, str(error), code="unavailable", retry_after=5) from None
+            raise shutting_down(str(error)) from None
         usage = Usage(prompt=sum(len(p.ids) for p in prompts))
         form = None if shape is None else shape.form
         if form is None or shape is None:
@@ -332,8 +337,7 @@ class Service:
                 await asyncio.wait({pending}, timeout=max(0.0, min(left, every or self.options.ping_seconds)))
                 if not pending.done():
                     if left <= 0:
-                        most = self.options.request_seconds
-                        raise ApiError(504, f"the request took longer than {most:g} s", code="timeout")
+                        raise too_slow(self.options.request_seconds)
                     yield None
                     continue
                 (index, event), pending = pending.result(), None
@@ -373,7 +377,7 @@ def _check(done: Completion) -> None:
     if done.by_request:
         raise bad_request(error, code="invalid_value")
     if "shutting down" in error:
-        raise ApiError(503, error, code="unavailable", retry_after=5)
+        raise shutting_down(error)
     raise ApiError(500, error, code="engine_error")
 
 

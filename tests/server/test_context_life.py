@@ -3,14 +3,18 @@ fail, damage."""
 
 import base64
 import json
+import pkgutil
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
 from opensala.contexts.folder import ContextFolder
-from opensala.contexts.shelf import Shelf
+from opensala.contexts.kept import Kept
+from opensala.contexts.shelf import Record, Shelf
 from opensala.server import ServerOptions
 
 from ..pdfs import long_pdf, pdf_processes
@@ -121,6 +125,69 @@ def test_servers_share_a_folder(start, tmp_path):
     assert one.refused("GET", f"/{made['id']}")["code"] == "context_not_found"
 
 
+@pytest.mark.parametrize(
+    "place, path, body",
+    [
+        ("server.keeping.Kept", "/{}/fork", {}),  # before it is opened
+        ("server.keeping.Draft", "/{}/extend", {"documents": [{"text": NOTES}]}),  # before its text is read
+        ("contexts.kept.Draft.begin", "/{}/extend", {"documents": [{"text": NOTES}]}),  # before it is linked
+        ("contexts.shelf.ContextFolder.open", "/{}/fork", {}),
+        ("contexts.shelf.Shelf.put", "/{}", {"ttl": 50}),
+    ],
+)
+def test_a_context_that_is_removed_meanwhile_is_not_there(kept, monkeypatch, place, path, body):
+    made, inner = kept.create(), pkgutil.resolve_name(f"opensala.{place}")
+    if "server" not in place or "Draft" in place:
+        kept.ask(made["id"])  # it has been opened
+    root = kept.live.service.keeper.shelf.root
+
+    def outer(*args, **options):
+        Shelf(root).remove(made["id"])  # by another server of the same folder
+        return inner(*args, **options)
+
+    monkeypatch.setattr(f"opensala.{place}", outer)
+    if "put" in place:  # it could not be known any more
+        kept.send("PATCH", path.format(made["id"]), body)
+    else:
+        assert kept.refused("POST", path.format(made["id"]), body)["code"] == "context_not_found"
+    assert kept.refused("GET", f"/{made['id']}")["code"] == "context_not_found"
+    kept.live.service.keeper.shelf.sweep()
+    assert names(kept.live) == []
+
+
+def test_a_question_about_a_context_that_is_removed_meanwhile(kept, monkeypatch):
+    made, inner = kept.create(), Kept._text
+
+    def text(self):
+        kept.live.service.keeper.shelf.remove(made["id"])
+        return inner(self)
+
+    monkeypatch.setattr(Kept, "chat", lambda self, *_, **__: self._text())  # its tokens do not do
+    monkeypatch.setattr(Kept, "_text", text)
+    with pytest.raises(openai.NotFoundError, match="no context"):
+        kept.ask(made["id"])
+
+
+def test_two_changes_at_a_time_both_hold(tmp_path, monkeypatch):
+    shelf = Shelf(tmp_path)
+    record = Record(shelf.new_id(), "", "m", "f", 1, 1, [], created=0, ttl=None, renewed=0)
+    shelf.folder(record.id).mkdir()
+    shelf.put(record)
+    put = Shelf.put
+
+    def slow(self, changed):
+        time.sleep(0.1)
+        put(self, changed)
+
+    monkeypatch.setattr(Shelf, "put", slow)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda fields: shelf.change(record.id, "", fields), ({"pinned": True}, {"ttl": 50})))
+    found = shelf.get(record.id, "")
+    assert found.pinned and found.ttl == 50 and found.renewed > 0
+    shelf.remove(record.id)
+    assert shelf.change(record.id, "", {"ttl": 5}) is None and not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_fails_leaves_nothing_and_tells_no_path(kept, monkeypatch):
     def full(*_):
         raise ValueError("/secret/place is full")
@@ -185,3 +252,45 @@ def test_a_pdf_is_read_beside_streams_and_no_longer_than_its_client_waits(kept):
         kept.live.wait(lambda: not pdf_processes(), 4)  # to its end it takes longer
         stream.close()
     assert kept.send("GET")["data"] == []
+
+
+def test_a_server_that_stops_ends_a_pdf_that_is_read(start, tmp_path):
+    live, answers = start(ServerOptions(**QUICK), contexts=tmp_path / "kept"), []
+    part = {"name": "a", "data": base64.b64encode(long_pdf()).decode()}
+
+    def upload():
+        answers.append(Client(live).create(part, status=503)["error"])
+
+    thread = threading.Thread(target=upload)
+    thread.start()
+    live.wait(pdf_processes)
+    live.stop()
+    thread.join()
+    assert not pdf_processes() and names(live) == []
+    (error,) = answers
+    assert "shutting down" in error["message"] and error["code"] == "unavailable"
+
+
+def test_a_request_that_is_not_over_when_the_server_is_gets_its_error(start, monkeypatch, tmp_path):
+    live, answers, begun = start(ServerOptions(**QUICK), contexts=tmp_path / "kept"), [], threading.Event()
+    live.server.config.timeout_graceful_shutdown = 0.2
+
+    def slow(*_):
+        begun.set()
+        time.sleep(1.5)
+
+    monkeypatch.setattr("opensala.server.keeping.Draft", slow)
+    client = Client(live)
+    thread = threading.Thread(target=lambda: answers.append(client.create(status=503)["error"]))
+    thread.start()
+    assert begun.wait(30)
+    live.stop()
+    thread.join()
+    assert "shutting down" in answers[0]["message"]
+
+
+def test_a_pdf_that_takes_longer_than_a_request_may(start, tmp_path):
+    client = Client(start(ServerOptions(**QUICK, request_seconds=0.5), contexts=tmp_path / "kept"))
+    part = {"name": "a", "data": base64.b64encode(long_pdf()).decode()}
+    assert "longer than 0.5 s" in client.create(part, status=504)["error"]["message"]
+    assert not pdf_processes()

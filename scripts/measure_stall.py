@@ -1,0 +1,116 @@
+"""What a running stream notices of a long prompt beside it: times between its tokens, idle and meanwhile.
+
+    opensala serve --port 8000 --max-cached-tokens 160000 --max-new-tokens 200000
+    python scripts/measure_stall.py --url http://127.0.0.1:8000 --tokens 65000
+
+It asks any server that has OpenAI's completions: one stream, and after some seconds one prompt of which one
+token is wanted. Prints a row as in docs/server.md; the last line on stdout is JSON. Exit code 1 if the
+stream or the prompt came to no answer.
+"""
+
+import json
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import httpx2
+import typer
+
+SENTENCE = "Nothing of note happened that day. "
+
+
+@dataclass
+class Stream:
+    """When its tokens came, and when it was over, in seconds of one clock."""
+
+    stamps: list[float] = field(default_factory=list)
+    ended: float | None = None
+    failed: str | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, url: str, body: dict[str, Any]) -> None:
+        """Take events until the server ends them, or `stop` is set."""
+        try:
+            with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as answer:
+                answer.raise_for_status()
+                for line in answer.iter_lines():
+                    if self.stop.is_set():
+                        return
+                    if line.startswith("data: {"):
+                        self.stamps.append(time.perf_counter())
+        except httpx2.HTTPError as error:  # cut off in the middle counts as an end
+            self.failed = None if self.stamps else f"{type(error).__name__}: {error}"
+        self.ended = time.perf_counter()
+
+    def between(self, start: float, end: float) -> dict[str, Any] | None:
+        """Milliseconds between the tokens of a span; None for too few."""
+        stamps = [stamp for stamp in self.stamps if start <= stamp <= end]
+        times = sorted(1e3 * (b - a) for a, b in zip(stamps, stamps[1:], strict=False))
+        if len(times) < 20:
+            return None
+        at = {name: round(times[int(len(times) * share)], 2) for name, share in (("p50", 0.5), ("p95", 0.95))}
+        return {**at, "longest": round(times[-1], 1), "tokens": len(stamps)}
+
+
+def main(
+    url: str = "http://127.0.0.1:8000",
+    tokens: Annotated[int, typer.Option(help="Of the prompt, about.")] = 65_000,
+    stream_tokens: Annotated[int, typer.Option(help="Of the stream, at most.")] = 200_000,
+    idle: Annotated[float, typer.Option(help="Seconds before the prompt comes.")] = 4,
+    ignore_eos: Annotated[bool, typer.Option(help="The stream goes on behind its end.")] = True,
+    name: Annotated[str, typer.Option(help="What to call the row.")] = "server",
+) -> None:
+    """Measure and print a row."""
+    model = httpx2.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]["id"]
+    body = {"model": model, "prompt": "import os\n", "max_tokens": stream_tokens, "stream": True}
+    body |= {"temperature": 0} | ({"ignore_eos": True} if ignore_eos else {})
+    sentence = complete(url, model, 10).raise_for_status().json()["usage"]["prompt_tokens"] / 10
+    stream = Stream()
+    thread = threading.Thread(target=stream.run, args=(url, body), daemon=True)
+    thread.start()
+    while len(stream.stamps) < 20:
+        time.sleep(0.01)
+        if stream.ended is not None:
+            sys.exit(f"the stream ended at once: {stream.failed or 'no tokens'}")
+    began = time.perf_counter()
+    time.sleep(idle)
+    came = time.perf_counter()
+    answer = complete(url, model, int(tokens / sentence))
+    over = time.perf_counter()
+    ended = None if stream.ended is None else round(stream.ended - came, 2)
+    stream.stop.set()
+    prompt = {"status": answer.status_code, "seconds": round(over - came, 1)}
+    if answer.status_code == 200:
+        prompt["tokens"] = answer.json()["usage"]["prompt_tokens"]
+    found = {
+        "name": name,
+        "idle": stream.between(began, came),
+        "meanwhile": stream.between(came, over),
+        "stream_ended": ended,
+        "prompt": prompt,
+    }
+    print(row(found))
+    print(json.dumps(found))
+    sys.exit(0 if answer.status_code == 200 and found["idle"] else 1)
+
+
+def complete(url: str, model: str, sentences: int) -> httpx2.Response:
+    """One token behind so many sentences."""
+    body = {"model": model, "prompt": SENTENCE * sentences, "max_tokens": 1, "temperature": 0}
+    return httpx2.post(f"{url}/v1/completions", json=body, timeout=300)
+
+
+def row(found: dict[str, Any]) -> str:
+    """A line of the table."""
+    idle, meanwhile, took = found["idle"], found["meanwhile"], found["prompt"]["seconds"]
+    spans = [f"{s['p50']}, {s['p95']} ms" if s else "too few" for s in (idle, meanwhile)]
+    times = f"{meanwhile['p95'] / idle['p95']:.1f}" if idle and meanwhile else ""
+    if found["stream_ended"] is not None:
+        spans[1] += f" (the stream was over after {found['stream_ended']} s)"
+    return f"| {found['name']} | {spans[0]} | {spans[1]} | {times} | {took} s |"
+
+
+if __name__ == "__main__":
+    typer.run(main)

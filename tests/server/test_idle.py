@@ -1,0 +1,68 @@
+"""What a server does when nobody asks."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+
+from opensala.engine.memory import release_free_memory
+from opensala.server import idle
+from opensala.server.limits import Gate, ServerOptions
+
+
+def test_memory_is_released_once_after_requests(monkeypatch):
+    monkeypatch.setattr(idle, "_SECONDS", 0.01)
+    released = []
+    monkeypatch.setattr(idle, "release_free_memory", lambda: released.append(1))
+
+    async def scenario():
+        gate = Gate(ServerOptions())
+        task = asyncio.create_task(idle.release_when_idle(gate))
+        for expected in (0, 1, 2):
+            await asyncio.sleep(0.1)
+            assert len(released) == expected
+            gate.enter("a")
+            gate.enter("b")
+            gate.leave("a")
+            await asyncio.sleep(0.1)
+            assert len(released) == expected  # one is under way
+            gate.leave("b")
+        task.cancel()
+
+    asyncio.run(scenario())
+
+
+FREED = """
+import ctypes, sys
+import psutil
+from opensala.engine.memory import release_free_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+pieces = [libc.malloc(50_000) for _ in range(2000)]
+for piece in pieces:
+    ctypes.memset(piece, 1, 50_000)
+for piece in pieces[:-1]:  # the last one holds the end of the heap
+    libc.free(piece)
+before = psutil.Process().memory_info().rss
+told = release_free_memory()
+print(told, before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's business")
+def test_freed_memory_goes_back_to_the_system():
+    ran = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    told, fewer = ran.stdout.split()
+    if told == "False":
+        pytest.skip("another C library")
+    assert int(fewer) > 80_000_000
+
+
+def test_other_systems_and_c_libraries_are_let_be(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert not release_free_memory()
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", lambda _: object())
+    assert not release_free_memory()
