@@ -3,26 +3,30 @@
     python scripts/measure_real_speed.py STUDENT --teacher TEACHER --text novel.txt --lengths 2K,4K,8K
     python scripts/measure_real_speed.py STUDENT --teacher TEACHER --text novel.txt --lengths 32K --layers 6
 
-Both read the same text in one process, one after the other, in float32. The teacher reads it in one call
-with torch's scaled_dot_product_attention, the fastest way there is for it here. Its layers cost the same, so
-with `--layers N` only one and then N of them are run, and each further layer counts as much as the mean of
-those between. Seconds are of processor time with `--clock processor`, for machines that do other work too:
-run it with one thread then. Rows go to benchmarks/real_speed.csv.
+Both read the same text in one process, one after the other, each in every precision that is asked for:
+`auto` of the hybrid is what `opensala ask` takes on this machine (16-bit products where they are faster), and
+`+int8` keeps its keys and values in eight bits. The teacher reads in one call with torch's
+scaled_dot_product_attention, the fastest way there is for it here. Its layers cost the same, so with
+`--layers N` only one and then N of them are run, and each further layer counts as much as the mean of those
+between. Seconds are of processor time with `--clock processor`, for machines that do other work too: run it
+with one thread then. Rows go to benchmarks/real_speed.csv.
 """
 
 import csv
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opensala.bench.twin import TwinTiming, time_twin
-from opensala.engine import Engine, SamplingParams, generate, load_engine
+from opensala.bench.twin import TwinTiming, time_layers
+from opensala.engine import Engine, EngineOptions, SamplingParams, generate, load_engine
 from opensala.hub import checkpoint_folder
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "real_speed.csv"
@@ -32,7 +36,13 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor"
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one length. `layers`: how many of the teacher's were run; 0 means all of a hybrid's."""
+    """One model at one length.
+
+    Attributes:
+        model: `hybrid` or `teacher`; `hybrid, first` is the one that shipped until 2026-11-27.
+        layers: how many of the teacher's were run; 0 means all of a hybrid's.
+        dtype: of the teacher; of a hybrid as `--hybrids` names it.
+    """
 
     model: str
     tokens: int
@@ -72,24 +82,19 @@ def time_hybrid(engine: Engine, ids: list[int], clock: Callable[[], float]) -> T
     return TwinTiming(first - start, (NEW_TOKENS - 1) / (last - first), done.cache_bytes)
 
 
-def time_teacher(model: Any, ids: list[int], layers: int, clock: Callable[[], float]) -> TwinTiming:
-    """With `layers` of its layers, and what all of them would take."""
-    every, tokens = model.model.layers, torch.tensor([ids])
-    count = len(every)
-    if layers >= count:
-        return time_twin(model, tokens, NEW_TOKENS - 1, clock=clock)
-    found = []
-    for number in (1, layers):
-        model.model.layers = every[:number]
-        model.config.num_hidden_layers = number
-        found.append(time_twin(model, tokens, NEW_TOKENS - 1, clock=clock))
-    model.model.layers, model.config.num_hidden_layers = every, count
-    few, many = found
-    share = (count - layers) / (layers - 1)  # of the difference, to be added
-    first = many.time_to_first_token + share * (many.time_to_first_token - few.time_to_first_token)
-    step = 1 / many.decode_tokens_per_second
-    step += share * (step - 1 / few.decode_tokens_per_second)
-    return TwinTiming(first, 1 / step, many.cache_bytes * count // layers)
+@contextmanager
+def cores() -> Iterator[None]:
+    """Says how many cores this process had while it was timed: fewer than its threads, and others ran too."""
+    wall, own = time.perf_counter(), time.process_time()
+    yield
+    wall, own = time.perf_counter() - wall, time.process_time() - own
+    print(f"{own / wall:.2f} cores for {wall:.1f} s", file=sys.stderr, flush=True)
+
+
+def engine_of(student: str, precision: str) -> Engine:
+    """The hybrid in a precision as `--hybrids` names it."""
+    dtype, _, pages = precision.partition("+")
+    return load_engine(student, dtype=dtype, options=EngineOptions(kv_dtype=pages or "auto"))
 
 
 def main(
@@ -99,6 +104,9 @@ def main(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "2K,4K,8K",
     layers: Annotated[int, typer.Option(min=2, help="Layers of the teacher that are run.")] = 1000,
     dtypes: Annotated[str, typer.Option(help="Of the teacher; empty for the hybrid alone.")] = "float32",
+    hybrids: Annotated[
+        str, typer.Option(help="Of the hybrid, with +int8 for its pages; empty for none.")
+    ] = "float32",
     clock: Annotated[str, typer.Option(help="wall, or processor.")] = "wall",
     rows: Annotated[Path, typer.Option(help="Rows are added here.")] = ROWS,
 ) -> None:
@@ -113,17 +121,23 @@ def main(
         name: AutoModelForCausalLM.from_pretrained(teacher, dtype=getattr(torch, name)).eval()
         for name in filter(None, dtypes.split(","))
     }
-    engine = load_engine(student)
-    time_hybrid(engine, all_ids[:600], now)  # compiled, warm
+    engines = {name: engine_of(student, name) for name in filter(None, hybrids.split(","))}
+    for engine in engines.values():
+        time_hybrid(engine, all_ids[:600], now)  # compiled, warm
     for model in models.values():
-        time_teacher(model, all_ids[:300], 1000, now)
+        time_layers(model, torch.tensor([all_ids[:300]]), 1000, clock=now)
     for part in lengths.split(","):
         tokens = int(part[:-1]) * 1024 if part.endswith("K") else int(part)
         ids = all_ids[-tokens:]
-        found = [row("hybrid", tokens, 0, time_hybrid(engine, ids, now), "float32", clock)]
+        found = []
+        for name, engine in engines.items():
+            with cores():
+                found.append(row("hybrid", tokens, 0, time_hybrid(engine, ids, now), name, clock))
         for name, model in models.items():
             number = min(layers, len(model.model.layers))
-            found.append(row("teacher", tokens, number, time_teacher(model, ids, number, now), name, clock))
+            with cores():
+                timing = time_layers(model, torch.tensor([ids]), number, NEW_TOKENS - 1, clock=now)
+            found.append(row("teacher", tokens, number, timing, name, clock))
         new = not rows.exists()
         with rows.open("a", newline="") as file:
             writer = csv.DictWriter(file, list(Row.__dataclass_fields__))

@@ -5,6 +5,9 @@
 Facts written by hand (benchmarks/written_facts.jsonl) are hidden as sentences in real texts, one kind of text
 a document, and each is asked for on its own with the document read once; so are questions whose fact is
 absent: about something else that resembles a stated fact (near), or about nothing the text speaks of (far).
+Models with a chat template are asked in it, as `opensala ask` does. A document whose rows are there is not
+read again: after a stop, give the same command again.
+
 The texts are JSON lines of `text` and `group`, as `scripts/corpus/build.py` holds out. Rows go to
 benchmarks/written.csv. A value is right if the answer is the hidden value, for models with a chat template
 also if it stands in the answer's sentence; a fact counts as denied, or as absent, if the answer says so.
@@ -91,8 +94,14 @@ def judge(asked: str, fact: Fact, answer: str, chat: bool) -> tuple[bool, bool]:
 
 
 def measure(
-    engine: Engine, groups: dict[str, list[str]], facts: dict[str, list[Fact]], lengths: list[int], count: int
+    engine: Engine,
+    groups: dict[str, list[str]],
+    facts: dict[str, list[Fact]],
+    lengths: list[int],
+    count: int,
+    known: set[tuple[int, str]],
 ) -> Iterator[dict[str, Any]]:
+    """Rows of the documents that are not `known` by their length (of the first prompt) and kind of text."""
     form = PromptFormat(engine.tokenizer)
     for turn, length in enumerate(length for length in lengths for _ in range(count)):
         group = list(groups)[turn % len(groups)]
@@ -100,6 +109,8 @@ def measure(
         hidden, asked = chosen(facts, turn)
         text = document(engine.tokenizer, groups[group], length, hidden, rng)
         prompts = [form.encode(form.question(text, fact.question)) for _, fact in asked]
+        if (len(prompts[0]), group) in known:
+            continue
         start = time.monotonic()
         with token_progress(f"{group} {length:,}", len(prompts[0])) as advance:
             limits = SamplingParams(max_tokens=32, stop=tuple(form.stop_strings))
@@ -154,8 +165,12 @@ def main(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     sizes = [int(part.removesuffix("K")) * (1024 if part.endswith("K") else 1) for part in lengths.split(",")]
-    rows = []
-    for row in measure(engine, read_groups(texts), read_facts(), sizes, documents):
+    rows: list[dict[str, Any]] = []
+    if rows_file.exists():
+        with rows_file.open(newline="", encoding="utf-8") as file:
+            rows += [row for row in csv.DictReader(file) if row["model"] == name]
+    known = {(int(row["length"]), row["text"]) for row in rows}
+    for row in measure(engine, read_groups(texts), read_facts(), sizes, documents, known):
         rows.append({"model": name, "commit": commit, **row})
         new = not rows_file.exists()
         with rows_file.open("a", newline="", encoding="utf-8") as file:

@@ -1,6 +1,6 @@
 """A full-attention twin of a MiniCPM-SALA model, for comparing speed: the same layers, heads and sizes with
 ordinary softmax attention in every layer, random weights, from transformers (Qwen3 with torch's own
-scaled_dot_product_attention)."""
+scaled_dot_product_attention). A converted model's original is timed in the same way."""
 
 import time
 from collections.abc import Callable
@@ -93,3 +93,43 @@ def time_twin(
     for _ in range(new_tokens):
         output = twin(output.logits[:, -1:].argmax(-1), use_cache=True, **{CACHE_ARGUMENT: cache})
     return TwinTiming(first, new_tokens / (clock() - start), size)
+
+
+def time_layers(
+    twin: Any,
+    ids: Tensor,
+    layers: int,
+    new_tokens: int = 16,
+    on_layer: Callable[[], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> TwinTiming:
+    """What `time_twin` would find, from `layers` of the layers: one of them is run, then so many, and each
+    further one counts as much as the mean of those between.
+
+    Layers of one shape cost the same, and at lengths where full attention takes minutes it is a fair way to
+    know them in seconds. With all layers or more this is `time_twin` itself.
+
+    Raises:
+        ValueError: fewer than two layers, of a model that has more.
+    """
+    every = twin.model.layers
+    count = len(every)
+    if layers >= count:
+        return time_twin(twin, ids, new_tokens, on_layer, clock)
+    if layers < 2:
+        raise ValueError(f"layers must be at least 2, or all {count}, got {layers}")
+    found = []
+    try:
+        for number in (1, layers):
+            twin.model.layers = every[:number]
+            twin.config.num_hidden_layers = number  # a cache is made for so many
+            found.append(time_twin(twin, ids, new_tokens, on_layer, clock))
+    finally:
+        twin.model.layers, twin.config.num_hidden_layers = every, count
+    few, many = found
+    share = (count - layers) / (layers - 1)  # of the difference, to be added
+    first = many.time_to_first_token + share * (many.time_to_first_token - few.time_to_first_token)
+    step = 1 / many.decode_tokens_per_second
+    # so short a time that noise may be larger than what layers add
+    step += share * max(0.0, step - 1 / few.decode_tokens_per_second)
+    return TwinTiming(first, 1 / step, many.cache_bytes * count // layers)

@@ -111,7 +111,7 @@ def generate(
         prefill_tokens_per_second=len(ids) / first,
         decode_tokens_per_second=(new - 1) / (clock.last - clock.first) if new > 1 else None,
         peak_memory_bytes=peak_bytes(engine.device),
-        cache_bytes=text_bytes(engine.config, len(ids) + new, engine.dtype),
+        cache_bytes=text_bytes(engine.config, len(ids) + new, engine.dtype, engine.kv_dtype),
         attention=describe_attention(engine.config, mode, engine.model.model.norm.weight),
         model=engine.name,
         device=str(engine.device),

@@ -9,7 +9,6 @@ import psutil
 import torch
 
 from ..model import MiniCPMSALAConfig
-from ..model.storage import cache_sizes
 
 _RESERVE = 200 << 20  # bytes left alone: allocator slack, the operating system
 _CPU_SHARE = 0.6  # of the rest
@@ -69,11 +68,6 @@ def cache_budget(
         return max(0, int(_CPU_SHARE * (free - _RESERVE)))
     total = torch.cuda.mem_get_info(device)[1]
     return max(0, int(free - activation_bytes(config, dtype, step_tokens) - _GPU_RESERVE * total))
-
-
-def cached_bytes(config: MiniCPMSALAConfig, dtype: torch.dtype, pages: int) -> int:
-    """Bytes of keys and values in so many pages of all sparse layers."""
-    return pages * cache_sizes(config, dtype).page
 
 
 def resident_bytes(device: torch.device) -> int:

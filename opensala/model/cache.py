@@ -23,7 +23,7 @@ from ..ops import alibi_slopes, lightning_attention_slots
 from ..ops.sparse import num_windows
 from .batch import BatchRow, ForwardBatch, on_device
 from .config import MiniCPMSALAConfig
-from .storage import CacheStorage, cache_sizes
+from .storage import CacheStorage, cache_sizes, row_bytes
 
 _GROWTH = 2  # of a small cache whose prompt was not announced
 _STEP = 1024  # pages that such a cache grows by at most: memory for twice a long text is not to be had
@@ -573,7 +573,7 @@ class SALACache(Cache):
             return 0
         if allocated:
             return storage.num_bytes
-        return sum(text_bytes(self.config, row.length, storage.dtype) for row in self.rows)
+        return sum(text_bytes(self.config, row.length, storage.dtype, storage.kv_dtype) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -617,17 +617,21 @@ class Advance:
         )
 
 
-def text_bytes(config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that a text of `tokens` tokens needs: K, V, both levels of compressed keys, states."""
+def text_bytes(
+    config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> int:
+    """Bytes that a text of `tokens` tokens needs: K, V, both levels of compressed keys, states; `kv_dtype` as
+    in `CacheStorage`."""
     if not tokens:
         return 0
     assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
     spec, layers = config.block_spec, config.num_hidden_layers
     sparse = sum(config.is_sparse(i) for i in range(layers))
-    rows = 2 * tokens + num_windows(tokens, spec.kernel_size, spec.kernel_stride)
-    rows += num_windows(tokens, spec.coarse_size, spec.coarse_stride)
-    per_row = config.num_key_value_heads * config.head_dim * dtype.itemsize
-    return sparse * rows * per_row + cache_sizes(config, dtype).slot
+    windows = num_windows(tokens, spec.kernel_size, spec.kernel_stride)
+    windows += num_windows(tokens, spec.coarse_size, spec.coarse_stride)
+    per_head = 2 * tokens * row_bytes(config.head_dim, kv_dtype or dtype)
+    per_head += windows * row_bytes(config.head_dim, dtype)
+    return sparse * config.num_key_value_heads * per_head + cache_sizes(config, dtype).slot
 
 
 def _copy(row: Row) -> Row:

@@ -7,7 +7,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ..engine.memory import cached_bytes, resident_bytes
+from ..engine.memory import resident_bytes
 from .errors import ApiError, bad_request
 from .http import read_json
 from .openai_schema import ChatMessage
@@ -79,8 +79,8 @@ def server(service: Service) -> dict[str, object]:
         "max_body_bytes": service.options.max_body_bytes,
         "memory": {
             "process_bytes": resident_bytes(engine.device),
-            "cache_bytes": cached_bytes(engine.config, engine.dtype, stats.pages),
-            "cache_used_bytes": cached_bytes(engine.config, engine.dtype, used),
+            "cache_bytes": stats.pages * engine.sizes.page,
+            "cache_used_bytes": used * engine.sizes.page,
         },
     }
 

@@ -5,6 +5,7 @@ import torch
 
 from opensala.contexts import Context
 from opensala.engine import ask
+from opensala.model.storage import row_bytes
 
 from ..contexts.files import content
 from ..contexts.tools import DENSE_LEN, PARAMS, documents, engine, model, outcome
@@ -35,6 +36,18 @@ def test_answers_are_near_those_in_full_precision():
     near = [ask(e, docs, QUESTIONS[0], PARAMS, quiet=True) for e in (engine(of), int8(of))]
     assert near[0].confidence == pytest.approx(near[1].confidence, rel=0.05)
     assert near[0].confidence != near[1].confidence
+
+
+def test_the_bytes_that_are_reported_are_those_of_eight_bits():
+    """A key or value of 8 numbers takes 8 bytes and its scale's 4 instead of 32; the rest stays as it is."""
+    of, docs = model(), documents(900)
+    full, small = (ask(e, docs, QUESTIONS[0], PARAMS, quiet=True) for e in (engine(of), int8(of)))
+    length = full.prompt_tokens + full.new_tokens
+    assert small.prompt_tokens + small.new_tokens == length
+    sparse = sum(of.config.is_sparse(i) for i in range(of.config.num_hidden_layers))
+    saved = 4 * of.config.head_dim - row_bytes(of.config.head_dim, torch.int8)
+    rows = 2 * length * sparse * of.config.num_key_value_heads
+    assert full.cache_bytes - small.cache_bytes == rows * saved > 0
 
 
 def test_a_context_is_bound_to_it(tmp_path):
