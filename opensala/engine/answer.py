@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..model import describe_attention
-from ..model.cache import text_bytes
+from ..model.storage import text_bytes
 from .engine import Engine
 from .memory import peak_bytes
 from .progress import token_progress

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from ..model.cache import text_bytes
-from ..model.storage import cache_sizes, row_bytes
+from ..model.storage import cache_sizes, row_bytes, text_bytes
 from ..ops.sparse import num_windows
 from .engine import EngineOptions
 

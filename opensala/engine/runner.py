@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..model import MiniCPMSALAForCausalLM
+from ..model.advance import Advance
 from ..model.batch import BatchRow, ForwardBatch, on_device
-from ..model.cache import Advance
 from ..model.storage import CacheStorage
 from .capture import CapturedSteps, Recorder
 from .graphs import DecodeGraphs

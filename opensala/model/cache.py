@@ -10,7 +10,7 @@ Rows of a batch may have different lengths: each row is stored from its own firs
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,38 +18,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..cache import Pool
-from ..ops import alibi_slopes, lightning_attention_slots
-from ..ops.sparse import num_windows
-from .batch import BatchRow, ForwardBatch, on_device
+from .advance import Advance
+from .batch import BatchRow, ForwardBatch
 from .config import MiniCPMSALAConfig
-from .storage import CacheStorage, cache_sizes, row_bytes
+from .rows import Piece, Row, Rows, RowStore, copy_row
+from .storage import CacheStorage, text_bytes
 
-_GROWTH = 2  # of a small cache whose prompt was not announced
-_STEP = 1024  # pages that such a cache grows by at most: memory for twice a long text is not to be had
 _FIRST = 1024  # tokens per row
-
-
-@dataclass
-class Row:
-    """One text of a cache: its tokens' pages, how many tokens, and the slot of the states behind them (-1:
-    none)."""
-
-    pages: array = field(default_factory=lambda: array("i"))
-    length: int = 0
-    slot: int = -1
-    ids: array | None = field(default_factory=lambda: array("i"))  # None once embeddings came without ids
-
-
-@dataclass
-class Piece:
-    """Some of a call's tokens of one row that are computed in one mode: `count` of them from place `offset`
-    on."""
-
-    row: int
-    offset: int
-    count: int
-    sparse: bool
 
 
 @dataclass
@@ -58,50 +33,6 @@ class _Call:
 
     written: list[int]  # the slot of each row's states so far, -1 for one that has not moved
     recorded: list[tuple[list[Piece], dict[int, tuple[Tensor, Tensor]]]]
-
-
-class Rows:
-    """Rows that hold their pages and slots in the pools, until `close` or the end of their life."""
-
-    def __init__(self, store: "_Store", rows: list[Row]) -> None:
-        self.store, self.rows = store, rows
-        for row in rows:
-            store.pages.share(row.pages)
-            store.slots.share([row.slot] if row.slot >= 0 else [])
-
-    def close(self) -> None:
-        for row in self.rows:
-            self.store.pages.release(row.pages)
-            self.store.slots.release([row.slot] if row.slot >= 0 else [])
-        self.rows = []
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class _Store:
-    """Storage and the pools that count who holds what of it; shared by a cache, its forks and its
-    snapshots."""
-
-    def __init__(self, config: MiniCPMSALAConfig) -> None:
-        self.config = config
-        self.pages, self.slots = Pool(0, "pages"), Pool(0, "state slots")
-        self.storage: CacheStorage | None = None
-
-    def reserve(self, pages: int, slots: int, exact: bool, dtype: torch.dtype, devices: Any) -> CacheStorage:
-        """See that so many pages and slots are free."""
-        if self.storage is None:
-            self.storage = CacheStorage(self.config, 0, 0, dtype, devices)
-        num_pages = self.pages.size + max(0, pages - self.pages.num_free)
-        if num_pages > self.pages.size and not exact:
-            num_pages = max(num_pages, min(_GROWTH * self.pages.size, self.pages.size + _STEP))
-        num_slots = self.slots.size
-        if slots > self.slots.num_free:
-            num_slots = max(num_slots + slots - self.slots.num_free, _GROWTH * num_slots)
-        self.storage.grow(num_pages, num_slots)
-        self.pages.grow(num_pages)
-        self.slots.grow(num_slots)
-        return self.storage
 
 
 @dataclass(eq=False)
@@ -133,7 +64,7 @@ class SALACache(Cache):
         self.config, self.record_past = config, record_past
         # tokens of the rectangle seen, padding included: what transformers calls the length
         self.padded_length = 0
-        self._store = _Store(config)
+        self._store = RowStore(config)
         self._held = Rows(self._store, [])
         self._announced: list[int] | None = None
         self._reserve = 0
@@ -335,7 +266,7 @@ class SALACache(Cache):
         `ids[b]`."""
         assert self._call is not None, "begin_call comes first"
         call, self._call = self._call, None
-        before = Rows(self._store, [_copy(row) for row in self.rows]) if self.record_past else None
+        before = Rows(self._store, [copy_row(row) for row in self.rows]) if self.record_past else None
         for n, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
             if call.written[n] >= 0:
                 self._store.slots.release([row.slot] if row.slot >= 0 else [])
@@ -522,7 +453,7 @@ class SALACache(Cache):
         return target
 
     def _select_rows(self, rows: list[int]) -> None:
-        held = Rows(self._store, [_copy(self.rows[r]) for r in rows])
+        held = Rows(self._store, [copy_row(self.rows[r]) for r in rows])
         announced = None if self._announced is None else [self._announced[r] for r in rows]
         self._put(held, self.padded_length, announced)
 
@@ -540,7 +471,7 @@ class SALACache(Cache):
 
     def snapshot(self) -> Snapshot:
         """A point to `restore` later; it shares pages and states, nothing is copied."""
-        held = Rows(self._store, [_copy(row) for row in self.rows])
+        held = Rows(self._store, [copy_row(row) for row in self.rows])
         return Snapshot(self.lengths, self.padded_length, self._announced, held)
 
     def restore(self, point: Snapshot) -> None:
@@ -555,14 +486,14 @@ class SALACache(Cache):
                 "there"
             )
         self.discard()
-        held = Rows(self._store, [_copy(row) for row in point.held.rows])
+        held = Rows(self._store, [copy_row(row) for row in point.held.rows])
         self._put(held, point.padded_length, point.announced)
 
     def fork(self) -> "SALACache":
         """A cache that goes on from here by itself; both share what they have in common."""
         twin = SALACache(self.config, record_past=self.record_past)
         twin._store = self._store
-        twin._held = Rows(self._store, [_copy(row) for row in self.rows])
+        twin._held = Rows(self._store, [copy_row(row) for row in self.rows])
         twin.padded_length, twin._announced = self.padded_length, self._announced
         return twin
 
@@ -574,68 +505,6 @@ class SALACache(Cache):
         if allocated:
             return storage.num_bytes
         return sum(text_bytes(self.config, row.length, storage.dtype, storage.kv_dtype) for row in self.rows)
-
-
-@dataclass(frozen=True)
-class Advance:
-    """What running states over recorded keys and values takes, on the device, for all layers."""
-
-    decay: Tensor
-    bounds: Tensor
-    read: Tensor
-    write: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        config: MiniCPMSALAConfig,
-        device: torch.device,
-        read: list[int],
-        write: list[int],
-        counts: list[int],
-    ) -> "Advance":
-        """`counts[n]` tokens per sequence, from slot read[n] to write[n]."""
-        assert config.lightning_nh is not None, "filled by the configuration"
-        n = len(counts)
-        numbers = on_device(np.array([*read, *write, 0, *counts], np.int32), device)
-        decay = torch.tensor(alibi_slopes(config.lightning_nh), dtype=torch.float32).to(device)
-        bounds = numbers[2 * n :].cumsum(0, dtype=torch.int32)
-        return cls(decay, bounds, numbers[:n], numbers[n : 2 * n])
-
-    def run(self, k: Tensor, v: Tensor, states: Tensor) -> None:
-        """Advance one layer's states by keys and values `[T, H, D]`."""
-        lightning_attention_slots(
-            k,
-            k,
-            v,
-            self.decay,
-            states,
-            cu_seqlens=self.bounds,
-            read_slots=self.read,
-            write_slots=self.write,
-            scale=1.0,
-        )
-
-
-def text_bytes(
-    config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
-) -> int:
-    """Bytes that a text of `tokens` tokens needs: K, V, both levels of compressed keys, states; `kv_dtype` as
-    in `CacheStorage`."""
-    if not tokens:
-        return 0
-    assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
-    spec, layers = config.block_spec, config.num_hidden_layers
-    sparse = sum(config.is_sparse(i) for i in range(layers))
-    windows = num_windows(tokens, spec.kernel_size, spec.kernel_stride)
-    windows += num_windows(tokens, spec.coarse_size, spec.coarse_stride)
-    per_head = 2 * tokens * row_bytes(config.head_dim, kv_dtype or dtype)
-    per_head += windows * row_bytes(config.head_dim, dtype)
-    return sparse * config.num_key_value_heads * per_head + cache_sizes(config, dtype).slot
-
-
-def _copy(row: Row) -> Row:
-    return Row(array("i", row.pages), row.length, row.slot, None if row.ids is None else array("i", row.ids))
 
 
 def _shape(config: MiniCPMSALAConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import KVPages, PageTable
+from ..ops.sparse import num_windows
 from ..ops.sparse.int8 import SCALE_BYTES
 from .config import MiniCPMSALAConfig
 
@@ -180,3 +181,20 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         memory = np.zeros(size + mmap.PAGESIZE, np.uint8)
         begin = -memory.ctypes.data % mmap.PAGESIZE
         return torch.from_numpy(memory[begin : begin + size]).view(dtype).view(shape)
+
+
+def text_bytes(
+    config: MiniCPMSALAConfig, tokens: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> int:
+    """Bytes that a text of `tokens` tokens needs: K, V, both levels of compressed keys, states; `kv_dtype` as
+    in `CacheStorage`."""
+    if not tokens:
+        return 0
+    assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
+    spec, layers = config.block_spec, config.num_hidden_layers
+    sparse = sum(config.is_sparse(i) for i in range(layers))
+    windows = num_windows(tokens, spec.kernel_size, spec.kernel_stride)
+    windows += num_windows(tokens, spec.coarse_size, spec.coarse_stride)
+    per_head = 2 * tokens * row_bytes(config.head_dim, kv_dtype or dtype)
+    per_head += windows * row_bytes(config.head_dim, dtype)
+    return sparse * config.num_key_value_heads * per_head + cache_sizes(config, dtype).slot

@@ -12,7 +12,7 @@ from opensala import MiniCPMSALAConfig
 from opensala.engine import Engine, EngineOptions, SamplingParams
 from opensala.engine.memory import activation_bytes
 from opensala.model.batch import BatchRow, ForwardBatch
-from opensala.model.cache import _Store
+from opensala.model.rows import RowStore
 from opensala.model.storage import CacheStorage, cache_sizes
 
 from ..fake_gpu import CUDA, fake_gpu, on_fake_gpu
@@ -204,7 +204,7 @@ def test_growth_behind_an_announced_text_is_bounded():
     layer's pages twice while they are copied."""
     with fake_gpu() as gpu:
         config = MiniCPMSALAConfig(**RELEASED)
-        store, devices = _Store(config), [CUDA] * config.num_hidden_layers
+        store, devices = RowStore(config), [CUDA] * config.num_hidden_layers
         store.reserve(8192, 2, True, torch.bfloat16, devices)
         store.pages.take(8192)
         page = cache_sizes(config, torch.bfloat16).page

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from opensala import SALACache
-from opensala.model.cache import text_bytes as cache_bytes
+from opensala.model.storage import text_bytes as cache_bytes
 
 from ..conftest import tiny_model
 from .test_equality import TOLERANCE, tokens

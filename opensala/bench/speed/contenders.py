@@ -17,9 +17,9 @@ from transformers import DynamicCache, Qwen3Config
 from ...engine import Engine, EngineOptions, SamplingParams
 from ...engine.precision import Precision, apply_precision, choose_precision, precision_of
 from ...model import MiniCPMSALAForCausalLM, layers
-from ...model.cache import text_bytes
 from ...model.compat import CACHE_ARGUMENT
 from ...model.quantised import QuantisedLinear, set_module
+from ...model.storage import text_bytes
 from ...ops.linear.gptq import Codes
 from ...ops.linear.speed import kept_times
 from ...ops.native import Library
