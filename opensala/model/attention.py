@@ -214,9 +214,8 @@ class LightningMixer(nn.Module):
         if self.config.qk_norm or cos is not None:
             norms = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else (None, None)
             # On a GPU rounded once, to the dtype of the values: tensor cores take no float32, the states are
-            # float32 anyway, and the error does not grow with the length (docs/log.md, 2026-11-26).
-            # Under autocast on a CPU too: it asks for speed.
-            half = x.is_cuda or torch.is_autocast_enabled(x.device.type)
+            # float32 anyway, and the error does not grow with the length (docs/log.md, 2026-11-26). On a CPU
+            # the kernel reads float32, under autocast too: rounding would be a pass more.
             q, k = (
                 norm_rope(
                     y,
@@ -224,7 +223,7 @@ class LightningMixer(nn.Module):
                     cos,
                     sin,
                     self.config.rms_norm_eps,
-                    out_dtype=y.dtype if half else wide(y.dtype),
+                    out_dtype=y.dtype if x.is_cuda else wide(y.dtype),
                 )
                 for y, w in zip((q, k), norms, strict=True)
             )
