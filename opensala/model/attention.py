@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops import (
     alibi_slopes,
+    dense_attention,
     lightning_attention,
     lightning_attention_slots,
     norm_gate,
@@ -32,31 +33,10 @@ from .layers import Linear, RMSNorm
 from .layout import SequenceLayout
 from .replay import record_or_replay
 
-_DENSE_TILE = 1 << 24  # mask elements of one tile of dense attention over earlier ranks
-
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a float type is computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention of the last T of L positions: q `[B, T, H, D]`, k, v `[B, L, Hkv, D]`."""
-    tokens, length = q.shape[1], k.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    attend = nn.functional.scaled_dot_product_attention
-    if tokens == length:
-        return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
-    tile = max(64, _DENSE_TILE // length)
-    column = torch.arange(length, device=q.device)
-    parts = []
-    for a in range(0, tokens, tile):
-        b = min(a + tile, tokens)
-        end = length - tokens + b
-        mask = column[:end] <= column[length - tokens + a : end, None]
-        keys, values = k[:, :, :end], v[:, :, :end]
-        parts.append(attend(q[:, :, a:b], keys, values, attn_mask=mask, scale=scale, enable_gqa=True))
-    return torch.cat(parts, 2).transpose(1, 2)
 
 
 def log_growth(positions: Tensor, base: float) -> Tensor:
