@@ -35,12 +35,12 @@ class _Distillation(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=s.device)
         ds = torch.empty(s.shape, dtype=torch.float32, device=s.device) if wants_s else None
         dw = torch.zeros(ws.shape, dtype=torch.float32, device=s.device) if wants_w else None
+        mine, theirs = _Logits(head, rows), None if teacher_head is None else _Logits(teacher_head, rows)
         for a in range(0, s.shape[0], rows):
             piece = slice(a, a + rows)
-            logits = None if t is None or teacher_head is None else _logits(t[piece], teacher_head)
             losses, d = divergence(
-                _logits(s[piece], head),
-                logits,
+                mine.of(s[piece]),
+                None if t is None or theirs is None else theirs.of(t[piece]),
                 TokenWeights(*(None if x is None else x[piece] for x in weights)),  # type: ignore[arg-type]
                 gradient=head.dtype if wants_s or wants_w else None,
             )
@@ -61,11 +61,20 @@ class _Distillation(torch.autograd.Function):
         return ds, dw, None, None, None, None
 
 
-def _logits(x: Tensor, head: Tensor) -> Tensor:
-    """`[n, V]`, float32 (where products are in bfloat16, a CPU rounds them first)."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, head.T, out_dtype=torch.float32)
-    return (x @ head.T).float()
+class _Logits:
+    """Logits of a piece of the tokens, always in the same memory: new memory for every piece would cost a CPU
+    more time than the product that fills it."""
+
+    def __init__(self, head: Tensor, rows: int) -> None:
+        self.head = head
+        self.wide = head.is_cuda and head.itemsize == 2  # there a product can come out as it was summed up
+        self.room = head.new_empty(0 if self.wide else rows, head.shape[0])
+
+    def of(self, x: Tensor) -> Tensor:
+        """`[n, V]` for x `[n, D]`: float32 on a GPU, in the products' dtype on a CPU."""
+        if self.wide:
+            return torch.mm(x, self.head.T, out_dtype=torch.float32)
+        return torch.mm(x, self.head.T, out=self.room[: len(x)])
 
 
 def distillation_loss(

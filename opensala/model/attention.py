@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops import (
     alibi_slopes,
+    dense_attention,
     lightning_attention,
     lightning_attention_slots,
     norm_gate,
@@ -32,31 +33,10 @@ from .layers import Linear, RMSNorm
 from .layout import SequenceLayout
 from .replay import record_or_replay
 
-_DENSE_TILE = 1 << 24  # mask elements of one tile of dense attention over earlier ranks
-
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a float type is computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention of the last T of L positions: q `[B, T, H, D]`, k, v `[B, L, Hkv, D]`."""
-    tokens, length = q.shape[1], k.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    attend = nn.functional.scaled_dot_product_attention
-    if tokens == length:
-        return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
-    tile = max(64, _DENSE_TILE // length)
-    column = torch.arange(length, device=q.device)
-    parts = []
-    for a in range(0, tokens, tile):
-        b = min(a + tile, tokens)
-        end = length - tokens + b
-        mask = column[:end] <= column[length - tokens + a : end, None]
-        keys, values = k[:, :, :end], v[:, :, :end]
-        parts.append(attend(q[:, :, a:b], keys, values, attn_mask=mask, scale=scale, enable_gqa=True))
-    return torch.cat(parts, 2).transpose(1, 2)
 
 
 def log_growth(positions: Tensor, base: float) -> Tensor:
@@ -214,9 +194,8 @@ class LightningMixer(nn.Module):
         if self.config.qk_norm or cos is not None:
             norms = (self.q_norm.weight, self.k_norm.weight) if self.config.qk_norm else (None, None)
             # On a GPU rounded once, to the dtype of the values: tensor cores take no float32, the states are
-            # float32 anyway, and the error does not grow with the length (docs/log.md, 2026-11-26).
-            # Under autocast on a CPU too: it asks for speed.
-            half = x.is_cuda or torch.is_autocast_enabled(x.device.type)
+            # float32 anyway, and the error does not grow with the length (docs/log.md, 2026-11-26). On a CPU
+            # the kernel reads float32, under autocast too: rounding would be a pass more.
             q, k = (
                 norm_rope(
                     y,
@@ -224,7 +203,7 @@ class LightningMixer(nn.Module):
                     cos,
                     sin,
                     self.config.rms_norm_eps,
-                    out_dtype=y.dtype if half else wide(y.dtype),
+                    out_dtype=y.dtype if x.is_cuda else wide(y.dtype),
                 )
                 for y, w in zip((q, k), norms, strict=True)
             )

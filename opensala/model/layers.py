@@ -34,6 +34,20 @@ def fuses(x: Tensor, *others: Tensor | None) -> bool:
     return wanted and runs_alone(x, *others)
 
 
+def fuses_learning(x: Tensor) -> bool:
+    """Whether the fused steps run on activations like x where gradients or autocast are on, on a CPU: each is
+    one pass over memory forwards and one backwards."""
+    if x.device.type != "cpu" or type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+
+
+def activation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of what goes into a product: autocast's inside of it, x's outside."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, half_rows: int | None = None) -> Tensor:
     """x W^T + b in x's dtype; in inference on a CPU a row of it does not depend on the other rows
     (`ops.linear`).
@@ -88,10 +102,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if fuses(x, self.weight):
             return rms_norm(x, self.weight, self.eps)
-        if torch.is_autocast_enabled(x.device.type):  # what follows is a product: it would be rounded there
-            return norm_gate(
-                x, self.weight, None, self.eps, out_dtype=torch.get_autocast_dtype(x.device.type)
-            )
+        if torch.is_autocast_enabled(x.device.type) or fuses_learning(x):
+            # what follows is a product: under autocast it would be rounded there
+            return norm_gate(x, self.weight, None, self.eps, out_dtype=activation_dtype(x))
         wide = x if x.dtype == torch.float64 else x.float()
         return nn.functional.rms_norm(wide, wide.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
@@ -149,5 +162,7 @@ class SwiGLU(nn.Module):
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up."""
-        one_pass = fuses(gate, up) or (gate.is_cuda and torch.is_autocast_enabled("cuda"))
+        one_pass = (
+            fuses(gate, up) or fuses_learning(gate) or (gate.is_cuda and torch.is_autocast_enabled("cuda"))
+        )
         return silu_mul(gate, up) if self.is_silu and one_pass else self.act(gate) * up

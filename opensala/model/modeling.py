@@ -26,7 +26,7 @@ from .checkpoint import load_strictly
 from .compat import CACHE_ARGUMENT, take_cache
 from .config import ATTENTION_MODES, MiniCPMSALAConfig, check_choice
 from .inference import MergedLayers
-from .layers import Embedding, RMSNorm, SwiGLU, fuses
+from .layers import Embedding, RMSNorm, SwiGLU, activation_dtype, fuses, fuses_learning
 from .layout import (
     SequenceLayout,
     SequenceParallel,
@@ -70,9 +70,9 @@ class MiniCPMSALADecoderLayer(nn.Module):
 
     def _run(self, x: Tensor, context: SequenceLayout | ForwardBatch) -> Tensor:
         mixed = self.self_attn(self.input_layernorm(x), context)
-        if fuses(x, mixed):
-            norm = self.post_attention_layernorm
-            x, h = add_rms_norm(x, mixed, self.residual_scale, norm.weight, norm.eps)
+        if fuses(x, mixed) or fuses_learning(x):
+            norm, dtype = self.post_attention_layernorm, activation_dtype(x)
+            x, h = add_rms_norm(x, mixed, self.residual_scale, norm.weight, norm.eps, out_dtype=dtype)
             return add_scaled(x, self.mlp(h), self.residual_scale)
         if self.residual_scale == 1.0:  # teachers without scalings: two passes over memory less
             x = x + mixed

@@ -1,6 +1,8 @@
 """The divergence in pieces of the vocabulary equals the plain one; alignment and distillation train what they
 should."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -127,6 +129,31 @@ def test_distillation_trains_the_chosen_set(teacher, trainable):
                 teacher.lm_head.weight,
                 PHASE,
             )
+
+
+@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_the_gradient_of_a_step_is_that_in_float64(teacher, compute, tolerance):
+    """With float64 all is done by PyTorch; else by the compiled kernels, with products in `compute`."""
+    torch.manual_seed(0)
+    student = assemble(teacher, student_config(teacher.config, [0, 2]))
+    student.set_attention_mode("dense")
+    for p in student.parameters():  # no norm of ones, no part that stands still
+        nn.init.normal_(p, 0.5 if p.dim() == 1 else 0.0, 0.2)
+    found = []
+    for kind in ("float64", compute):
+        dtype = torch.float64 if kind == "float64" else torch.float32
+        teaching, learning = (copy.deepcopy(m).to(dtype).train() for m in (teacher, student))
+        head = teaching.lm_head.weight
+        distillation = Distillation(
+            learning, "all", live_targets(teaching), head, PHASE, compute=kind.replace("64", "32")
+        )
+        loss = distillation.gradients(0, Sample(ids(shape=(3, 70))))
+        found.append((loss, {n: p.grad for n, p in learning.named_parameters()}))
+    (wanted, exact), (loss, grads) = found
+    assert loss.item() == pytest.approx(wanted.item(), rel=tolerance)
+    largest = max(g.norm() for g in exact.values())
+    for name, gradient in grads.items():
+        assert (gradient - exact[name]).norm() < tolerance * max(exact[name].norm(), 0.01 * largest), name
 
 
 def test_cached_targets_are_the_live_ones(teacher, tmp_path):

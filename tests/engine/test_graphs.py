@@ -169,7 +169,7 @@ def test_a_decoding_step_has_nothing_to_wait_for():
 def test_recordings_hold_native_calls_only():
     x, out = torch.rand(3), torch.zeros(3)
     with record() as calls:
-        library().call("opensala_add_scaled", address(x), address(x), address(out), 3, 2.0, 1)
+        library().call("opensala_add_scaled", address(x), 0, address(x), 0, address(out), 1, 3, 2.0, 1)
     assert torch.equal(out, 3 * x)
     x.fill_(5)
     calls.program().run()

@@ -32,7 +32,7 @@ def plain(s, t, weights):
     return losses.detach(), torch.autograd.grad(losses.sum(), s)[0]
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.id != "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("parts", ["both", "divergence", "answers"])
 @pytest.mark.parametrize("vocabulary", [11, 1000, 5003])
 def test_losses_and_gradient(backend, parts, vocabulary):
@@ -64,7 +64,7 @@ def test_losses_and_gradient(backend, parts, vocabulary):
     torch.testing.assert_close(alone.cpu(), got.cpu())
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.id != "cpp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_and_equal_distributions(backend):
     s, t, weights = draw(300, 1e4)
     weights = TokenWeights(backend.cast(weights.kl))
@@ -76,6 +76,43 @@ def test_large_logits_and_equal_distributions(backend):
         backend.cast(s), backend.cast(t), weights, gradient=backend.dtype, backend=backend.name
     )
     assert torch.isfinite(far).all() and torch.isfinite(d).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_16_bits_are_widened_exactly_and_the_gradient_is_rounded_once(dtype):
+    s, t, weights = draw(1003)
+    s, t, weights = (
+        s.to(dtype),
+        t.to(dtype),
+        TokenWeights(weights.kl.float(), weights.ce.float(), weights.targets),
+    )
+    losses, gradient = plain(s.double(), t.double(), TokenWeights(*weights))
+    mixed, wide = divergence(s.clone(), t.float(), weights, gradient=torch.float32, backend="cpp")
+    got, d = divergence(s, t, weights, gradient=dtype, backend="cpp")
+    assert d.dtype == dtype and d.data_ptr() == s.data_ptr()  # in the student's place
+    torch.testing.assert_close(got.double(), losses.double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(wide.double(), gradient, atol=1e-6, rtol=1e-5)
+    assert torch.equal(d, wide.to(dtype)) and torch.equal(mixed, got)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_what_is_not_a_number_stays_so_and_excluded_words_count_nothing(backend):
+    s, t, weights = (x.float() if isinstance(x, torch.Tensor) else x for x in draw(300))
+    weights = TokenWeights(torch.ones(ROWS))
+    s[1, 7] = t[2, 299] = float("nan")
+    losses, _ = divergence(s, t, weights, gradient=torch.float32, backend=backend)
+    assert losses.isnan().tolist() == [n in (1, 2) for n in range(ROWS)]
+
+
+def test_words_that_the_teacher_excludes_add_nothing():
+    """With the formula of any other backend 0 * inf is not a number."""
+    s, t, weights = draw(300)
+    t[:, 5:] = -float("inf")
+    weights = TokenWeights(torch.ones(ROWS))
+    got, d = divergence(s.float(), t.float(), weights, gradient=torch.float32, backend="cpp")
+    losses, gradient = plain(s, t.clamp(min=-1e4), TokenWeights(torch.ones(ROWS)))
+    torch.testing.assert_close(got.double(), losses, atol=1e-5, rtol=1e-5, check_dtype=False)
+    torch.testing.assert_close(d.double(), gradient, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.triton

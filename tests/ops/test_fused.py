@@ -144,6 +144,55 @@ def test_a_norm_of_float32_may_come_out_rounded(backend):
         assert_close(a, b, 2**-7)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 3, 8), (2, 700, 3, 20)], ids=str)
+def test_gradients_in_16_bits_are_rounded_once(dtype, tolerance, shape):
+    """The compiled kernels read and write 16 bits; with many rows each thread sums its part of a weight's
+    gradient."""
+    x, weight, cos, sin, gate = draw(shape)
+    half = [t.to(dtype).requires_grad_() for t in (x, gate)]
+    wide = [t.detach().double().requires_grad_() for t in half]
+    scales = [weight.float().requires_grad_(), weight.clone().requires_grad_()]
+
+    def results(kind, x, gate, weight, dtype):
+        flat = weight.repeat(shape[2])
+        stream, rows = x.flatten(2).to(weight.dtype), gate.flatten(2)
+        total, normed = add_rms_norm(stream, rows, 0.3, flat, 1e-6, out_dtype=dtype, backend=kind)
+        turns = cos.to(weight.dtype), sin.to(weight.dtype)
+        return [
+            norm_rope(x, weight, *turns, 1e-6, backend=kind),
+            norm_gate(x.flatten(2), flat, rows, 1e-6, backend=kind),
+            silu_mul(x, gate, backend=kind),
+            normed,
+            add_scaled(total, rows, -0.7, backend=kind),
+        ]
+
+    got = results("cpp", *half, scales[0], dtype)
+    wanted = results("naive", *wide, scales[1], torch.float64)
+    assert [t.dtype for t in got] == [dtype] * 4 + [torch.float32]
+    for a, b in zip(got, wanted, strict=True):
+        assert_close(a.detach(), b.detach(), tolerance)
+    noise = [torch.randn_like(t) for t in got]
+    for n, weights in enumerate(noise):  # one by one: autograd adds up in 16 bits what flows to one tensor
+        ways = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        grads = torch.autograd.grad(got[n], [*half, scales[0]], weights, **ways)
+        exact = torch.autograd.grad(wanted[n], [*wide, scales[1]], weights.double(), **ways)
+        for a, b in zip(grads, exact, strict=True):
+            assert_close(a, b, 2 * tolerance, f"step {n}")
+
+
+def test_a_gradient_has_the_same_bits_every_time():
+    """On any number of threads each sums its own rows in order."""
+    x, weight, cos, sin, gate = draw((1, 900, 3, 40), torch.float32)
+    found = []
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, gate)]
+        turned = norm_rope(leaves[0], leaves[1], cos, sin, 1e-6, backend="cpp")
+        gated = norm_gate(turned, leaves[1], leaves[2], 1e-6, backend="cpp")
+        found.append(torch.autograd.grad(gated, leaves, gate))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("width", [100, 16384])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gate_of_any_width(backend, width):

@@ -145,14 +145,14 @@ def test_calls_that_do_not_fit_the_declaration_are_refused():
     name = "opensala_norm_gate"
     x = torch.ones(4)
     address = ctypes.c_void_p(x.data_ptr())
-    right = (address, None, None, address, 1, 4, 1e-6, 1)
+    right = (address, 0, None, None, 0, address, 0, 1, 4, 1e-6, 1)
     native.library().call(name, *right)
-    with pytest.raises(TypeError, match="opensala_norm_gate takes 8 arguments, got 7"):
+    with pytest.raises(TypeError, match="opensala_norm_gate takes 11 arguments, got 10"):
         native.library().call(name, *right[:-1])
-    with pytest.raises(TypeError, match="opensala_norm_gate takes 8 arguments, got 9"):
+    with pytest.raises(TypeError, match="opensala_norm_gate takes 11 arguments, got 12"):
         native.library().call(name, *right, 1)
-    with pytest.raises(ctypes.ArgumentError, match="argument 5"):
-        native.library().call(name, *right[:4], 1.0, *right[5:])
+    with pytest.raises(ctypes.ArgumentError, match="argument 8"):
+        native.library().call(name, *right[:7], 1.0, *right[8:])
 
 
 def test_signatures_are_those_of_the_sources():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, choose_backend
+from .cpp import cpp_divergence
 from .plain import plain_divergence
 
 __all__ = ["TokenWeights", "divergence"]
@@ -54,8 +55,11 @@ def divergence(
     for name, x in zip(weights._fields, weights, strict=True):
         if x is not None and x.shape != (rows,):
             raise ValueError(f"weights.{name} must be [{rows}], got {list(x.shape)}")
-    if choose_backend("divergence", student, backend, {"triton": None}) == "triton":
+    limit = "its gradient would be float64" if gradient == torch.float64 else None
+    name = choose_backend("divergence", student, backend, {"cpp": limit, "triton": None})
+    if name == "triton":
         from .triton import triton_divergence  # needs the package triton
 
         return triton_divergence(student, teacher, weights.kl, weights.ce, weights.targets, gradient)
-    return plain_divergence(student, teacher, weights.kl, weights.ce, weights.targets, gradient)
+    run = cpp_divergence if name == "cpp" else plain_divergence
+    return run(student, teacher, weights.kl, weights.ce, weights.targets, gradient)

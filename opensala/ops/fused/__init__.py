@@ -71,7 +71,9 @@ def norm_rope(
         from .triton import triton_norm_rope
 
         return triton_norm_rope(x, weight, cos, sin, eps, out_dtype or x.dtype)
-    run = {"naive": naive_norm_rope, "torch": plain_norm_rope, "cpp": cpp_norm_rope}[name]
+    if name == "cpp":
+        return cpp_norm_rope(x, weight, cos, sin, eps, out_dtype or x.dtype)
+    run = {"naive": naive_norm_rope, "torch": plain_norm_rope}[name]
     return run(x, weight, cos, sin, eps).to(out_dtype or x.dtype)
 
 
@@ -111,7 +113,9 @@ def norm_gate(
         from .triton import triton_norm_gate
 
         return triton_norm_gate(x, weight, gate, eps, out_dtype or x.dtype)
-    run = {"naive": naive_norm_gate, "torch": plain_norm_gate, "cpp": cpp_norm_gate}[name]
+    if name == "cpp":
+        return cpp_norm_gate(x, weight, gate, eps, out_dtype or x.dtype)
+    run = {"naive": naive_norm_gate, "torch": plain_norm_gate}[name]
     return run(x, weight, gate, eps).to(out_dtype or x.dtype)
 
 
@@ -143,7 +147,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: Backend | None =
 
 
 def add_rms_norm(
-    x: Tensor, y: Tensor, scale: float, weight: Tensor, eps: float, *, backend: Backend | None = None
+    x: Tensor,
+    y: Tensor,
+    scale: float,
+    weight: Tensor,
+    eps: float,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x + scale * y, and the RMSNorm of it over the last dimension: a residual connection and the norm behind
     it.
@@ -153,10 +164,11 @@ def add_rms_norm(
         scale: factor on y.
         weight (Tensor): `[W]`.
         eps: added to the mean square.
+        out_dtype: of the norm; x's dtype if None.
 
     Returns:
-        The sum and its norm (of the sum before it is rounded), both in x's shape and dtype. Gradients flow
-        with every backend but `triton` (through PyTorch).
+        The sum in x's dtype, and its norm (of the sum before it is rounded), both in x's shape. Gradients
+        flow with every backend but `triton` (through PyTorch).
 
     Raises:
         ValueError: shapes that do not fit together, or an unavailable backend.
@@ -169,10 +181,13 @@ def add_rms_norm(
     if name == "triton":
         from .triton_inference import triton_add_norm
 
-        return triton_add_norm(x, y, scale, weight, eps)
-    run = {"naive": naive_add_rms_norm, "torch": plain_add_rms_norm, "cpp": cpp_add_rms_norm}[name]
-    total, out = run(x, y, scale, weight, eps)
-    return total.to(x.dtype), out.to(x.dtype)
+        total, out = triton_add_norm(x, y, scale, weight, eps)
+    elif name == "cpp":
+        return cpp_add_rms_norm(x, y, scale, weight, eps, out_dtype or x.dtype)
+    else:
+        run = {"naive": naive_add_rms_norm, "torch": plain_add_rms_norm}[name]
+        total, out = run(x, y, scale, weight, eps)
+    return total.to(x.dtype), out.to(out_dtype or x.dtype)
 
 
 def add_scaled(x: Tensor, y: Tensor, scale: float, *, backend: Backend | None = None) -> Tensor:

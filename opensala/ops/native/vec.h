@@ -107,7 +107,8 @@ static inline Vec exp2_below(Vec x) {
   Vec y = larger(x, splat(-126.0f));
   Vec r = y + shift;
   VecInt n = (VecInt)r - (VecInt)shift;
-  return (Vec)(((VecInt)exp2_fraction(y - (r - shift)) + (n << 23)) & keep);
+  Vec power = (Vec)(((VecInt)exp2_fraction(y - (r - shift)) + (n << 23)) & keep);
+  return x != x ? x : power;
 #endif
 }
 

@@ -10,6 +10,7 @@ from ..backends import Backend, choose_backend, outside_autocast
 from ..checks import check_boundaries, head_dim_limit
 from .attend import attend_sequence
 from .cpp import cpp_select_by_regions, cpp_select_sequence, cpp_sparse_attention
+from .dense import dense_attention
 from .hierarchy import select_sequence_by_regions
 from .naive import naive_compress_keys, naive_select_blocks, naive_select_regions, naive_sparse_attention
 from .paged import paged_attention, select_blocks_paged, store_kv
@@ -25,6 +26,7 @@ __all__ = [
     "KVPages",
     "PageTable",
     "compress_keys",
+    "dense_attention",
     "exact_ties",
     "extend_compressed",
     "num_windows",

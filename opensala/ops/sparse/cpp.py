@@ -20,11 +20,12 @@ TILE_ROWS = (
 )
 SELECT_ROWS = 1024  # (query, head) rows of a tile of the selection
 REGION_ROWS = 256  # the same for hierarchical selection, which keeps three numbers a row and region
+KEYS = 64  # that attention over all keys unpacks at a time
 PART_BYTES = 1 << 30  # memory the separate sums of the backward pass may take
 
 
 def _layout(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, size: int, scale: float
 ) -> tuple[int | float, ...]:
     tokens, heads, dim = q.shape
     length, kv_heads = k.shape[:2]
@@ -35,7 +36,7 @@ def _layout(
         kv_heads,
         dim,
         v.shape[-1],
-        blocks.shape[-1],
+        0 if blocks is None else blocks.shape[-1],
         size,
         k.stride(0),
         k.stride(1),
@@ -118,11 +119,13 @@ def cpp_select_by_regions(
 
 
 class _SparseAttention(torch.autograd.Function):
-    """One sequence: q `[T, Hq, D]`, k `[L, Hkv, D]`, v `[L, Hkv, E]`, blocks `[T, Hkv, K]` int32 -> `[T, Hq,
-    E]`."""
+    """One sequence: q `[T, Hq, D]`, k `[L, Hkv, D]`, v `[L, Hkv, E]`, blocks `[T, Hkv, K]` int32, or None for
+    all that a query may see -> `[T, Hq, E]`."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, size: int, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, size: int, scale: float
+    ) -> Tensor:
         wide, keys, values = plain(q), inner_contiguous(k.detach()), inner_contiguous(v.detach())
         values = values.to(keys.dtype)
         out = torch.empty(*q.shape[:2], v.shape[-1], dtype=torch.float32)
@@ -188,3 +191,9 @@ def cpp_sparse_attention(
 ) -> Tensor:
     """One sequence; same arguments as `attend_sequence`. No second derivatives."""
     return _SparseAttention.apply(q, k, v, blocks.to(torch.int32).contiguous(), block_size, scale)
+
+
+def cpp_dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """One sequence: q `[T, Hq, D]`, the last T of L positions, k `[L, Hkv, D]`, v `[L, Hkv, E]` -> `[T, Hq,
+    E]`. No second derivatives."""
+    return _SparseAttention.apply(q, k, v, None, KEYS, scale)
