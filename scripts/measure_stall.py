@@ -8,6 +8,7 @@ token is wanted. Prints a row as in docs/server.md; the last line on stdout is J
 stream or the prompt came to no answer.
 """
 
+import http.client
 import json
 import sys
 import threading
@@ -32,17 +33,21 @@ class Stream:
 
     def run(self, url: str, body: dict[str, Any]) -> None:
         """Take events until the server ends them, or `stop` is set."""
+        # The plainest client there is: a stream of a thousand tokens a second keeps others busy.
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=300)
+        headers = {"content-type": "application/json"}
         try:
-            with httpx2.stream("POST", f"{url}/v1/completions", json=body, timeout=300) as answer:
-                answer.raise_for_status()
-                for line in answer.iter_lines():
-                    if self.stop.is_set():
-                        return
-                    if line.startswith("data: {"):
-                        self.stamps.append(time.perf_counter())
-        except httpx2.HTTPError as error:  # cut off in the middle counts as an end
-            self.failed = None if self.stamps else f"{type(error).__name__}: {error}"
-        self.ended = time.perf_counter()
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                self.failed = answer.read().decode()[:300]
+            while not self.stop.is_set() and (piece := answer.read1(1 << 16)):
+                self.stamps += [time.perf_counter()] * piece.count(b"data: {")
+        except (OSError, http.client.HTTPException) as error:  # cut off in the middle counts as an end
+            self.failed = f"{type(error).__name__}: {error}"
+        finally:
+            self.ended = time.perf_counter()
+            connection.close()
 
     def between(self, start: float, end: float) -> dict[str, Any] | None:
         """Milliseconds between the tokens of a span; None for too few."""
@@ -59,14 +64,15 @@ def main(
     tokens: Annotated[int, typer.Option(help="Of the prompt, about.")] = 65_000,
     stream_tokens: Annotated[int, typer.Option(help="Of the stream, at most.")] = 200_000,
     idle: Annotated[float, typer.Option(help="Seconds before the prompt comes.")] = 4,
+    begin: Annotated[str, typer.Option(help="The stream's prompt.")] = "import os",
     ignore_eos: Annotated[bool, typer.Option(help="The stream goes on behind its end.")] = True,
     name: Annotated[str, typer.Option(help="What to call the row.")] = "server",
 ) -> None:
     """Measure and print a row."""
     model = httpx2.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]["id"]
-    body = {"model": model, "prompt": "import os\n", "max_tokens": stream_tokens, "stream": True}
+    body = {"model": model, "prompt": f"{begin}\n", "max_tokens": stream_tokens, "stream": True}
     body |= {"temperature": 0} | ({"ignore_eos": True} if ignore_eos else {})
-    sentence = complete(url, model, 10).raise_for_status().json()["usage"]["prompt_tokens"] / 10
+    sentence = complete(url, model, 100).raise_for_status().json()["usage"]["prompt_tokens"] / 100
     stream = Stream()
     thread = threading.Thread(target=stream.run, args=(url, body), daemon=True)
     thread.start()
@@ -97,8 +103,9 @@ def main(
 
 
 def complete(url: str, model: str, sentences: int) -> httpx2.Response:
-    """One token behind so many sentences."""
-    body = {"model": model, "prompt": SENTENCE * sentences, "max_tokens": 1, "temperature": 0}
+    """One token behind so many sentences, which begin as no prompt did before: nothing of it is at hand."""
+    text = f"Record {time.time_ns()}. " + SENTENCE * sentences
+    body = {"model": model, "prompt": text, "max_tokens": 1, "temperature": 0}
     return httpx2.post(f"{url}/v1/completions", json=body, timeout=300)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from ..engine import Grammar
 from ..engine.chat import Message
@@ -126,13 +126,22 @@ class CountRequest(ApiRequest):
         return None if given is None else Grammar.json_schema(given.schema_)
 
 
+def _not_blank(text: str) -> str:
+    """As the official API has it."""
+    if not text.strip():
+        raise ValueError("each stop sequence must contain non-whitespace")
+    return text
+
+
 class MessagesRequest(CountRequest):
     """POST /v1/messages."""
 
     ignored: ClassVar = CountRequest.ignored | {"metadata", "service_tier", "inference_geo", "diagnostics"}
 
     max_tokens: Count
-    stop_sequences: Annotated[list[StopText], Field(max_length=64)] = []
+    stop_sequences: Annotated[
+        list[Annotated[StopText, AfterValidator(_not_blank)]], Field(max_length=64)
+    ] = []
     stream: bool = False
     temperature: Probability | None = None
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] = 0

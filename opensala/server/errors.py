@@ -81,17 +81,34 @@ def too_slow(seconds: float) -> ApiError:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a request, by the name of its field."""
-    first = error.errors(include_url=False)[0]
-    param = _place(first["loc"])
+    """The first thing that is wrong with a request, by the name of its field; that it is of another type than
+    any that is read goes before what this type lacks."""
+    errors = error.errors(include_url=False)
+    first = next(
+        (e for e in errors if e["type"] == "literal_error" and e["loc"][-1:] == ("type",)), errors[0]
+    )
+    place = _own(first["loc"])
+    param = _place(place)
     if first["type"] == "extra_forbidden":
         return bad_request(
             f"Unknown parameter: '{param}': extra inputs are not permitted", param, "unknown_parameter"
         )
     if first["type"] == "missing":
         return bad_request(f"Missing required parameter: '{param}'", param, "missing_required_parameter")
+    says = [first["msg"]]
+    if len(place) < len(first["loc"]):  # it fits none of several
+        says = [e["msg"] for e in errors if e["loc"][: len(place)] == place]
+    text = " or ".join(dict.fromkeys(map(_lower, says)))
     got = "" if isinstance(first.get("input"), (Mapping, list)) else f", got {_short(first.get('input'))}"
-    return bad_request(f"Invalid '{param}': {_lower(first['msg'])}{got}", param, "invalid_value")
+    return bad_request(f"Invalid '{param}': {text}{got}", param, "invalid_value")
+
+
+def _own(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A place without what pydantic adds for one of several types (`str`, `list[int]`) and what is in it."""
+    for number, part in enumerate(location):
+        if isinstance(part, str) and (part == "str" or part.startswith("list[")):
+            return location[:number]
+    return location
 
 
 def from_value_error(error: ValueError, fields: Mapping[str, str]) -> ApiError:

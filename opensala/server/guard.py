@@ -91,6 +91,13 @@ class Guard:
                 f"content-type must be application/json, got {kind[:60]!r}",
                 code="unsupported_media_type",
             )
+        coding = headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            raise ApiError(
+                415,
+                f"content-encoding {coding[:60]!r} is not read: send the body as it is",
+                code="unsupported_media_type",
+            )
         self.service.gate.enter(owner)
         try:
             await self.app(scope, receive, send)

@@ -268,13 +268,13 @@ class ResponsesRequest(ApiRequest):
     ignored: ClassVar = (_WITHOUT_EFFECT - {"metadata"}) | {
         "reasoning",
         "max_tool_calls",
-        "truncation",
         "context_management",
         "access_programs",
         "stream_options",
     }
     unsupported: ClassVar = {
         "background": (False,),
+        "truncation": ("disabled", "auto"),  # what is too long is refused in either case
         "background_options": (),
         "previous_response_id": (),
         "conversation": (),

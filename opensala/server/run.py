@@ -6,15 +6,18 @@ Loopback by default. A server that others can reach needs keys.
 import asyncio
 import gc
 import ipaddress
+import json
 import logging
 import socket
 from collections.abc import Callable
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import create_app
+from .errors import bad_request
 from .keys import KeyFile
 from .service import Service
 
@@ -43,6 +46,22 @@ class _Protocol(H11Protocol):
             self.transport.abort()
             return
         self._watch = self.loop.call_later(_HEADER_SECONDS, self._drop_if_idle, self.cycle)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is told so in OpenAI's shape: which API was meant cannot be known."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is under way, or over
+            self.transport.abort()
+            return
+        error = bad_request("The request is not valid HTTP", code="invalid_http")
+        body = json.dumps(error.body("openai", "")).encode()
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        head = self.conn.send(h11.Response(status_code=400, headers=headers))
+        self.transport.write(head + self.conn.send(h11.Data(data=body)))
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._watch.cancel()
@@ -110,6 +129,7 @@ def build_server(service: Service, host: str = "127.0.0.1", port: int = 8000) ->
         host=host.strip("[]"),
         port=port,
         http=_Protocol,
+        loop="asyncio",  # also where uvloop is installed: what was tested is what runs
         ws="none",
         lifespan="on",
         log_config=None,

@@ -103,6 +103,7 @@ def test_streams_say_the_same(client):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages"),
         ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"stop_sequences": ["a", " \n"]}, "each stop sequence must contain"),
     ],
 )
 def test_what_is_wrong_is_named(client, changes, says):

@@ -264,9 +264,11 @@ def test_a_server_that_stops_ends_a_pdf_that_is_read(start, tmp_path):
     thread = threading.Thread(target=upload)
     thread.start()
     live.wait(pdf_processes)
+    live.server.should_exit = True
+    live.wait(lambda: not pdf_processes(), 2.5)  # neither its end nor that of uvicorn's patience
     live.stop()
     thread.join()
-    assert not pdf_processes() and names(live) == []
+    assert names(live) == []
     (error,) = answers
     assert "shutting down" in error["message"] and error["code"] == "unavailable"
 

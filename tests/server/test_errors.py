@@ -81,6 +81,7 @@ def test_paths_methods_and_types(http, path):
         (post(http, path, CHAT, "text/plain"), 415),
         (post(http, path, CHAT, "application/x-www-form-urlencoded"), 415),
         (http.post(path, content=b""), 415),
+        (http.post(path, json=CHAT, headers={"content-encoding": "gzip"}), 415),
     ):
         assert answer.status_code == status
         check_shape(path, answer)
@@ -205,8 +206,10 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: 
     ],
 )
 def test_what_is_not_http(live, sent):
-    got = talk(live, sent, b"\r\n\r\n", shut=True)
+    got = talk(live, sent, shut=True)
     assert not got or got.startswith((b"HTTP/1.1 4",)), got[:200]
+    if got:
+        assert set(json.loads(got.partition(b"\r\n\r\n")[2])["error"]) == {"message", "type", "param", "code"}
     assert talk(live, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n").startswith(
         b"HTTP/1.1 200"
     )

@@ -260,6 +260,14 @@ def test_completions_that_cannot_be(client, changes, param):
     assert (caught.value.body["param"] or "").startswith(param or "")
 
 
+def test_a_prompt_of_no_kind_is_told_what_kinds_there_are(client):
+    for prompt, place in (([-1], "prompt[0]"), (["a", 5], "prompt[1]")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="small", prompt=prompt)
+        body = caught.value.body
+        assert body["param"] == place and "should be a valid string or input should be" in body["message"]
+
+
 def test_responses(client):
     done = client.responses.create(model="small", input=ASK[0]["content"], metadata={"a": "b"})
     assert done.output_text == "48213" and done.status == "completed" and done.metadata == {"a": "b"}
@@ -302,7 +310,8 @@ def test_streamed_responses(client):
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].name"),
+        ({"truncation": "maybe"}, "truncation"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "name": "f", "parameters": {}, "strict": False}]}, "tools"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
