@@ -1,8 +1,10 @@
 """What a server does when nobody asks."""
 
 import asyncio
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +68,19 @@ def test_other_systems_and_c_libraries_are_let_be(monkeypatch):
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr("ctypes.CDLL", lambda _: object())
     assert not release_free_memory()
+
+
+def test_what_later_rounds_of_a_soak_add_is_found():
+    path = Path(__file__).parents[2] / "scripts" / "soak_server.py"
+    spec = importlib.util.spec_from_file_location("soak_server", path)
+    soak = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = soak  # where dataclasses look for their module
+    spec.loader.exec_module(soak)
+    first = {soak.MEMORY: 5e8, soak.FILES: 20.0}
+    for memory, files, grown in (
+        (5e8 + 99, 20, {}),
+        (5e8 + 101, 20, {soak.MEMORY: 101}),
+        (4e8, 21, {soak.FILES: 1}),
+    ):
+        assert soak.growth([first, {soak.MEMORY: memory, soak.FILES: files}], 100) == grown
+    assert soak.growth([first], 0) == {}
