@@ -1,8 +1,11 @@
 """The demonstration: a question about a long text, and what full attention would have cost.
 
-With a converted model that was pulled: a question about a real document, and the same document read by the
+With a converted model that was pulled: a number hidden in a real document, and the same document read by the
 original it was made from. Without one: a fact hidden in the standard library's sources for the small model,
 and a full-attention twin of random weights.
+
+The converted model is asked for a number, in its chat format with the answer begun, because that is what it
+can do at this length: questions in people's words about a text so long it does not answer (docs/smollm2.md).
 """
 
 import random
@@ -15,15 +18,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..convert import published
 from ..data.facts import attribute_fact
 from ..data.prompts import PromptFormat
 from ..data.text import chapter, long_document, provenance
+from ..data.words import ADJECTIVES, NOUNS
 from ..engine import Engine, Generation, SamplingParams, generate, load_engine
-from ..hub import DELTAS, checkpoint_folder, installed
-from .twin import TwinTiming, build_dense, time_twin, twin_config
+from ..hub import DELTAS, NotFetched, checkpoint_folder, installed
+from .twin import TwinTiming, build_dense, time_layers, twin_config
 
 SMALL_TOKENS, REAL_TOKENS = 32_768, 16_384
-QUESTION = "When is the method __del__ called?"  # the chapter on special method names says it
+ORIGINAL_LAYERS = 6  # of a converted model's original: all of them take minutes at these lengths
 
 
 def hide_fact(engine: Engine, tokens: int, rng: random.Random) -> tuple[list[int], str, str, str, float]:
@@ -46,21 +51,56 @@ def hide_fact(engine: Engine, tokens: int, rng: random.Random) -> tuple[list[int
     return ids, fact.statement, fact.question, fact.answer, depth
 
 
-def run(tokens: int | None = None, seed: int | None = None, model: str | None = None) -> None:
-    """Run the demonstration and print a table.
+def hide_number(engine: Engine, tokens: int, rng: random.Random) -> tuple[list[int], str, str, str, float]:
+    """A chapter of the Python Language Reference with a number in it, as a chat of `tokens` tokens with the
+    answer begun; what is returned is that of `hide_fact`."""
+    form, thing = PromptFormat(engine.tokenizer), f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+    answer = str(rng.randrange(1_000_000, 10_000_000))
+    statement = f"The special magic number for the {thing} is {answer}."
+    question = f"What is the special magic number for the {thing} mentioned in the text above?"
+    begun = f"The special magic number for the {thing} mentioned in the text is"
+    around = len(form.encode(form.question(f"{statement}\n\n", question) + begun))
+    text = chapter("specialnames", 8 * tokens)
+    kept = engine.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    text = text[: kept[: max(1, tokens - around)][-1][1]]
+    cut = text.rfind("\n\n", 0, rng.randrange(2, len(text))) + 1
+    depth = cut / len(text)
+    text = f"{text[:cut]}\n{statement}\n{text[cut:]}"
+    return form.encode(form.question(text, question) + begun), statement, question, answer, depth
+
+
+def run(
+    tokens: int | None = None,
+    seed: int | None = None,
+    model: str | None = None,
+    pull: bool = False,
+    full: bool = False,
+) -> None:
+    """Run the demonstration and print a table; exits with code 1 if the answer is wrong.
 
     Args:
         tokens: of the text; about as much as a demonstration of a minute or two takes by default.
         seed: of the fact and its place; drawn by default.
         model: a converted model of the catalogue, or `small`; by default the former if one was pulled.
+        pull: get the converted model first, unless it is here. Where no place that has it answers, this is
+            said and the small model is shown.
+        full: run all layers of the original, not some of them with the rest counted as these.
 
     Raises:
-        ValueError: a model that is not in the catalogue, or was not pulled.
+        ValueError: a model that is not in the catalogue, or was not pulled; what `published.pull` raises but
+            for places that do not answer.
     """
     console = Console(stderr=True)
-    pulled = [name for name in DELTAS if installed(name) and installed(DELTAS[name].base)]
     if model not in (None, "small", *DELTAS):
         raise ValueError(f"model must be one of small, {', '.join(DELTAS)}, got {model!r}")
+    if pull and model != "small":
+        try:
+            published.pull(model or next(iter(DELTAS)))
+        except NotFetched as error:
+            if model is not None:  # asked for by name: no other will do
+                raise
+            console.print(str(error), highlight=False, soft_wrap=True)
+    pulled = [name for name in DELTAS if installed(name) and installed(DELTAS[name].base)]
     if model is None and not pulled:
         names = " or ".join(f"opensala pull {name}" for name in DELTAS)
         console.print(
@@ -69,14 +109,17 @@ def run(tokens: int | None = None, seed: int | None = None, model: str | None = 
             soft_wrap=True,
         )
     chosen = model or (pulled[0] if pulled else "small")
+    seed = random.randrange(10**6) if seed is None else seed
     if chosen == "small":
-        _run_small(console, tokens or SMALL_TOKENS, random.randrange(10**6) if seed is None else seed)
+        found = _run_small(console, tokens or SMALL_TOKENS, seed)
     else:
-        _run_real(console, chosen, tokens or REAL_TOKENS)
+        found = _run_real(console, chosen, tokens or REAL_TOKENS, seed, full)
+    if not found:
+        sys.exit(1)
 
 
-def _run_small(console: Console, tokens: int, seed: int) -> None:
-    """Exits with code 1 if the answer is wrong."""
+def _run_small(console: Console, tokens: int, seed: int) -> bool:
+    """Whether the answer is right."""
     engine = load_engine()
     ids, statement, question, expected, depth = hide_fact(engine, tokens, random.Random(seed))
     console.print(
@@ -88,32 +131,46 @@ def _run_small(console: Console, tokens: int, seed: int) -> None:
     result = generate(engine, ids, SamplingParams(max_tokens=24), label="MiniCPM-SALA reads")
     answer = PromptFormat(engine.tokenizer).answer(result.text)
     timing = _time_dense(console, "full-attention twin reads", build_dense(twin_config(engine.config)), ids)
-    found = expected in answer
-    print(
-        f"question: {question}\nanswer:   {answer}   ({'right' if found else f'wrong: expected {expected}'})"
-    )
+    found = _print_answer(question, answer, expected)
     _print_table(result, len(ids), timing, "full attention")
-    if not found:
-        sys.exit(1)
+    return found
 
 
-def _run_real(console: Console, name: str, tokens: int) -> None:
+def _run_real(console: Console, name: str, tokens: int, seed: int, full: bool) -> bool:
+    """Whether the answer is right."""
     from transformers import AutoModelForCausalLM
 
     engine, base = load_engine(name), DELTAS[name].base
-    form = PromptFormat(engine.tokenizer)
-    text = chapter("specialnames", 8 * tokens)
-    kept = engine.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    ids = form.encode(form.question(text[: kept[: tokens - 64][-1][1]], QUESTION))
-    console.print(f"{len(ids):,} tokens of the Python Language Reference ({provenance()})", highlight=False)
+    ids, statement, question, expected, depth = hide_number(engine, tokens, random.Random(seed))
+    console.print(
+        f"{len(ids):,} tokens of the Python Language Reference ({provenance()}); hidden {depth:.0%} deep: "
+        f"{statement!r} (seed {seed})",
+        highlight=False,
+    )
     _introduce(console, engine)
-    result = generate(engine, ids, SamplingParams(max_tokens=48), label=f"{name} reads")
-    print(f"question: {QUESTION}\nanswer:   {form.answer(result.text)}")
+    result = generate(engine, ids, SamplingParams(max_tokens=12), label=f"{name} reads")
+    found = _print_answer(question, result.text.strip().partition("\n")[0], expected)
     original = AutoModelForCausalLM.from_pretrained(
         checkpoint_folder(base), dtype=engine.model.dtype, attn_implementation="sdpa"
     ).eval()
-    timing = _time_dense(console, f"{base}, full attention, reads", original, ids)
+    count = original.config.num_hidden_layers
+    layers = count if full else min(ORIGINAL_LAYERS, count)
+    timing = _time_dense(console, f"{base}, full attention, reads", original, ids, layers)
     _print_table(result, len(ids), timing, base)
+    if layers < count:
+        print(
+            f"{base}: {layers} of its {count} layers were run, each other counted as one of them "
+            "(--full runs all)"
+        )
+    return found
+
+
+def _print_answer(question: str, answer: str, expected: str) -> bool:
+    """Whether it is right; says so."""
+    found = expected in answer.replace(",", "")
+    verdict = "right" if found else f"wrong: expected {expected}"
+    print(f"question: {question}\nanswer:   {answer}   ({verdict})")
+    return found
 
 
 def _introduce(console: Console, engine: Engine) -> None:
@@ -125,8 +182,13 @@ def _introduce(console: Console, engine: Engine) -> None:
     )
 
 
-def _time_dense(console: Console, label: str, model: Any, ids: list[int]) -> TwinTiming:
-    """Time a model with full attention, showing its progress by layers."""
+def _time_dense(
+    console: Console, label: str, model: Any, ids: list[int], layers: int | None = None
+) -> TwinTiming:
+    """Time a model with full attention (see `time_layers`; all layers by default), showing its progress by
+    layers."""
+    count = len(model.model.layers)
+    layers = layers or count
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -134,9 +196,9 @@ def _time_dense(console: Console, label: str, model: Any, ids: list[int]) -> Twi
         TimeElapsedColumn(),
         console=console,
     ) as bar:
-        task = bar.add_task(label, total=len(model.model.layers))
+        task = bar.add_task(label, total=count if layers == count else 1 + layers)
         step: Callable[[], None] = lambda: bar.advance(task)  # noqa: E731
-        return time_twin(model, torch.tensor([ids]), on_layer=step)
+        return time_layers(model, torch.tensor([ids]), layers, on_layer=step)
 
 
 def _print_table(result: Generation, tokens: int, twin: TwinTiming, other: str) -> None:

@@ -189,11 +189,18 @@ def demo(
         str | None,
         typer.Option(help="A pulled hybrid, or small. Default: the hybrid if it was pulled, else small."),
     ] = None,
+    pull: Annotated[
+        bool,
+        typer.Option("--pull", help="Get the hybrid first, unless it is here; small where nothing answers."),
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Run all layers of the original, not six that tell the rest.")
+    ] = False,
 ) -> None:
     """Ask about a long text, and time full attention beside: the original of a pulled hybrid, or a twin."""
     from ..bench.demo import run
 
-    run(tokens, seed, model)
+    run(tokens, seed, model, pull, full)
 
 
 @benches.command()

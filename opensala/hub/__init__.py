@@ -5,7 +5,7 @@ It knows files, hubs and registries, and nothing of what our models compute.
 """
 
 from .catalog import CATALOG, DELTAS, Delta, Entry
-from .install import RECORD, installed, pull
+from .install import RECORD, NotFetched, installed, pull
 from .store import building, checkpoint_folder, models_folder, sha256_of
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "RECORD",
     "Delta",
     "Entry",
+    "NotFetched",
     "building",
     "checkpoint_folder",
     "installed",

