@@ -1,4 +1,4 @@
-# make demo, make test: from a bare checkout to done; make demo also gets a converted model (98 MB) where it can. make check: style, types, direction of imports.
+# make demo, make test: from a bare checkout to done. make check: style, types, direction of imports.
 # make test-oldest, make test-newest: what a dependency can break, with the oldest and newest versions that pyproject.toml allows.
 # make test-page: the server's page in Chromium (which has to be installed, with Node and npm); part of make test once it was made.
 # make lock: renews the lock files, from which all of these install.
@@ -52,7 +52,7 @@ endef
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/opensala demo --pull
+	$(BIN)/opensala demo
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)

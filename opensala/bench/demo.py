@@ -1,11 +1,11 @@
 """The demonstration: a question about a long text, and what full attention would have cost.
 
-With a converted model that was pulled: a number hidden in a real document, and the same document read by the
-original it was made from. Without one: a fact hidden in the standard library's sources for the small model,
-and a full-attention twin of random weights.
+With the small model: a fact hidden in the standard library's sources, and a full-attention twin of random
+weights. With a converted model: a number hidden in a real document, and the same document read by the
+original it was made from. The former is shown unless the other one is asked for, because it answers rightly.
 
-The converted model is asked for a number, in its chat format with the answer begun, because that is what it
-can do at this length: questions in people's words about a text so long it does not answer (docs/smollm2.md).
+The converted model is asked for a number, in its chat format with the answer begun, because at this length it
+answers nothing else, and not every number either (docs/smollm2.md): what it shows is time and memory.
 """
 
 import random
@@ -81,7 +81,7 @@ def run(
     Args:
         tokens: of the text; about as much as a demonstration of a minute or two takes by default.
         seed: of the fact and its place; drawn by default.
-        model: a converted model of the catalogue, or `small`; by default the former if one was pulled.
+        model: a converted model of the catalogue, or `small`, the default without `pull`.
         pull: get the converted model first, unless it is here. Where no place that has it answers, this is
             said and the small model is shown.
         full: run all layers of the original, not some of them with the rest counted as these.
@@ -100,15 +100,9 @@ def run(
             if model is not None:  # asked for by name: no other will do
                 raise
             console.print(str(error), highlight=False, soft_wrap=True)
+            console.print("the small model is shown instead", highlight=False)
     pulled = [name for name in DELTAS if installed(name) and installed(DELTAS[name].base)]
-    if model is None and not pulled:
-        names = " or ".join(f"opensala pull {name}" for name in DELTAS)
-        console.print(
-            f"no converted model is on this machine ({names}): the small one is shown",
-            highlight=False,
-            soft_wrap=True,
-        )
-    chosen = model or (pulled[0] if pulled else "small")
+    chosen = model or (pulled[0] if pull and pulled else "small")
     seed = random.randrange(10**6) if seed is None else seed
     if chosen == "small":
         found = _run_small(console, tokens or SMALL_TOKENS, seed)

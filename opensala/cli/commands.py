@@ -187,11 +187,11 @@ def demo(
     seed: Seed = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A pulled hybrid, or small. Default: the hybrid if it was pulled, else small."),
+        typer.Option(help="A pulled hybrid, or small. Default: small, the hybrid with --pull."),
     ] = None,
     pull: Annotated[
         bool,
-        typer.Option("--pull", help="Get the hybrid first, unless it is here; small where nothing answers."),
+        typer.Option("--pull", help="Show the hybrid and get it first; small where nothing answers."),
     ] = False,
     full: Annotated[
         bool, typer.Option("--full", help="Run all layers of the original, not six that tell the rest.")

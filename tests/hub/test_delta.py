@@ -98,12 +98,12 @@ def test_the_hybrid_is_assembled_and_runs_by_its_name(delta, home):
     assert published.pull(NAME, quiet=True) == folder  # offline, and not made again
 
 
-def test_the_demonstration_takes_it_where_it_was_pulled(delta, home, capsys):
+def test_the_demonstration_of_a_converted_model(delta, home, capsys):
     with pytest.raises(ValueError, match="model must be one of small, smollm2-135m-sala, got 'x'"):
         demo.run(2048, model="x")
     published.pull(NAME, str(delta[0]), quiet=True)
     with pytest.raises(SystemExit):  # a random model knows no number
-        demo.run(2048, seed=1)
+        demo.run(2048, seed=1, model=NAME)
     out, said = capsys.readouterr()
     said = " ".join(said.split())  # lines are wrapped
     statement = re.search(r"'The special magic number for the (\w+ \w+) is (\d{7})\.' \(seed 1\)", said)
@@ -136,7 +136,7 @@ def test_some_layers_of_the_original_are_said_to_be_some(delta, home, capsys, mo
     monkeypatch.setattr(demo, "_print_answer", lambda *_: True)
     said = []
     for full in (False, True):
-        demo.run(2048, seed=1, full=full)
+        demo.run(2048, seed=1, model=NAME, full=full)
         said.append(capsys.readouterr().out)
     assert run == [1, 2]
     assert "1 of its 2 layers were run" in said[0] and "layers were run" not in said[1]
@@ -158,7 +158,7 @@ def test_the_demonstration_pulls_it_or_says_why_not(delta, home, capsys, monkeyp
     said = capsys.readouterr().err
     assert shown == [NAME if pulled else "small"]
     assert ("cannot be fetched: no network; no network" in said) != pulled
-    assert ("the small one is shown" in said) != pulled
+    assert ("the small model is shown instead" in said) != pulled
     if not pulled:  # by its name no other will do
         with pytest.raises(ValueError, match="cannot be fetched"):
             demo.run(2048, model=NAME, pull=True)
