@@ -110,6 +110,16 @@ def test_steps_have_the_bits_of_layers_run_one_by_one(changes, speculate):
     assert alone == outcome(running, PROMPTS[:3])
 
 
+def test_long_selections_have_the_same_bits_in_stripes():
+    """More blocks than two stripes (STRIPE of step.cpp), the last stripe a part; one token, and drafts."""
+    model, prompts = tiny_model(), [ids(2 * 256 * BLOCK + 5 * BLOCK + 3, 7)]
+    sizes = {"max_cached_tokens": 12_000, "max_batch_tokens": 2000}
+    for speculate in (0, 4):
+        running = engine(model, speculate=speculate, **sizes)
+        assert outcome(running, prompts) == outcome(one_by_one(model, speculate=speculate, **sizes), prompts)
+        assert running.runner.native.num_steps > 0
+
+
 @pytest.mark.parametrize(
     "change",
     [

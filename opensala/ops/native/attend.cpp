@@ -85,6 +85,14 @@ void hide(float* row, int64_t seen, int64_t padded) {
   for (int64_t j = seen; j < padded; ++j) row[j] = -INF;
 }
 
+// Rows of a tile up to which values in float32 are multiplied where they lie: a copy would be read too seldom to pay.
+constexpr int64_t FEW = 2 * ROWS;
+
+// Whether the values of a block lie so that a product can read them: full vectors of float32, one step apart.
+bool readable(const Rows& v, const Attention& p) {
+  return v.kind == 0 && p.value_dim % W == 0 && (!v.pages || (v.page_size == p.block_size && v.step == 1));
+}
+
 void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head) {
   int64_t group = p.group(), rows_in_tile = (last - first) * group;
   int64_t padded = round_up(p.block_size, W), width = round_up(p.value_dim, W);
@@ -98,6 +106,7 @@ void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head)
   Rows k = p.k.head(p.kv_head(head) * p.k_head), v = p.v.head(p.kv_head(head) * p.v_head);
   const float* queries = p.q + (first * p.heads + head * group) * p.dim;
   auto query = [&](int32_t i) { return queries + ((i / group) * p.heads + i % group) * p.dim; };
+  bool in_place = rows_in_tile <= FEW && readable(v, p);
 
   for (int64_t block = 0, end = p.blocks_up_to(last - 1), next = 0; block < end; block = next) {
     Queries asking = pairs.of(p, block, first, last);
@@ -110,7 +119,10 @@ void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head)
       k_ahead = k.ahead(then.base, then.keys, p.dim), v_ahead = v.ahead(then.base, then.keys, p.value_dim);
     }
     pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys.data, padded, k_ahead);
-    pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
+    const float* value_rows = in_place ? v.at<float>(source.base) : values.data;
+    if (in_place) v_ahead.fetch(0, v_ahead.count);
+    else pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
+    int64_t value_step = in_place ? v.stride : width;
     for_each_batch(p, asking, block, first, [&](const Batch& rows) {
       const float* a[BATCH];
       float* o[BATCH];
@@ -138,8 +150,8 @@ void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head)
         }
         mass += total(sum);
       }
-      product<true>([&](int r, int64_t k) { return scores.data[r * padded + k]; }, rows.count, source.keys, values.data,
-                    width, [&](int r) { return o[r]; }, int(width));
+      product<true>([&](int r, int64_t k) { return scores.data[r * padded + k]; }, rows.count, source.keys, value_rows,
+                    value_step, [&](int r) { return o[r]; }, int(width));
     });
   }
   for (int64_t i = 0; i < rows_in_tile; ++i) {

@@ -64,7 +64,7 @@ class RegionTile : public Scorer {
     region_scores();
     pick();
     score();
-    choose();
+    choose(scores_.data, row_stride_);
   }
 
  private:

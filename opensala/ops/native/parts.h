@@ -52,6 +52,12 @@ void store_sequence(const Store& s, int64_t n);
 // --- selection of blocks (select.cpp) ---
 
 void select_tile(const Unit& unit);
+// The same in parts, for a tile of few queries with many blocks. First the denominators, `[queries, group]`:
+void select_lse(const Unit& unit, float* lse);
+// then scores of blocks first ... last - 1, in any parts (first is a multiple of W), into rows of `stride`:
+void select_scores(const Unit& unit, const float* lse, int64_t first, int64_t last, float* scores, int64_t stride);
+// then the choice.
+void select_best(const Unit& unit, const float* scores, int64_t stride);
 
 // --- attention (attend.cpp) ---
 

@@ -14,19 +14,48 @@ constexpr float SLACK = 30.0f;   // exponents above the reference of a sum that 
 
 class Tile : public Scorer {
  public:
+  using Scorer::choose;
   explicit Tile(const Unit& unit)
       : Scorer(unit, PANEL), peak_(queries() * s_.group()), mass_(queries() * s_.group() * W) {}
 
   void run() {
-    bool level2 = s_.coarse && seen(s_.position(first_), 4 * s_.kernel, 4 * s_.stride) > 0;
-    if (level2) denominators(s_.k2.head(head_ * s_.k2_head), 4 * s_.kernel, 4 * s_.stride);
-    else denominators(keys1(), s_.kernel, s_.stride);
-    score_blocks();
-    choose();
+    sum();
+    score_blocks(0, blocks());
+    choose(scores_.data, row_stride_);
+  }
+
+  void lse(float* out) {
+    sum();
+    std::copy_n(lse_.data, queries() * s_.group(), out);
+  }
+
+  void scores(const float* lse, int64_t first, int64_t last, float* out, int64_t stride) {
+    std::copy_n(lse, queries() * s_.group(), lse_.data);
+    // The last window of the panel before reaches into the first block.
+    score_blocks(std::max<int64_t>(0, first - W), last);
+    for (int64_t t = 0; t < queries(); ++t)
+      std::copy_n(scores_.data + t * row_stride_ + first, last - first, out + t * stride + first);
   }
 
  private:
   Scratch peak_, mass_;
+
+  int64_t blocks() const { return s_.position(last_ - 1) / s_.block_size + 1; }
+
+  void sum() {
+    bool level2 = s_.coarse && seen(s_.position(first_), 4 * s_.kernel, 4 * s_.stride) > 0;
+    if (level2) denominators(s_.k2.head(head_ * s_.k2_head), 4 * s_.kernel, 4 * s_.stride);
+    else denominators(keys1(), s_.kernel, s_.stride);
+  }
+
+  // Asks for compressed keys that are read soon: they lie some to a page, so that the processor does not foresee them.
+  void fetch(const Rows& keys, int64_t first, int64_t last) const {
+    int64_t bytes = s_.dim * item_bytes(keys.kind);
+    for (int64_t i = first; i < last; ++i) {
+      auto* row = static_cast<const char*>(keys.kind ? static_cast<const void*>(keys.at<BFloat16>(i)) : keys.at<float>(i));
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
+    }
+  }
 
   // lse_[row]: log2 of the sum of 2^(s * factor) over the windows of one level that the row's query sees.
   void denominators(const Rows& keys, int64_t kernel, int64_t step) {
@@ -36,6 +65,7 @@ class Tile : public Scorer {
     int64_t most = seen(s_.position(last_ - 1), kernel, step), least = seen(s_.position(first_), kernel, step);
     Vec factor = splat(s_.factor);
     for (int64_t w = 0; w < most; w += PANEL) {
+      fetch(keys, w + PANEL, std::min(most, w + 2 * PANEL));
       pack_transposed(keys, w, 1, int(std::min<int64_t>(PANEL, most - w)), PANEL, s_.dim, panel_.data, PANEL);
       for (int64_t row = 0; row < rows; row += CHUNK) {
         int count = int(std::min<int64_t>(CHUNK, rows - row));
@@ -69,12 +99,12 @@ class Tile : public Scorer {
   }
 
   // Block scores: maximum over the windows that touch the block of the probabilities summed over heads.
-  void score_blocks() {
-    int64_t group = s_.group(), columns = W * s_.ratio(), queries = last_ - first_;
-    int64_t windows = visible(queries - 1), blocks = s_.position(last_ - 1) / s_.block_size + 1;
+  void score_blocks(int64_t from, int64_t to) {
+    int64_t group = s_.group(), columns = W * s_.ratio(), queries = last_ - first_, windows = visible(queries - 1);
     std::fill_n(carry_.data, queries * W, -INF);
     int64_t together = std::max<int64_t>(1, CHUNK / group);
-    for (int64_t block = 0; block < blocks; block += W) {
+    for (int64_t block = from; block < to; block += W) {
+      fetch(keys1(), (block + W) * s_.ratio(), std::min(windows, (block + 2 * W) * s_.ratio()));
       pack_panel(block, windows);
       for (int64_t t = 0; t < queries; t += together) {
         int64_t many = std::min(together, queries - t);
@@ -102,6 +132,11 @@ void select_all(const std::vector<Selection>& selections, int64_t tile_rows, int
 }  // namespace
 
 void select_tile(const Unit& unit) { Tile(unit).run(); }
+void select_lse(const Unit& unit, float* lse) { Tile(unit).lse(lse); }
+void select_scores(const Unit& unit, const float* lse, int64_t first, int64_t last, float* scores, int64_t stride) {
+  Tile(unit).scores(lse, first, last, scores, stride);
+}
+void select_best(const Unit& unit, const float* scores, int64_t stride) { Tile(unit).choose(scores, stride); }
 
 // Queries at positions first ... first + tokens - 1; out `[T, Hkv, num_blocks]`, ascending, padded with -1.
 extern "C" void opensala_select(

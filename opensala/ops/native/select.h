@@ -187,10 +187,11 @@ class Scorer {
     store(carry, last);
   }
 
-  void choose() {
+  // From block scores `[queries, stride]`.
+  void choose(const float* scores, int64_t stride) {
     for (int64_t t = first_; t < last_; ++t) {
       int64_t own = s_.position(t) / s_.block_size;
-      best_.choose(scores_.data + (t - first_) * row_stride_, own + 1, std::min(s_.init, own + 1),
+      best_.choose(scores + (t - first_) * stride, own + 1, std::min(s_.init, own + 1),
                    std::max<int64_t>(0, own - s_.window_blocks), s_.num_blocks, s_.out + (t * s_.kv_heads + head_) * s_.num_blocks);
     }
   }

@@ -4,13 +4,10 @@
 // barrier of its own, spinning, for what a part takes is less than what it costs to put a thread to sleep. Every part is
 // made of the pieces that calls of whole layers are made of (`parts.h`), so the bits are those of the layers run one by
 // one, however many tokens, sequences and threads there are.
-#include <omp.h>
-
-#include <atomic>
-#include <thread>
 #include <vector>
 
 #include "parts.h"
+#include "team.h"
 
 namespace {
 
@@ -50,51 +47,31 @@ struct Batch {
   float* kept;  // keys, then values `[T, Hkv * D]` of each Lightning layer, or null
 };
 
-// --- threads ---
-
-// Threads that share out numbered units of work and wait for each other.
-class Team {
- public:
-  explicit Team(int size) : size_(size) {}
-
-  // Calls use(i) for i < count on whichever thread comes first; returns when all are done.
-  template <typename Use>
-  void share(int64_t count, const Use& use) {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) use(i);
-    wait();
-  }
-
-  void wait() {
-    if (size_ == 1) return next_.store(0, std::memory_order_relaxed);
-    int64_t turn = turn_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      next_.store(0, std::memory_order_relaxed);
-      turn_.store(turn + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-      if (spins > SPINS) std::this_thread::yield();  // the thread that is waited for may need this core
-#if defined(__x86_64__)
-      else __builtin_ia32_pause();
-#endif
-    }
-  }
-
- private:
-  static constexpr int SPINS = 4000;
-  int size_;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> arrived_{0};
-  alignas(64) std::atomic<int64_t> turn_{0};
-};
-
 // What all threads see: `[T, width]` each.
 struct Shared {
   Scratch q, k, v, gate, q_rotated, k_rotated, mixed, up, active, out, rows;
   std::vector<int32_t> blocks;
   std::vector<uint16_t> narrow_k, narrow_v;  // keys and values as a 16-bit pool has them
+  int64_t row;  // block scores of a query, where a tile is shared out in stripes; else 0
+  Scratch lse, scores;
 };
+
+constexpr int64_t STRIPE = 256;  // blocks
+
+// Whether sequence n selects with one tile that is long enough to be shared out, beyond where all blocks are taken and
+// before the second level begins.
+bool striped(const Model& m, const Batch& b, int64_t n) {
+  int64_t tokens = b.bounds[n + 1] - b.bounds[n], first = b.lengths[n] - tokens;
+  return b.sparse[n] && b.sequences <= 2 && tokens > 0 && tokens <= 8 && first >= 2 * STRIPE * m.block &&
+         first >= std::max(m.num_blocks * m.block, 4 * m.kernel - 1);
+}
+
+int64_t row_of_scores(const Model& m, const Batch& b) {
+  int64_t most = 0;
+  for (int64_t n = 0; n < b.sequences; ++n)
+    if (b.any_sparse && striped(m, b, n)) most = std::max<int64_t>(most, b.lengths[n]);
+  return most ? round_up((most + m.block - 1) / m.block, W) : 0;
+}
 
 int64_t widest(const Model& m, int64_t (*of)(const Layer&)) {
   int64_t most = 1;
@@ -196,7 +173,7 @@ class Worker {
     for (const Product& p : products) {
       if (!p.weights.data) continue;
       linear[many] = {p.x, p.weights, p.out, tokens_, p.weights.inner, p.weights.outer};
-      width[many] = columns_of_unit(linear[many], threads_);
+      width[many] = std::max<int64_t>(W, columns_of_unit(linear[many], threads_) / 2 / W * W);
       end[many] = units += (p.weights.outer + width[many] - 1) / width[many];
       ++many;
     }
@@ -346,22 +323,48 @@ class Worker {
     });
   }
 
-  // Blocks of the sparse sequences. Everything is cut as a call of the selection alone cuts it.
+  // Blocks of the sparse sequences. Everything is cut as a call of the selection alone cuts it; only block scores, each
+  // of which stands for itself, are shared out in stripes where one (sequence, kv head) a unit would leave threads idle.
   void choose(const Layer& l, const float* q) {
     Place k1 = place(l.k1, 2), k2 = place(l.k2, 3);
     Selection like{q, {k1.data, m_.level_kind, k1.row}, {k2.data, m_.level_kind, k2.row}, k1.head, k2.head, 0, 0, l.heads, l.kv_heads, l.dim,
                    m_.block, m_.stride, m_.kernel, m_.init, m_.window_blocks, m_.num_blocks, m_.coarse != 0, float(m_.factor),
                    s_.blocks.data()};
-    team_.share(b_.sequences * l.kv_heads, [&](int64_t i) {
+    auto selection = [&](int64_t i) { return paged_selection(table_, like, i / l.kv_heads, k1.page, k2.page); };
+    int64_t units = b_.sequences * l.kv_heads, stripes = (s_.row + STRIPE - 1) / STRIPE;
+    team_.share(units, [&](int64_t i) {
       int64_t n = i / l.kv_heads, head = i % l.kv_heads;
       if (!b_.sparse[n] || !table_.tokens(n)) return;
-      Selection s = paged_selection(table_, like, n, k1.page, k2.page);
+      Selection s = selection(i);
+      if (striped(m_, b_, n)) return select_lse({&s, 0, s.tokens, head}, lse(l, i));
       int64_t everything = take_all(s, head, head + 1);
       int64_t level2 = std::min(s.tokens, std::max(everything, 4 * s.kernel - 1 - s.first));
       if (everything < level2) select_tile({&s, everything, level2, head});
       if (level2 < s.tokens) select_tile({&s, level2, s.tokens, head});
     });
+    if (!stripes) return;
+    team_.share(units * stripes, [&](int64_t u) {
+      int64_t i = u / stripes, first = u % stripes * STRIPE;
+      if (!striped(m_, b_, i / l.kv_heads)) return;
+      Selection s = selection(i);
+      Unit unit{&s, 0, s.tokens, i % l.kv_heads};
+      int64_t last = std::min(first + STRIPE, unit.blocks());
+      if (first < last) select_scores(unit, lse(l, i), first, last, scores(l, i), s_.row);
+    });
+    team_.share(units, [&](int64_t i) {
+      if (!striped(m_, b_, i / l.kv_heads)) return;
+      Selection s = selection(i);
+      select_best({&s, 0, s.tokens, i % l.kv_heads}, scores(l, i), s_.row);
+    });
   }
+
+  // Where a (sequence, kv head) has its rows of denominators and of block scores.
+  int64_t first_row(const Layer& l, int64_t i) const {
+    int64_t n = i / l.kv_heads;
+    return b_.bounds[n] * l.kv_heads + i % l.kv_heads * table_.tokens(n);
+  }
+  float* lse(const Layer& l, int64_t i) const { return s_.lse.data + first_row(l, i) * (l.heads / l.kv_heads); }
+  float* scores(const Layer& l, int64_t i) const { return s_.scores.data + first_row(l, i) * s_.row; }
 
   void finish(const float* x) {
     int64_t width = m_.hidden;
@@ -384,11 +387,13 @@ extern "C" void opensala_step(const void* model, const void* batch, int64_t thre
   int64_t q = widest(m, [](const Layer& l) { return l.q.outer; }), kv = widest(m, [](const Layer& l) { return l.k.outer; });
   int64_t wide = std::max(q, m.inner), kv_heads = widest(m, [](const Layer& l) { return l.kv_heads; });
   bool narrow = m.kind != 0 && m.kind != INT8;
+  int64_t row = row_of_scores(m, b), heads = widest(m, [](const Layer& l) { return l.heads; });
   Shared shared{Scratch(tokens * wide), Scratch(tokens * kv), Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * q),
                 Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * m.inner), Scratch(tokens * m.inner),
                 Scratch(tokens * m.hidden), Scratch(tokens * std::max(m.hidden, q)),
                 std::vector<int32_t>(b.any_sparse ? tokens * kv_heads * m.num_blocks : 0),
-                std::vector<uint16_t>(narrow ? tokens * kv : 0), std::vector<uint16_t>(narrow ? tokens * kv : 0)};
+                std::vector<uint16_t>(narrow ? tokens * kv : 0), std::vector<uint16_t>(narrow ? tokens * kv : 0),
+                row, Scratch(row ? tokens * heads : 0), Scratch(tokens * kv_heads * row)};
   Team* team = nullptr;
 #pragma omp parallel num_threads(threads)
   {
