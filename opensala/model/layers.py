@@ -158,7 +158,32 @@ class SwiGLU(nn.Module):
         self.act, self.is_silu = ACT2FN[config.hidden_act], config.hidden_act == "silu"
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._stays_narrow(x):
+            return self._narrow(x)
         return self.down_proj(self.activate(self.gate_proj(x), self.up_proj(x)))
+
+    def _stays_narrow(self, x: Tensor) -> bool:
+        """Whether all three products of these rows are computed in one 16-bit dtype (see `product`), by
+        layers that nobody listens to or has put another module in place of."""
+        parts = self.gate_proj, self.up_proj, self.down_proj
+        if not self.is_silu or x.dtype != torch.float32 or x.device.type != "cpu":
+            return False
+        if not all(type(p) is Linear and p.bias is None for p in parts):
+            return False
+        if any(p._forward_hooks or p._forward_pre_hooks for p in parts):
+            return False
+        weights, rows = [p.weight for p in parts], x.shape[:-1].numel()
+        narrow = all(w.itemsize == 2 and w.dtype == weights[0].dtype for w in weights)
+        enough = all(p.half_rows is not None and rows >= p.half_rows for p in parts)
+        return narrow and enough and runs_alone(x, *weights)
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        """The same bits as layer by layer, with x rounded once and nothing widened between the products:
+        float32 copies of what lies between them took a fifth of the time of reading in bfloat16."""
+        multiply = nn.functional.linear
+        y = x.to(self.gate_proj.weight.dtype)
+        inner = silu_mul(multiply(y, self.gate_proj.weight), multiply(y, self.up_proj.weight))
+        return multiply(inner, self.down_proj.weight).to(x.dtype)
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         """act(gate) * up."""

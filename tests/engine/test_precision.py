@@ -144,3 +144,21 @@ def test_the_shipped_model_gives_the_bits_of_float32():
     params = SamplingParams(max_tokens=8)
     texts = [generate(e, prompt, params, stream=False, quiet=True).text for e in (auto, wide)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_feed_forward_stays_in_16_bits_with_the_same_bits(dtype):
+    """From HALF_ROWS on nothing is widened between its products; a listener sees every layer run."""
+    model = small(dtype)
+    apply_precision(model, Precision(dtype, HALF_ROWS))
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(1, HALF_ROWS, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert mlp._stays_narrow(x) and not mlp._stays_narrow(x[:, 1:])
+        together = mlp(x)
+        apart = mlp.down_proj(mlp.activate(mlp.gate_proj(x), mlp.up_proj(x)))
+        assert together.dtype == torch.float32 and torch.equal(together, apart)
+        heard = []
+        mlp.up_proj.register_forward_hook(lambda *_: heard.append("up"))
+        assert torch.equal(mlp(x), apart) and heard == ["up"]
+    assert not mlp._stays_narrow(x), "gradients are wanted"

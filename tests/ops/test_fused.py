@@ -129,6 +129,19 @@ def test_silu_mul_equals_naive(backend, shape):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5, 100), (2, 513), (40, 1536)], ids=str)
+def test_silu_mul_of_16_bits_is_that_of_float32_rounded(shape, dtype):
+    """Read as stored, in one kernel: the bits of widening first and rounding afterwards."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    gate, up = ((3 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(2))
+    apart = torch.stack([up, up], -1)[..., 0]  # not contiguous
+    with torch.no_grad():
+        out = silu_mul(gate, apart, backend="cpp")
+        wanted = silu_mul(gate.float(), up.float(), backend="cpp").to(dtype)
+    assert out.dtype == dtype and torch.equal(out, wanted)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_norm_of_float32_may_come_out_rounded(backend):
     """As under autocast: stream, weight and the gradients by them in float32, all else in bfloat16."""
