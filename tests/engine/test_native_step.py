@@ -120,6 +120,30 @@ def test_long_selections_have_the_same_bits_in_stripes():
         assert running.runner.native.num_steps > 0
 
 
+def test_the_window_before_a_stripe_reaches_into_it():
+    """All compressed keys are zero but that of the window that begins in a stripe's last block and ends in the
+    next one's first: where a head likes it, it chooses both."""
+    model, prompt = tiny_model(), ids(2 * 256 * BLOCK + 5 * BLOCK + 3, 7)
+    spec, found = model.config.block_spec, []
+    token = (256 * (BLOCK // spec.kernel_stride) - 1) * spec.kernel_stride + spec.kernel_size - 1
+    for make in (engine, one_by_one):
+        running = make(model, max_cached_tokens=12_000, max_batch_tokens=2000)
+        name = running.add(prompt, PARAMS)
+        while running.sequence(name).is_reading:
+            running.step()
+        page, pull = running.sequence(name).pages[token // BLOCK], torch.Generator().manual_seed(0)
+        for pool in running.storage.kv.values():
+            _, _, k1, k2 = pool
+            k1.zero_(), k2.zero_()
+            key = k1[page, token % BLOCK // spec.kernel_stride]
+            key.copy_(20 * torch.randn(key.shape, generator=pull))
+        logprobs = []
+        while running.has_work:
+            logprobs += [event.logprob for event in running.step() if event.token is not None]
+        found.append(logprobs)
+    assert found[0] == found[1] and len(found[0]) > 20
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -186,12 +186,13 @@ def test_gradients_in_16_bits_are_rounded_once(dtype, tolerance, shape):
     for a, b in zip(got, wanted, strict=True):
         assert_close(a.detach(), b.detach(), tolerance)
     noise = [torch.randn_like(t) for t in got]
+    # Three roundings: of a sum, more than its own is in the difference.
     for n, weights in enumerate(noise):  # one by one: autograd adds up in 16 bits what flows to one tensor
         ways = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         grads = torch.autograd.grad(got[n], [*half, scales[0]], weights, **ways)
         exact = torch.autograd.grad(wanted[n], [*wide, scales[1]], weights.double(), **ways)
         for a, b in zip(grads, exact, strict=True):
-            assert_close(a, b, 2 * tolerance, f"step {n}")
+            assert_close(a, b, 3 * tolerance, f"step {n}")
 
 
 def test_a_gradient_has_the_same_bits_every_time():
