@@ -121,8 +121,8 @@ def test_long_selections_have_the_same_bits_in_stripes():
 
 
 def test_the_window_before_a_stripe_reaches_into_it():
-    """All compressed keys are zero but that of the window that begins in a stripe's last block and ends in the
-    next one's first: where a head likes it, it chooses both."""
+    """All compressed keys are zero but that of the window that begins in a stripe's last block and ends in
+    the next one's first: where a head likes it, it chooses both."""
     model, prompt = tiny_model(), ids(2 * 256 * BLOCK + 5 * BLOCK + 3, 7)
     spec, found = model.config.block_spec, []
     token = (256 * (BLOCK // spec.kernel_stride) - 1) * spec.kernel_stride + spec.kernel_size - 1
