@@ -3,6 +3,7 @@
 They are forked from a server that has imported everything once: importing takes longer than all the checks.
 """
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ PRELOADED = [
 
 
 def _member(rank, world, port, function, args):
+    faulthandler.enable()  # a process that crashes says where
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
