@@ -12,7 +12,7 @@ from ..data.pack import PackSource, is_packed, pack, parse_sources
 from ..hub import checkpoint_folder
 from ..parallel import ParallelMesh, from_first
 from ..runs.progress import counter
-from .recipes import Halo, Recipe, Stage
+from .recipe import Halo, Recipe, Stage
 
 
 def run_halo(

@@ -1,11 +1,11 @@
-"""Bad steps: which they are, and when to give up. See `recipes.Guard` for the policy."""
+"""Bad steps: which they are, and when to give up. See `recipe.Guard` for the policy."""
 
 import math
 from collections import deque
 from statistics import median
 from typing import Any
 
-from .recipes import Guard
+from .recipe import Guard
 
 
 class StepGuard:

@@ -13,7 +13,7 @@ from ..model import MiniCPMSALAConfig
 from ..model.flops import all_parameters
 from ..model.machines import layer_bytes
 from .loss import LOSS_ROWS
-from .recipes import Recipe, Stage
+from .recipe import Recipe, Stage
 
 _STATES = 16  # bytes per parameter: float32 master, gradient, two moments
 

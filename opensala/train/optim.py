@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..model import MiniCPMSALAConfig
-from .recipes import Optimizer
+from .recipe import Optimizer
 
 
 def parameter_groups(

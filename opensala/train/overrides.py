@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..model.config import check_choice
-from .recipes import Halo, Recipe, Stage
+from .recipe import Halo, Recipe, Stage
 from .schedule import Schedule
 
 

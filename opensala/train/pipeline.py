@@ -42,7 +42,7 @@ from .data import StageData
 from .data.batches import check_source
 from .memory import check_fits
 from .plan import check_world
-from .recipes import Halo, Recipe, Stage
+from .recipe import Halo, Recipe, Stage
 from .start import RunConfig, Start, begun_with, own_transformer, reduced
 from .steps import StepBatch
 from .trainer import Signals, StageRun

@@ -15,7 +15,7 @@ from ..model.config import SPARSE
 from ..model.flops import training_flops
 from ..model.machines import DEVICES, GB, check_machines
 from .memory import training_memory
-from .recipes import Halo, Recipe, Stage
+from .recipe import Halo, Recipe, Stage
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..model import MiniCPMSALAConfig
-from .recipes import Halo, Recipe, Stage
+from .recipe import Halo, Recipe, Stage
 
 _FREE = (
     "probe_tokens",

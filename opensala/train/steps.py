@@ -17,7 +17,7 @@ from ..model.flops import training_flops
 from ..parallel import ParallelMesh, on_whole_weights, shard_sequence, share_of_loss, total_over_ranks
 from .data import PackedSequence, StageData
 from .loss import IGNORED, chunked_cross_entropy
-from .recipes import Stage
+from .recipe import Stage
 
 LossOfRow = Callable[..., Tensor]
 

@@ -25,7 +25,7 @@ from .data import StageData
 from .guard import StepGuard
 from .memory import pass_tokens
 from .optim import new_adamw, set_rate
-from .recipes import Recipe, Stage
+from .recipe import Recipe, Stage
 from .steps import FlopCounter, Prefetcher, StepBatch, accumulate, mean_loss, recompute_layers, row_loss
 from .watch import Board, peak_memory
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .recipes import Stage
+from .recipe import Stage
 
 
 def peak_memory(device: torch.device) -> int:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from opensala.convert.config import ConvertConfig, Phase, Probes
-from opensala.train.recipes import Halo, Recipe, Source, tiny
+from opensala.train.recipe import Halo, Recipe, Source
+from opensala.train.recipes import tiny
 from opensala.train.schedule import Schedule
 
 LINES = [

@@ -17,7 +17,8 @@ from opensala.engine import shipped_model
 from opensala.train.data import PackedSequence, StageData
 from opensala.train.data.synthetic import Synthetic
 from opensala.train.loss import IGNORED
-from opensala.train.recipes import TINY_TEMPLATE, Source, Stage
+from opensala.train.recipe import Source, Stage
+from opensala.train.recipes import TINY_TEMPLATE
 from opensala.train.schedule import Schedule
 
 CHATML = (

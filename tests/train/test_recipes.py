@@ -12,7 +12,8 @@ from opensala.train.guard import StepGuard
 from opensala.train.optim import new_adamw, parameter_groups, set_rate
 from opensala.train.overrides import bind, override
 from opensala.train.plan import plan, scratch
-from opensala.train.recipes import Guard, Halo, Optimizer, Source, minicpm_sala_9b, recipe_named, tiny
+from opensala.train.recipe import Guard, Halo, Optimizer, Source
+from opensala.train.recipes import minicpm_sala_9b, recipe_named, tiny
 from opensala.train.schedule import Schedule
 
 from ..conftest import tiny_config, tiny_model

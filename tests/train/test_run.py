@@ -19,7 +19,7 @@ from opensala.runs import FolderLock
 from opensala.train.conversion import recipe_files
 from opensala.train.overrides import override
 from opensala.train.pipeline import train
-from opensala.train.recipes import Guard, Source
+from opensala.train.recipe import Guard, Source
 from opensala.train.start import Start
 from opensala.train.trainer import StageRun, Stopped
 

@@ -12,7 +12,8 @@ from opensala.model import MiniCPMSALAForCausalLM
 from opensala.runs import read_json
 from opensala.train.overrides import bind
 from opensala.train.pipeline import train
-from opensala.train.recipes import Halo, recipe_named
+from opensala.train.recipe import Halo
+from opensala.train.recipes import recipe_named
 from opensala.train.start import Start
 
 TEMPLATE = (

@@ -18,7 +18,7 @@ import torch
 from ...data.documents import DocumentSource, Files, InstalledTexts, find_files
 from ...data.encode import Encoder, Example
 from ..loss import IGNORED
-from ..recipes import Source, Stage
+from ..recipe import Source, Stage
 from .synthetic import Synthetic
 
 _WAITING = 32  # conversations held back to fill sequences with
