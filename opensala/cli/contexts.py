@@ -278,8 +278,8 @@ def plan(
     kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto (as --dtype) or int8.")] = "auto",
 ) -> None:
     """What a context takes, part by part, and where it fits, before anything runs."""
-    from ..engine.engine import KV_DTYPES
     from ..engine.load import DTYPES, checkpoint_config
+    from ..engine.options import KV_DTYPES
     from ..engine.plan import CARDS, plan_context
 
     tokens = token_count(context, "--context")

@@ -4,9 +4,10 @@ from .answer import Generation, generate
 from .ask import ask, build_prompt
 from .decode import check_text
 from .documents import Document, Reading, Skipped, read_documents
-from .engine import Engine, EngineOptions
+from .engine import Engine
 from .grammar import Grammar
 from .load import load_engine, shipped_model
+from .options import EngineOptions
 from .prefill import prefill
 from .request import Completion, FinishReason, Reuse, SamplingParams, Selection, TokenEvent
 

@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
-from .engine import Engine, EngineOptions
+from .engine import Engine
+from .options import EngineOptions
 from .precision import apply_precision, measured_precision, own_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

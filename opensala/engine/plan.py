@@ -12,7 +12,7 @@ import torch
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.storage import cache_sizes, row_bytes, text_bytes
 from ..ops.sparse import num_windows
-from .engine import EngineOptions
+from .options import EngineOptions
 
 CARDS = (24, 32, 48, 80, 96, 141)  # GB of the cards that people have
 _USABLE = 0.95  # of a card: the driver and the allocator keep the rest

@@ -5,7 +5,7 @@ import torch
 
 from opensala import MiniCPMSALAConfig
 from opensala.engine import Engine, EngineOptions
-from opensala.engine.engine import KV_DTYPES
+from opensala.engine.options import KV_DTYPES
 from opensala.engine.plan import CARDS, plan_context
 
 from ..conftest import tiny_model

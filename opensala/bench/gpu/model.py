@@ -53,7 +53,8 @@ def model_of(context: Context) -> MiniCPMSALAForCausalLM:
 
 def engine_of(context: Context, tokens: int) -> Any:
     """An engine with room for one text of so many tokens, and its answer."""
-    from ...engine.engine import Engine, EngineOptions
+    from ...engine.engine import Engine
+    from ...engine.options import EngineOptions
     from ...engine.runner import Runner
 
     sizes = context.sizes
