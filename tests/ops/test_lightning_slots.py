@@ -81,7 +81,7 @@ def test_twenty_thousand_tokens_stay_accurate():
     wide = (x.double()[None] for x in (q, k, v))
     wanted, end = lightning_attention(*wide, decay, scale=0.3, backend="torch")
     error = (out.double() - wanted[0]).abs().max() / wanted.abs().max()
-    assert error < 2e-6 and ((states[0].double() - end[0]).abs().max() / end.abs().max()) < 2e-6
+    assert error < 4e-6 and ((states[0].double() - end[0]).abs().max() / end.abs().max()) < 4e-6
 
 
 def test_what_does_not_fit_is_refused():
