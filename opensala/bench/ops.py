@@ -95,7 +95,7 @@ def _verified(report: Report, dtypes: tuple[torch.dtype, ...]) -> Backend:
 
 def _cpu(report: Report, quick: bool, unit: int = K) -> None:
     best = _verified(report, CPU_DTYPES)
-    roofline = measure_roofline(report, quick)
+    roofline = measure_roofline(report, quick or unit != K)
     for dtype in CPU_DTYPES:
         _time_ops(report, quick, unit, best, dtype)
     if quick:

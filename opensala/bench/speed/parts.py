@@ -15,6 +15,7 @@ _PARTS = {
     "opensala_select": "selection",
     "opensala_attend": "attention",
     "opensala_lightning": "lightning",
+    "opensala_store": "writing pages",
     "rest": "rest: Python and torch",
 }
 
@@ -51,7 +52,7 @@ def by_part(kernels: dict[str, float]) -> dict[str, float]:
     """Seconds of native kernels by the part of the work that they do."""
     grouped: dict[str, float] = {}
     for name, seconds in kernels.items():
-        part = next((p for begin, p in _PARTS.items() if name.startswith(begin)), "norms, gates, storing")
+        part = next((p for begin, p in _PARTS.items() if name.startswith(begin)), "norms and gates")
         grouped[part] = grouped.get(part, 0.0) + seconds
     return grouped
 
