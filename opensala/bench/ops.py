@@ -79,7 +79,7 @@ def run(
     return report
 
 
-def _verified(report: Report, dtypes: tuple[torch.dtype, ...]) -> Backend:
+def _verified(report: Report, dtypes: tuple[torch.dtype, ...], shorten: int) -> Backend:
     best = planned_backend(torch.empty(0, dtype=dtypes[0], device=report.device))
     if best == "torch":
         report.note("the fastest form cannot run here: only the PyTorch form is timed (the log says why)")
@@ -88,13 +88,13 @@ def _verified(report: Report, dtypes: tuple[torch.dtype, ...]) -> Backend:
         report.say(
             f"results in {str(dtype).removeprefix('torch.')} against float64, {TOLERANCE[dtype]:.0e} at most"
         )
-        for line in verify_ops(report.device, dtype, backends):  # type: ignore[arg-type]
+        for line in verify_ops(report.device, dtype, backends, shorten):  # type: ignore[arg-type]
             report.say(f"  {line}")
     return best  # type: ignore[return-value]
 
 
 def _cpu(report: Report, quick: bool, unit: int = K) -> None:
-    best = _verified(report, CPU_DTYPES)
+    best = _verified(report, CPU_DTYPES, 1 if unit == K else 4)
     roofline = measure_roofline(report, quick or unit != K)
     for dtype in CPU_DTYPES:
         _time_ops(report, quick, unit, best, dtype)
