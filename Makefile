@@ -5,6 +5,8 @@
 # make gpu: tests, times and report of the GPU kernels, with the Python that has torch and Triton; OUT is where they go,
 # GPU holds options of scripts/gpu.py (GPU='--seconds 270').
 # make reproduce: the SmolLM2 hybrid from the original's weights to its tables, in RUN; make smoke: the same steps at tiny sizes.
+# make figures: every figure of speed in README and docs measured again, in runs/figures (RUN=), one process after the
+# other for some hours; FIGURES holds options of scripts/reproduce_speed.py (FIGURES='--only ops,engine', FIGURES=--list).
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= benchmarks
@@ -15,7 +17,7 @@ PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 COMPATIBILITY := -m 'not triton' tests/model tests/engine tests/test_docs.py tests/test_cli.py tests/test_fuzz_options.py \
 	tests/cli/test_entry.py::test_stderr_holds_what_we_print_and_nothing_else
 
-.PHONY: demo test test-oldest test-newest test-page check lock gpu reproduce smoke clean
+.PHONY: demo test test-oldest test-newest test-page check lock gpu reproduce smoke figures clean
 
 # An environment is made anew when its inputs change, so that nothing of an older one stays in it.
 define make-venv
@@ -88,6 +90,10 @@ reproduce: .venv/ready
 
 smoke: .venv/ready
 	$(BIN)/python scripts/reproduce.py $(RUN)-smoke --smoke
+
+figures: RUN := runs/figures
+figures: .venv/ready
+	$(BIN)/python scripts/reproduce_speed.py $(RUN) $(FIGURES)
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build dist

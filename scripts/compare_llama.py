@@ -5,6 +5,8 @@ restore it in a fresh engine and go on. Then the file is changed, and the weight
 (pip install llama-cpp-python) and two checkpoints:
 
     python scripts/compare_llama.py --gguf SmolLM2-135M-Instruct.gguf --model smollm2-135m-sala
+
+The last line on stdout is JSON.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import llama_cpp
 import numpy as np
 import torch
 
+from opensala.bench.record import print_rows, significant
 from opensala.contexts import Context
 from opensala.data.text import long_document
 from opensala.engine import Document, Engine, EngineOptions, SamplingParams, load_engine
@@ -86,7 +90,15 @@ def changed(source: Path, target: Path, rng: random.Random, trial: int) -> None:
     target.write_bytes(data)
 
 
-def dense(options: argparse.Namespace, text: str, folder: Path) -> dict[str, str]:
+@dataclass(frozen=True)
+class Found:
+    """What came out for one of both: lines of the table, and seconds for the last line on stdout."""
+
+    lines: dict[str, str]
+    seconds: dict[str, float]
+
+
+def dense(options: argparse.Namespace, text: str, folder: Path) -> Found:
     model = Dense(options.gguf, options.tokens, options.threads)
     ids = model.llm.tokenize(text.encode())[: options.tokens]
     *ids, last = ids
@@ -110,7 +122,7 @@ def dense(options: argparse.Namespace, text: str, folder: Path) -> dict[str, str
     (folder / "other.gguf").write_bytes(swapped)
     another = Dense(folder / "other.gguf", options.tokens, options.threads)
     taken = another.restore(slot, ids)
-    return {
+    lines = {
         "tokens read": f"{len(ids):,} in {reading:.1f} s",
         "bytes per token": f"{slot.stat().st_size / len(ids):,.0f}",
         "save": f"{saving:.2f} s",
@@ -121,9 +133,10 @@ def dense(options: argparse.Namespace, text: str, folder: Path) -> dict[str, str
         "other weights": "accepted" if taken else "refused",
         f"{FLIPS} changed files": f"{used} accepted, {other} of them with other logits",
     }
+    return Found(lines, {"reading": reading, "save": saving, "restore": restoring, "first": first / NEW})
 
 
-def hybrid(options: argparse.Namespace, text: str, folder: Path) -> dict[str, str]:
+def hybrid(options: argparse.Namespace, text: str, folder: Path) -> Found:
     bounds = EngineOptions(max_cached_tokens=2 * options.tokens + 4096)
     engine = load_engine(options.model, dtype=options.dtype, options=bounds)
     params, path = SamplingParams(max_tokens=NEW, ignore_eos=True), folder / "kept.ctx"
@@ -167,7 +180,7 @@ def hybrid(options: argparse.Namespace, text: str, folder: Path) -> dict[str, st
         taken = "accepted"
     except ValueError as error:
         taken = f"refused: {str(error).split(': ', 2)[-1].split('.')[0]}"
-    return {
+    lines = {
         "tokens read": f"{tokens:,} in {reading:.1f} s",
         "bytes per token": f"{size / tokens:,.0f}",
         "save": f"{saving:.2f} s",
@@ -176,6 +189,7 @@ def hybrid(options: argparse.Namespace, text: str, folder: Path) -> dict[str, st
         "other weights": taken,
         f"{FLIPS} changed files": f"{used} accepted, {other} of them with another answer",
     }
+    return Found(lines, {"reading": reading, "save": saving, "restore": restoring, "first": first})
 
 
 def main() -> None:
@@ -191,10 +205,12 @@ def main() -> None:
     logging.getLogger("opensala").setLevel(logging.ERROR)
     text = long_document(8 * options.tokens, seed=3)
     with tempfile.TemporaryDirectory() as name:
-        rows = dense(options, text, Path(name)), hybrid(options, text, Path(name))
+        theirs, ours = dense(options, text, Path(name)), hybrid(options, text, Path(name))
     print("| | llama.cpp | OpenSALA |\n|---|---|---|")
-    for row in rows[0]:
-        print(f"| {row} | {rows[0][row]} | {rows[1][row]} |")
+    for line in theirs.lines:
+        print(f"| {line} | {theirs.lines[line]} | {ours.lines[line]} |")
+    rows = [("llama.cpp", theirs), ("OpenSALA", ours)]
+    print_rows([{"model": n} | {k: significant(v) for k, v in found.seconds.items()} for n, found in rows])
 
 
 if __name__ == "__main__":

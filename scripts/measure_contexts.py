@@ -3,7 +3,8 @@
 Reads a document with the shipped model (or finds it read in --context), asks about it anew, reopened, and
 reopened with less memory than it has; extends copies, each time beside the same tokens with everything in
 memory. Each figure is wall-clock seconds, and seconds of processor time behind it. --opening measures only
-what opening a context that is there costs, --extending only what extending it does.
+what opening a context that is there costs, --extending only what extending it does. The last line on
+stdout is JSON.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from opensala.bench.record import print_rows, significant
 from opensala.contexts import Context
 from opensala.contexts.pages import read_tokens
 from opensala.contexts.store import fork
@@ -27,12 +29,20 @@ QUESTION = "What is the access code for the north gate?"
 LONG = SamplingParams(max_tokens=128, ignore_eos=True)
 FRESH = False  # set by --fresh
 _AT_HAND = 256 << 20  # bytes
+ROWS: list[dict[str, Any]] = []  # for the last line
+
+
+def keep(what: str, **figures: float) -> None:
+    """A row."""
+    ROWS.append({"what": what, **{name: significant(value) for name, value in figures.items()}})
 
 
 def timed(name: str, work: Callable[[], Any]) -> Any:
     wall, used = time.perf_counter(), time.process_time()
     result = work()
-    print(f"{name}: {time.perf_counter() - wall:.2f} s ({time.process_time() - used:.2f})", flush=True)
+    wall, used = time.perf_counter() - wall, time.process_time() - used
+    print(f"{name}: {wall:.2f} s ({used:.2f})", flush=True)
+    keep(name.strip(), seconds=wall, processor_seconds=used)
     return result
 
 
@@ -47,6 +57,7 @@ def opened(engine: Engine, path: Path) -> None:
         print(f"  {answer.text!r} about {len(context.tokens):,} tokens; first token {whole:.2f} s after the")
         print(f"  beginning; {read:,} bytes read at opening, {backing.counter.bytes:,} with the answer, of")
         print(f"  {context.manifest.num_bytes:,}", flush=True)
+        keep("first token", seconds=whole)
 
 
 def bounded(engine: Engine, path: Path, budget: int | None) -> None:
@@ -57,6 +68,7 @@ def bounded(engine: Engine, path: Path, budget: int | None) -> None:
         for name in ("128 tokens", "128 tokens again"):
             more = timed(f"  {name}", lambda: context.ask("Tell a story.", LONG))
             print(f"  {more.decode_tokens_per_second:.1f} tokens/s; {context.traffic()}")
+            keep(f"decoding, {name}, budget {budget}", tokens_per_second=more.decode_tokens_per_second or 0.0)
 
 
 def used(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -97,6 +109,7 @@ def extended(engine: Engine, path: Path, rounds: int) -> None:
         kept, held = (statistics.median(x) for x in zip(*each, strict=True))
         ratios = [a / b for a, b in each]
         print(f"extend, {name}: median {kept:.3f} s, in memory {held:.3f} s, {kept / held:.2f} times;")
+        keep(f"extend, {name}", ratio=kept / held, pairs=statistics.median(ratios))
         print(f"  of pairs {statistics.median(ratios):.2f}: {[round(x, 2) for x in ratios]}", flush=True)
 
 
@@ -135,10 +148,15 @@ def main() -> None:
     engine = load_engine(options=EngineOptions(max_cached_tokens=2 * options.tokens))
     if options.opening:
         opened(engine, options.context)
-        return
-    if options.extending:
+    elif options.extending:
         extended(engine, options.context, options.rounds)
-        return
+    else:
+        everything(engine, options)
+    print_rows(ROWS)
+
+
+def everything(engine: Engine, options: argparse.Namespace) -> None:
+    """Ingest, open, ask with less memory, extend."""
     text = long_document(int(options.tokens * 2.9))
     documents = [Document("d", text[: len(text) // 3] + FACT + text[len(text) // 3 :])]
     if not options.context.exists():

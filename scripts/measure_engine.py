@@ -2,7 +2,8 @@
 
     python scripts/measure_engine.py [--tokens 65536] [--kv-dtype int8]
 
-Each figure is a ratio of two things timed in one run, in turns. Rows are added to benchmarks/engine.csv.
+Each figure is a ratio of two things timed in one run, in turns. Rows are added to benchmarks/engine.csv; the
+last line on stdout is JSON.
 """
 
 import csv
@@ -11,32 +12,42 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
+from opensala.bench.record import print_rows, significant
 from opensala.data.needles import needle_document
 from opensala.data.text import long_document
 from opensala.engine import Engine, EngineOptions, SamplingParams, load_engine
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "engine.csv"
-CONTEXTS, STEPS, ROUNDS = (100, 1000, 3000, 8000), 40, 3  # from 4,096 on the shipped model attends sparsely
+CONTEXTS, STEPS, ROUNDS = "100,1000,3000,8000", 40, 3  # from 4,096 on the shipped model attends sparsely
 
 
-def note(what: str, figure: float, unit: str, detail: str) -> None:
-    """Print a figure and add it to the rows."""
-    print(f"{what}: {figure:.3g} {unit} ({detail})", flush=True)
-    new = not ROWS.exists()
-    with ROWS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["what", "figure", "unit", "detail", "date", "processor", "threads", "torch"])
-        machine = [time.strftime("%Y-%m-%d"), platform.processor() or platform.machine()]
-        writer.writerow(
-            [what, f"{figure:.4g}", unit, detail, *machine, torch.get_num_threads(), torch.__version__]
-        )
+@dataclass
+class Notes:
+    """Figures of a run: in the CSV file at once, and as rows for the last line."""
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, what: str, figure: float, unit: str, detail: str, **more: Any) -> None:
+        """Print a figure and add it to both; `more` goes into the row for the last line."""
+        print(f"{what}: {figure:.3g} {unit} ({detail})", flush=True)
+        self.rows.append({"what": what, "figure": significant(figure), "unit": unit, **more})
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["what", "figure", "unit", "detail", "date", "processor", "threads", "torch"])
+            machine = [time.strftime("%Y-%m-%d"), platform.processor() or platform.machine()]
+            writer.writerow(
+                [what, f"{figure:.4g}", unit, detail, *machine, torch.get_num_threads(), torch.__version__]
+            )
 
 
 def seconds_per_step(engine: Engine, sequences: int, context: int, rng: random.Random) -> float:
@@ -56,7 +67,7 @@ def seconds_per_step(engine: Engine, sequences: int, context: int, rng: random.R
     return statistics.median(times)
 
 
-def together(engine: Engine, context: int) -> None:
+def together(notes: Notes, engine: Engine, context: int) -> None:
     """Eight sequences in one step, against one alone."""
     rng = random.Random(0)
     found: dict[int, list[float]] = {1: [], 8: []}
@@ -66,9 +77,16 @@ def together(engine: Engine, context: int) -> None:
     one, eight = (statistics.median(times) for times in found.values())
     kept = "" if engine.options.kv_dtype == "auto" else f", keys and values in {engine.options.kv_dtype}"
     behind = f"{context:,} tokens of context{kept}"
-    note("decoding step, one sequence", 1e3 * one, "ms", behind)
+    notes.add("decoding step, one sequence", 1e3 * one, "ms", behind, context=context)
     rates = f"{1 / one:.0f} and {8 / eight:.0f} tokens/s"
-    note("tokens/s of 8 sequences over one", 8 * one / eight, "times", f"{behind}: {rates}")
+    notes.add(
+        "tokens/s of 8 sequences over one",
+        8 * one / eight,
+        "times",
+        f"{behind}: {rates}",
+        context=context,
+        tokens_per_second=significant(8 / eight),
+    )
 
 
 def clock(run: Callable[[], object]) -> float:
@@ -77,7 +95,7 @@ def clock(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def asked_often(engine: Engine, tokens: int) -> None:
+def asked_often(notes: Notes, engine: Engine, tokens: int) -> None:
     """Ten questions about one document, against reading it once."""
     rng, ratios, last, params = random.Random(1), [], "", SamplingParams(max_tokens=12)
     for n in range(3):
@@ -89,10 +107,10 @@ def asked_often(engine: Engine, tokens: int) -> None:
         ten = clock(lambda prompts=prompts: engine.generate(prompts, params))
         ratios.append(ten / once)
         last = f"{len(document.ids):,} tokens, {once:.1f} s to read, {ten:.1f} s with ten answers"
-    note("ten questions over reading once", statistics.median(ratios), "times", last)
+    notes.add("ten questions over reading once", statistics.median(ratios), "times", last)
 
 
-def drafts(engine: Engine) -> None:
+def drafts(notes: Notes, engine: Engine) -> None:
     """Text that repeats what stands before it, with and without drafts."""
     source = long_document(12_000, seed=3)
     prompt = engine.encode(source + source[:9000])
@@ -112,7 +130,7 @@ def drafts(engine: Engine) -> None:
             spent.append(time.perf_counter() - start)
     plain, guessed = (statistics.median(spent) for spent in times.values())
     assert done is not None, "the last one was with drafts"
-    note(
+    notes.add(
         "decoding with drafts over without",
         plain / guessed,
         "times",
@@ -123,13 +141,16 @@ def drafts(engine: Engine) -> None:
 def main(
     tokens: Annotated[int, typer.Option(help="Tokens of the document that is asked often.")] = 65536,
     kv_dtype: Annotated[str, typer.Option(help="How keys and values are kept: auto or int8.")] = "auto",
+    contexts: Annotated[str, typer.Option(help="Tokens behind which steps are timed.")] = CONTEXTS,
+    rows: Annotated[Path, typer.Option(help="CSV file the figures are added to.")] = ROWS,
 ) -> None:
     options = EngineOptions(max_cached_tokens=3 * tokens + 100_000, kv_dtype=kv_dtype)
-    engine = load_engine(options=options)
-    for context in CONTEXTS:
-        together(engine, context)
-    drafts(engine)
-    asked_often(engine, tokens)
+    engine, notes = load_engine(options=options), Notes(rows)
+    for context in contexts.split(","):
+        together(notes, engine, int(context))
+    drafts(notes, engine)
+    asked_often(notes, engine, tokens)
+    print_rows(notes.rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ Both read the same text in one process, one after the other, each in every preci
 scaled_dot_product_attention, the fastest way there is for it here. Its layers cost the same, so with
 `--layers N` only one and then N of them are run, and each further layer counts as much as the mean of those
 between. Seconds are of processor time with `--clock processor`, for machines that do other work too: run it
-with one thread then. Rows go to benchmarks/real_speed.csv.
+with one thread then. Without --text the sources of the Python installation are read: what a text says changes
+no time. Rows go to benchmarks/real_speed.csv; the last line on stdout is JSON.
 """
 
 import csv
@@ -25,7 +26,9 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opensala.bench.record import print_rows
 from opensala.bench.twin import TwinTiming, time_layers
+from opensala.data.text import long_document
 from opensala.engine import Engine, EngineOptions, SamplingParams, generate, load_engine
 from opensala.hub import checkpoint_folder
 
@@ -100,7 +103,7 @@ def engine_of(student: str, precision: str) -> Engine:
 def main(
     student: Annotated[str, typer.Argument(help="The hybrid: a folder, or a pulled model.")],
     teacher: Annotated[str, typer.Option(help="The model it was made from: a folder, or a pulled one.")],
-    text: Annotated[Path, typer.Option(help="A long text.")],
+    text: Annotated[Path | None, typer.Option(help="A long text.")] = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "2K,4K,8K",
     layers: Annotated[int, typer.Option(min=2, help="Layers of the teacher that are run.")] = 1000,
     dtypes: Annotated[str, typer.Option(help="Of the teacher; empty for the hybrid alone.")] = "float32",
@@ -116,7 +119,9 @@ def main(
     now = CLOCKS[clock]
     teacher = str(checkpoint_folder(teacher))
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    all_ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    counts = [int(n[:-1]) * 1024 if n.endswith("K") else int(n) for n in lengths.split(",")]
+    long = text.read_text(encoding="utf-8") if text else long_document(8 * max(counts))
+    all_ids = tokenizer(long, add_special_tokens=False)["input_ids"]
     models = {
         name: AutoModelForCausalLM.from_pretrained(teacher, dtype=getattr(torch, name)).eval()
         for name in filter(None, dtypes.split(","))
@@ -126,8 +131,8 @@ def main(
         time_hybrid(engine, all_ids[:600], now)  # compiled, warm
     for model in models.values():
         time_layers(model, torch.tensor([all_ids[:300]]), 1000, clock=now)
-    for part in lengths.split(","):
-        tokens = int(part[:-1]) * 1024 if part.endswith("K") else int(part)
+    every = []
+    for tokens in counts:
         ids = all_ids[-tokens:]
         found = []
         for name, engine in engines.items():
@@ -146,6 +151,8 @@ def main(
             writer.writerows(map(asdict, found))
         for one in found:
             print(one, flush=True)
+        every += found
+    print_rows([asdict(one) for one in every])
 
 
 if __name__ == "__main__":

@@ -2,23 +2,30 @@
 
     opensala serve --port 8000 --max-cached-tokens 160000 --max-new-tokens 200000
     python scripts/measure_stall.py --url http://127.0.0.1:8000 --tokens 65000
+    python scripts/measure_stall.py --start "python -m opensala serve --port {port}" --tokens 65000
 
-It asks any server that has OpenAI's completions: one stream, and after some seconds one prompt of which one
-token is wanted. Prints a row as in docs/server.md; the last line on stdout is JSON. Exit code 1 if the
-stream or the prompt came to no answer.
+The last form starts the server on a free port, and ends it. It asks any server that has OpenAI's completions:
+one stream, and after some seconds one prompt of which one token is wanted. Prints a row as in docs/server.md;
+the last line on stdout is JSON. Exit code 1 if the stream or the prompt came to no answer.
 """
 
+import contextlib
 import http.client
 import json
+import shlex
+import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import httpx2
 import typer
 
+PATIENCE = 180.0  # seconds that a server may take to start
 SENTENCE = "Nothing of note happened that day. "
 
 
@@ -59,8 +66,37 @@ class Stream:
         return {**at, "longest": round(times[-1], 1), "tokens": len(stamps)}
 
 
+@contextlib.contextmanager
+def started(command: str) -> Iterator[str]:
+    """A server of this command line, `{port}` in it, while the block runs; its URL. Exits if it does not
+    answer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [word.replace("{port}", str(port)) for word in shlex.split(command)]
+    server = subprocess.Popen(words, stdout=sys.stderr)
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
+    try:
+        while True:
+            with contextlib.suppress(httpx2.TransportError):
+                if httpx2.get(f"{url}/v1/models", timeout=5).status_code == 200:
+                    break
+            if server.poll() is not None or time.monotonic() > end:
+                sys.exit(f"nothing answers at {url}: {shlex.join(words)} (exit code {server.returncode})")
+            time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
 def main(
     url: str = "http://127.0.0.1:8000",
+    start: Annotated[str, typer.Option(help="Command that starts the server, with {port} in it.")] = "",
     tokens: Annotated[int, typer.Option(help="Of the prompt, about.")] = 65_000,
     stream_tokens: Annotated[int, typer.Option(help="Of the stream, at most.")] = 200_000,
     idle: Annotated[float, typer.Option(help="Seconds before the prompt comes.")] = 4,
@@ -69,6 +105,31 @@ def main(
     name: Annotated[str, typer.Option(help="What to call the row.")] = "server",
 ) -> None:
     """Measure and print a row."""
+    with started(start) if start else contextlib.nullcontext(url) as at:
+        found = measure(at, tokens, stream_tokens, idle, begin, ignore_eos)
+    found["name"] = name
+    print(row(found))
+    print(json.dumps(found | {"rows": rows_of(found)}))
+    sys.exit(0 if found["prompt"]["status"] == 200 and found["idle"] else 1)
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The figures of the table."""
+    spans = {when: found[when] for when in ("idle", "meanwhile") if found[when]}
+    rows = [
+        {"what": f"between tokens, {when}", "p50": s["p50"], "p95": s["p95"]} for when, s in spans.items()
+    ]
+    if len(spans) == 2:
+        rows.append(
+            {"what": "times at p95", "times": round(spans["meanwhile"]["p95"] / spans["idle"]["p95"], 2)}
+        )
+    return [*rows, {"what": "prompt", "seconds": found["prompt"]["seconds"]}]
+
+
+def measure(
+    url: str, tokens: int, stream_tokens: int, idle: float, begin: str, ignore_eos: bool
+) -> dict[str, Any]:
+    """A stream alone, and beside a prompt."""
     model = httpx2.get(f"{url}/v1/models", timeout=30).raise_for_status().json()["data"][0]["id"]
     body = {"model": model, "prompt": f"{begin}\n", "max_tokens": stream_tokens, "stream": True}
     body |= {"temperature": 0} | ({"ignore_eos": True} if ignore_eos else {})
@@ -90,16 +151,12 @@ def main(
     prompt = {"status": answer.status_code, "seconds": round(over - came, 1)}
     if answer.status_code == 200:
         prompt["tokens"] = answer.json()["usage"]["prompt_tokens"]
-    found = {
-        "name": name,
+    return {
         "idle": stream.between(began, came),
         "meanwhile": stream.between(came, over),
         "stream_ended": ended,
         "prompt": prompt,
     }
-    print(row(found))
-    print(json.dumps(found))
-    sys.exit(0 if answer.status_code == 200 and found["idle"] else 1)
 
 
 def complete(url: str, model: str, sentences: int) -> httpx2.Response:

@@ -100,7 +100,9 @@ def _under_load(
     }
     gone = [i for i, code in made.items() if _ask(http, load, i).get("text", "") != code]
     used = {name.removeprefix("127.0.0.1:"): n for name, n in load.by_replica.items()}
-    return {"outcomes": load.outcomes, "answers_by_port": used, "lost": lost, "contexts_lost": gone}
+    rows = [{"what": "answers", "count": sum(n for name, n in load.outcomes.items() if "right" in name)}]
+    found = {"outcomes": load.outcomes, "answers_by_port": used, "lost": lost, "contexts_lost": gone}
+    return found | {"rows": rows}
 
 
 def _upload(http: httpx2.Client, model: str, code: str) -> str:

@@ -11,9 +11,7 @@ minute or two and without a network.
 
 import json
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,8 @@ from typing import Annotated
 
 import torch
 import typer
+
+from opensala.runs import done_before, mark_done, package_command, run_process
 
 HERE = Path(__file__).parent
 NAME, BASE = "smollm2-135m-sala", "smollm2-135m"
@@ -62,10 +62,6 @@ def script(name: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, str(HERE / name), *map(str, arguments))
 
 
-def opensala(*arguments: object) -> tuple[str, ...]:
-    return (sys.executable, "-m", "opensala", *map(str, arguments))
-
-
 def plan(directory: Path, sizes: Sizes, smoke: bool) -> list[Step]:
     """The steps in their order."""
     corpus, teacher = directory / "corpus", sizes.teacher
@@ -75,15 +71,15 @@ def plan(directory: Path, sizes: Sizes, smoke: bool) -> list[Step]:
         [Step("small", script("reproduce.py", directory, "--prepare-smoke"))]
         if smoke
         else [
-            Step("pull", opensala("pull", BASE)),
+            Step("pull", package_command("pull", BASE)),
             Step("corpus", script("corpus/build.py", corpus)),
         ]
     )
-    convert = opensala("convert", "run", teacher, "-o", run, "--recipe", "smollm2_135m")
+    convert = package_command("convert", "run", teacher, "-o", run, "--recipe", "smollm2_135m")
     data = ("--tokens", str(packed), "--tokens", str(tasks))
     return [
         *first,
-        Step("pack", opensala("convert", "pack", teacher, train, "-o", packed, "--quiet")),
+        Step("pack", package_command("convert", "pack", teacher, train, "-o", packed, "--quiet")),
         Step("tasks", script("corpus/tasks.py", teacher, train, tasks, "--rows", sizes.rows)),
         Step("convert", (*convert, *data, *sizes.convert.split()), resume=run),
         Step(
@@ -96,7 +92,7 @@ def plan(directory: Path, sizes: Sizes, smoke: bool) -> list[Step]:
                 *("--limit-mb", sizes.delta_mb),
             ),
         ),
-        Step("merge", opensala("convert", "merge", teacher, delta, "-o", hybrid)),
+        Step("merge", package_command("convert", "merge", teacher, delta, "-o", hybrid)),
         Step(
             "measure",
             script(
@@ -164,16 +160,10 @@ def tables(directory: Path) -> str:
 
 def finished(directory: Path, step: Step) -> bool:
     """Whether a step was done before. Exits if it was done with another command."""
-    mark = directory / "done" / f"{step.name}.json"
-    if not mark.exists():
-        return False
-    before = json.loads(mark.read_text())["command"]
-    if before[1:] != list(step.command)[1:]:
-        raise SystemExit(
-            f"{step.name} was done in {directory} by another command ({shlex.join(before)}): "
-            "take another folder, or give the options of then"
-        )
-    return True
+    try:
+        return done_before(directory, step.name, step.command) is not None
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def run_step(directory: Path, step: Step) -> None:
@@ -182,19 +172,16 @@ def run_step(directory: Path, step: Step) -> None:
     command = list(step.command)
     if step.resume is not None and (step.resume / "config.json").exists():
         command.append("--resume")
-    start = time.monotonic()
     with open(directory / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"\n$ {shlex.join(command)}\n")
         log.flush()
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code:
+        ended = run_process(command, log)
+    if ended.code:
         raise SystemExit(
-            f"{step.name} failed with exit code {code}: {shlex.join(command)}\n"
+            f"{step.name} failed with exit code {ended.code}: {shlex.join(command)}\n"
             f"its output is at the end of {directory / 'log.txt'}; the same command goes on from here"
         )
-    record = {"command": list(step.command), "seconds": round(time.monotonic() - start, 1)}
-    (directory / "done").mkdir(exist_ok=True)
-    (directory / "done" / f"{step.name}.json").write_text(json.dumps(record) + "\n")
+    mark_done(directory, step.name, step.command, ended)
 
 
 def carry_out(directory: Path, steps: Sequence[Step], say: Callable[[str], None]) -> None:

@@ -21,7 +21,19 @@ BELOW = {
     "server": {"engine", "contexts"},
     "quantize": {"ops", "model", "data", "runs", "hub", "engine"},
     "evaluate": {"ops", "model", "data", "runs", "engine"},
-    "bench": {"ops", "model", "data", "hub", "convert", "train", "engine", "server", "quantize", "evaluate"},
+    "bench": {
+        "ops",
+        "model",
+        "data",
+        "runs",
+        "hub",
+        "convert",
+        "train",
+        "engine",
+        "server",
+        "quantize",
+        "evaluate",
+    },
 }
 BELOW["cli"] = {*BELOW, "__version__"}
 

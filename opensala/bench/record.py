@@ -171,6 +171,11 @@ def append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> N
         writer.writerows(rows)
 
 
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The rows as one line of JSON on stdout, the last one of a script that measures."""
+    print(json.dumps({"rows": rows}), flush=True)
+
+
 def significant(x: float) -> float:
     """Four significant digits."""
     return float(f"{x:.4g}")

@@ -216,12 +216,15 @@ def ops(
     rows: Annotated[Path, typer.Option(help="CSV file the rows are added to.")] = Path(
         "benchmarks/results.csv"
     ),
+    unit: Annotated[
+        int, typer.Option(help="Tokens of a K: fewer show that all of it runs.", hidden=True)
+    ] = 1024,
 ) -> None:
     """Time the attention ops against their peers, after checking their results; the last line on stdout is
     JSON."""
     from ..bench.ops import run
 
-    run(quick, device, rows, million)
+    run(quick, device, rows, million, unit)
 
 
 @benches.command()

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
+from ..model.auto_round import int4_kernel, use_auto_round
 from .engine import Engine
 from .options import EngineOptions
 from .precision import apply_precision, measured_precision, own_dtype
@@ -43,7 +44,8 @@ def load_engine(
         options: bounds of the engine.
 
     Raises:
-        ValueError: an unknown device or dtype, a checkpoint that is missing, broken or of another kind.
+        ValueError: an unknown device or dtype, a checkpoint that is missing, broken or of another kind; a
+            kernel for 4 bits that is named by OPENSALA_INT4_KERNEL and cannot run.
     """
     name = str(shipped_model()) if model is None else model
     where = _device(device)
@@ -52,7 +54,7 @@ def load_engine(
             "device_memory bounds what lies on one GPU, and this model is on cpu: leave it out, or use "
             "host_memory"
         )
-    kind, precision = _dtype(dtype, where), None
+    kind, precision, kernel = _dtype(dtype, where), None, int4_kernel()
     source = str(checkpoint_folder(name))
     config = _config(source)
     if attention_mode is not None:
@@ -73,6 +75,8 @@ def load_engine(
         raise ValueError(f"{name}: cannot be loaded ({_first_line(error)})") from error
     if precision is not None:
         apply_precision(weights, precision)
+    if kernel == "auto-round":
+        use_auto_round(weights)
     if where.type == "cuda":  # straight to where they stay, so that nothing lies there twice
         weights.model.merge_projections(where)
     return Engine(weights.to(where), tokenizer, options, name=name)

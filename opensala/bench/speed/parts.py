@@ -15,6 +15,7 @@ _PARTS = {
     "opensala_select": "selection",
     "opensala_attend": "attention",
     "opensala_lightning": "lightning",
+    "opensala_store": "writing pages",
     "rest": "rest: Python and torch",
 }
 
@@ -37,10 +38,7 @@ def share_rows(
         process.ask("read", count=PIECE)
     count = min(tokens, PIECE)
     parts = process.ask("parts", count=count).get("parts", {})
-    grouped: dict[str, float] = {}
-    for name, seconds in parts.items():
-        part = next((p for begin, p in _PARTS.items() if name.startswith(begin)), "norms, gates, storing")
-        grouped[part] = grouped.get(part, 0.0) + seconds
+    grouped = by_part(parts)
     whole = sum(grouped.values())
     floors = part_floors(shapes, tokens, count, roofline)
     report.say(f"where the time goes, {process.contender.name}, the last {count:,} of {tokens:,} tokens")
@@ -48,6 +46,15 @@ def share_rows(
         floor = floors.get(part)
         beside = f", floor {floor:.3f} s" if floor is not None else ""
         report.note(f"part {part}: {seconds:.3f} s, {seconds / max(whole, 1e-9):.0%}{beside}")
+
+
+def by_part(kernels: dict[str, float]) -> dict[str, float]:
+    """Seconds of native kernels by the part of the work that they do."""
+    grouped: dict[str, float] = {}
+    for name, seconds in kernels.items():
+        part = next((p for begin, p in _PARTS.items() if name.startswith(begin)), "norms and gates")
+        grouped[part] = grouped.get(part, 0.0) + seconds
+    return grouped
 
 
 def part_floors(shapes: Preset, tokens: int, count: int, roofline: dict[str, float]) -> dict[str, float]:
