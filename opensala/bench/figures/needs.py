@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 
 from ...hub import installed
+from ...model.auto_round import why_not
 from ..speed.llama_setup import find_python
 
 HYBRID, BASE = "smollm2-135m-sala", "smollm2-135m"
@@ -52,6 +53,7 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "llama_cpp": _llama_here,
     "hybrid": _pulled(HYBRID),
     "base": _pulled(BASE),
+    "auto-round": why_not,
     "serve": _serve,
     "nginx": _nginx,
 }

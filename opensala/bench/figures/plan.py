@@ -108,6 +108,13 @@ def _steps() -> list[Measurement]:
             3,
         ),
         Measurement(
+            "int4",
+            _script("measure_int4.py"),
+            _script("measure_int4.py", "--shapes", "64x64", "--copies", 1, "--rounds", 1),
+            1,
+            needs=("auto-round",),
+        ),
+        Measurement(
             "steps-hybrid",
             _script("measure_steps.py", *hybrid, "--contexts", "4000,32000,256000", *both),
             _script("measure_steps.py", *hybrid[:2], "--contexts", "4000", "--rounds", 1),
