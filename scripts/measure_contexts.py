@@ -141,6 +141,9 @@ def main() -> None:
     parser.add_argument("--opening", action="store_true", help="only open --context and ask")
     parser.add_argument("--extending", action="store_true", help="only extend copies of --context")
     parser.add_argument("--rounds", type=int, default=5, help="of extending")
+    parser.add_argument(
+        "--parts", type=int, nargs="+", default=[3, 30], help="budgets: the size through so much"
+    )
     parser.add_argument("--fresh", action="store_true", help="also measure a host that gives memory again")
     options = parser.parse_args()
     FRESH = options.fresh
@@ -169,8 +172,8 @@ def everything(engine: Engine, options: argparse.Namespace) -> None:
         answer = timed("anew", lambda: ask(fresh, documents, QUESTION, quiet=True))
         print(f"  {answer.text!r}, first token after {answer.time_to_first_token:.2f} s")
     opened(engine, options.context)
-    for budget in (size // 3, size // 30):
-        bounded(engine, options.context, budget)
+    for part in options.parts:
+        bounded(engine, options.context, size // part)
     extended(engine, options.context, options.rounds)
 
 

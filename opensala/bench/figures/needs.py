@@ -7,21 +7,22 @@ from collections.abc import Callable
 
 from ...hub import installed
 from ...model.auto_round import why_not
-from ..speed.llama_setup import find_python
+from ..speed.llama_setup import environment, find_python
 
 HYBRID, BASE = "smollm2-135m-sala", "smollm2-135m"
 
 
 def _llama_cpp() -> str | None:
-    if find_python() is None:
-        return "llama.cpp is not built: opensala bench llama-cpp"
-    return None
+    try:
+        return None if find_python() else "llama.cpp is not built: opensala bench llama-cpp"
+    except ValueError as error:  # one was named that has it not
+        return str(error)
 
 
 def _llama_server() -> str | None:
-    python = find_python()
-    if python is None:
-        return _llama_cpp()
+    python = environment() / "bin" / "python"
+    if not python.is_file():
+        return "llama.cpp is not built: opensala bench llama-cpp"
     if subprocess.run([python, "-c", "import llama_cpp.server.app"], capture_output=True).returncode:
         return f"llama.cpp's server is not there: {python} -m pip install 'llama-cpp-python[server]'"
     return None

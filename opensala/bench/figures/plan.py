@@ -47,8 +47,15 @@ def _script(name: object, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, str(ROOT / "scripts" / str(name)), *map(str, arguments))
 
 
+def work_folder(folder: Path, name: str) -> Path:
+    """Where a step puts what it makes; it is empty when the step begins, and gone when it is done."""
+    return folder / "work" / name
+
+
 def plan(folder: Path, gguf: str = "") -> list[Measurement]:
-    """All steps in their order; files go to `folder`. `gguf`: the base's GGUF file, where it is needed."""
+    """All steps in their order; their rows go to `folder`. `gguf`: the base's GGUF file, where it is
+    needed."""
+    train = ("train", "tiny", "-o", work_folder(folder, "train") / "run")
     return [
         *_kernels(folder),
         *_steps(),
@@ -59,8 +66,8 @@ def plan(folder: Path, gguf: str = "") -> list[Measurement]:
         *_evaluation(folder),
         Measurement(
             "train",
-            package_command("train", "tiny", "-o", folder / "train"),
-            package_command("train", "tiny", "-o", folder / "train", "--plan"),
+            package_command(*train),
+            package_command(*train, "--plan"),
             9,
             threads=1,
         ),
@@ -154,16 +161,18 @@ def _reading(folder: Path) -> list[Measurement]:
 
 
 def _contexts(folder: Path) -> list[Measurement]:
+    def kept(name: str) -> Path:
+        return work_folder(folder, name) / "kept.ctx"
+
     def tiers(name: str, *options: object) -> Measurement:
-        command = ("measure_tiers.py", "--context", folder / f"{name}.ctx", *options)
-        small = ("measure_tiers.py", "--context", folder / f"{name}-small.ctx", *options)
+        command = ("measure_tiers.py", "--context", kept(name), *options)
         tiny = ("--tokens", 4500, "--parts", 2, "--rounds", 1)
-        return Measurement(name, _script(*command, "--rounds", 4), _script(*small, *tiny), 4)
+        return Measurement(name, _script(*command, "--rounds", 4), _script(*command, *tiny), 4)
 
     def contexts(name: str, tokens: int, minutes: float) -> Measurement:
-        command = ("measure_contexts.py", "--context", folder / f"{name}.ctx", "--tokens", tokens)
-        small = ("measure_contexts.py", "--context", folder / f"{name}-small.ctx", "--tokens", 4500)
-        return Measurement(name, _script(*command), _script(*small, "--rounds", 1), minutes, threads=1)
+        command = ("measure_contexts.py", "--context", kept(name), "--tokens")
+        small = _script(*command, 4500, "--rounds", 1, "--parts", 2)
+        return Measurement(name, _script(*command, tokens), small, minutes, threads=1)
 
     return [
         tiers("tiers"),
@@ -175,32 +184,31 @@ def _contexts(folder: Path) -> list[Measurement]:
 
 def _server(gguf: str) -> list[Measurement]:
     serve = f"{sys.executable} -m opensala serve --port {{port}} --max-new-tokens 200000"
-    plain, hybrid = f"{serve} --speculate 0", f"{serve} --speculate 0 --max-cached-tokens 8000 {HYBRID}"
-    small = ("--stream-tokens", 20_000, "--idle", 1)
+    cached, hybrid = "--max-cached-tokens 160000", f"{serve} --speculate 0 --max-cached-tokens 40000 {HYBRID}"
 
-    def stall(name: str, command: str, tokens: int, tiny: int, *needs: str) -> Measurement:
+    def stall(name: str, command: str, *needs: str, long: bool = True, stream: int = 200_000) -> Measurement:
         start = ("measure_stall.py", "--name", name, "--start", command)
+        tokens, tiny = (65_000, 3000) if long else (3900, 500)
         return Measurement(
             name,
-            _script(*start, "--tokens", tokens),
-            _script(*start, "--tokens", tiny, *small),
+            _script(*start, "--tokens", tokens, "--stream-tokens", stream),
+            _script(*start, "--tokens", tiny, "--stream-tokens", min(stream, 20_000), "--idle", 1),
             2,
             needs=needs,
         )
 
     def other(name: str, *options: str) -> Measurement:
-        from ..speed.llama_setup import find_python
+        from ..speed.llama_setup import environment
 
-        command = (
-            f"{find_python() or 'python'} -m llama_cpp.server --model {gguf} --n_ctx 8192 --port {{port}}"
-        )
-        return stall(name, " ".join([command, *options]), 3900, 500, "llama.cpp's server", "gguf")
+        python = environment() / "bin" / "python"
+        command = [f"{python} -m llama_cpp.server --model {gguf} --n_ctx 8192 --port {{port}}", *options]
+        return stall(name, " ".join(command), "llama.cpp's server", "gguf", long=False, stream=2000)
 
     replicas = ("replicas.py", "--seconds")
     return [
-        stall("stall", f"{plain} --max-cached-tokens 160000", 65_000, 3000, "serve"),
-        stall("stall-drafts", f"{serve} --max-cached-tokens 160000", 65_000, 3000, "serve"),
-        stall("stall-hybrid", hybrid, 3900, 500, "serve", "hybrid"),
+        stall("stall", f"{serve} --speculate 0 {cached}", "serve"),
+        stall("stall-drafts", f"{serve} {cached}", "serve"),
+        stall("stall-hybrid", hybrid, "serve", "hybrid", long=False, stream=20_000),
         other("stall-llama.cpp"),
         other("stall-llama.cpp-whole", "--interrupt_requests", "False"),
         Measurement(
@@ -243,12 +251,12 @@ def _converted(folder: Path, gguf: str) -> list[Measurement]:
 
 def _evaluation(folder: Path) -> list[Measurement]:
     def scored(name: str, minutes: float, tasks: str, length: str, *options: object) -> Measurement:
-        command = ("eval", "--suite", tasks, "--no-cache", *options, "-o")
-        small = package_command(*command, folder / f"{name}-small", "--lengths", 512, "--samples", 1)
+        out = work_folder(folder, name) / "samples"
+        command = ("eval", "--suite", tasks, "--no-cache", *options, "-o", out, "--lengths")
         return Measurement(
             name,
-            package_command(*command, folder / name, "--lengths", length),
-            small,
+            package_command(*command, length),
+            package_command(*command, 512, "--samples", 1),
             minutes,
             threads=1,
         )

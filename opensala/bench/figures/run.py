@@ -8,6 +8,7 @@ said, `FOLDER/figures.csv` and `FOLDER/figures.md` the figures.
 import csv
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import torch
 from ...runs import done_before, mark_done, run_process
 from ..record import describe, significant
 from .needs import lacking
-from .plan import Measurement, plan
+from .plan import Measurement, plan, work_folder
 from .registry import ROOT, Registry, Row, read_registry
 
 
@@ -90,6 +91,9 @@ def run(options: Options, say: Callable[[str], None], registry: Registry | None 
     steps = plan(folder, options.gguf)
     wanted = chosen(steps, options.only)
     folder.mkdir(parents=True, exist_ok=True)
+    if not options.again:
+        for step in wanted:  # refused before hours of work, not behind them
+            done_before(folder, step.name, _command(step, options))
     outcomes = {step.name: Outcome("not run") for step in steps}
     for step in steps:
         if step not in wanted and (found := _kept(folder, step, options)):
@@ -133,8 +137,10 @@ def carry_out(folder: Path, step: Measurement, options: Options) -> Outcome:
     reason = lacking(step.needs, options.gguf)
     if reason:
         return Outcome(f"left out: {reason}")
-    logs = folder / "logs"
+    logs, work = folder / "logs", work_folder(folder, step.name)
     logs.mkdir(exist_ok=True)
+    shutil.rmtree(work, ignore_errors=True)  # of a step that was stopped, or is run again
+    work.mkdir(parents=True)
     paths = logs / f"{step.name}.out", logs / f"{step.name}.log"
     environment = {"OMP_NUM_THREADS": str(step.threads or options.threads)}
     with open(paths[0], "w", encoding="utf-8") as output, open(paths[1], "w", encoding="utf-8") as errors:
@@ -146,6 +152,7 @@ def carry_out(folder: Path, step: Measurement, options: Options) -> Outcome:
         return Outcome(f"failed: exit code {ended.code}, {_last_line(paths[1])}")
     rows = read_rows(paths[0])
     rows.append({"what": "process", "seconds": ended.seconds, "processor_seconds": ended.processor_seconds})
+    shutil.rmtree(work)
     mark_done(folder, step.name, command, ended, rows=rows, time=time.strftime("%Y-%m-%d %H:%M"))
     return Outcome("measured", rows)
 
