@@ -3,8 +3,9 @@
 Reads a document with the shipped model (or finds it read in --context), asks about it anew, reopened, and
 reopened with less memory than it has; extends copies, each time beside the same tokens with everything in
 memory. Each figure is wall-clock seconds, and seconds of processor time behind it. --opening measures only
-what opening a context that is there costs, --extending only what extending it does. The last line on
-stdout is JSON.
+what opening a context that is there costs, --extending only what extending it does, --ingesting only reading
+and writing, with all keys and values in memory and with so many bytes of them. The last line on stdout is
+JSON.
 """
 
 import argparse
@@ -140,6 +141,9 @@ def main() -> None:
     parser.add_argument("--anew", action="store_true", help="also read everything anew")
     parser.add_argument("--opening", action="store_true", help="only open --context and ask")
     parser.add_argument("--extending", action="store_true", help="only extend copies of --context")
+    parser.add_argument(
+        "--ingesting", type=int, metavar="BYTES", help="only ingest, without and with a bound"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of extending")
     parser.add_argument(
         "--parts", type=int, nargs="+", default=[3, 30], help="budgets: the size through so much"
@@ -153,15 +157,35 @@ def main() -> None:
         opened(engine, options.context)
     elif options.extending:
         extended(engine, options.context, options.rounds)
+    elif options.ingesting:
+        ingested(engine, options)
     else:
         everything(engine, options)
     print_rows(ROWS)
 
 
+def documents_of(tokens: int) -> list[Document]:
+    """One of about so many tokens, the fact in it."""
+    text = long_document(int(tokens * 2.9))
+    return [Document("d", text[: len(text) // 3] + FACT + text[len(text) // 3 :])]
+
+
+def ingested(engine: Engine, options: argparse.Namespace) -> None:
+    """Ingest without a bound and with one, which must come to the same bytes."""
+    documents, sizes = documents_of(options.tokens), set()
+    for name, budget in (("ingest", None), ("ingest, bounded", options.ingesting)):
+        engine = Engine(engine.model, engine.tokenizer, engine.options)
+        path = options.context.with_name(f"{options.context.name}.{name.partition(', ')[2] or 'whole'}")
+        with timed(
+            name, lambda e=engine, p=path, b=budget: Context.ingest(e, documents, p, host_memory=b)
+        ) as made:
+            sizes.add(made.manifest.num_bytes)
+    assert len(sizes) == 1, sizes
+
+
 def everything(engine: Engine, options: argparse.Namespace) -> None:
     """Ingest, open, ask with less memory, extend."""
-    text = long_document(int(options.tokens * 2.9))
-    documents = [Document("d", text[: len(text) // 3] + FACT + text[len(text) // 3 :])]
+    documents = documents_of(options.tokens)
     if not options.context.exists():
         timed("ingest", lambda: Context.ingest(engine, documents, options.context).close())
     with Context.open(engine, options.context) as context:

@@ -25,8 +25,9 @@ from opensala.cli.sizes import token_count
 WARM_UP = 512  # tokens
 
 
-def measure(shapes: Preset, weights: str, tokens: int) -> list[dict[str, Any]]:
+def measure(shapes: Preset, weights: str, tokens: int, search: str) -> list[dict[str, Any]]:
     """Rows of one model and prompt."""
+    shapes.hybrid.block_search = search
     hybrid = Hybrid(shapes, weights, torch.device("cpu"))
     hybrid.start(min(WARM_UP, tokens), 4)
     hybrid.read(min(WARM_UP, tokens))
@@ -35,7 +36,7 @@ def measure(shapes: Preset, weights: str, tokens: int) -> list[dict[str, Any]]:
     parts = by_part(hybrid.parts(lambda: hybrid.read(tokens)))
     used, whole = time.process_time() - used, sum(parts.values())
     flops = counts.prefill_flops(shapes.hybrid, tokens)
-    at = {"preset": shapes.name, "weights": weights, "tokens": tokens}
+    at = {"preset": shapes.name, "weights": weights, "tokens": tokens, "search": search}
     rows = [at | {"part": part, "seconds": significant(seconds)} for part, seconds in parts.items()]
     speed = {"gflops": significant(flops / whole / 1e9), "processor_seconds": significant(used)}
     return [*rows, at | {"part": "whole", "seconds": significant(whole)} | speed]
@@ -45,10 +46,12 @@ def main(
     preset: Annotated[str, typer.Option(help="A shape of `bench speed`.")] = "small",
     weights: Annotated[str, typer.Option(help="float32, bfloat16, int8, int4.")] = "float32",
     tokens: Annotated[str, typer.Option(help="Of the prompt.")] = "64K",
+    search: Annotated[str, typer.Option(help="Of blocks: exact, hierarchical.")] = "exact",
 ) -> None:
     rows = []
     for form in weights.split(","):
-        rows += measure(preset_of(preset), form, token_count(tokens, "--tokens"))
+        for how in search.split(","):
+            rows += measure(preset_of(preset), form, token_count(tokens, "--tokens"), how)
     for row in rows:
         print(row, flush=True)
     print_rows(rows)

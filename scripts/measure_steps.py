@@ -26,7 +26,8 @@ from opensala.engine import Engine, EngineOptions, SamplingParams, load_engine
 from opensala.model import MiniCPMSALAForCausalLM
 
 WARM_UP = 3  # steps of a context that do not count: the first ones make what later ones reuse
-FORMS = ("one call", "recorded", "layer by layer")
+# `noting` is `recorded` with the selected blocks noted for a client that asks where the model looked.
+FORMS = ("one call", "recorded", "layer by layer", "noting")
 
 
 def model_of(preset: str, model: str, weights: str) -> MiniCPMSALAForCausalLM:
@@ -41,7 +42,9 @@ def model_of(preset: str, model: str, weights: str) -> MiniCPMSALAForCausalLM:
     return loaded
 
 
-def engine_behind(model: MiniCPMSALAForCausalLM, context: int, sequences: int, steps: int) -> Engine:
+def engine_behind(
+    model: MiniCPMSALAForCausalLM, context: int, sequences: int, steps: int, noting: bool
+) -> Engine:
     """An engine whose sequences each have a random context of so many tokens behind them, and decode."""
     room = (sequences + 1) * (context + steps + 128)
     options = EngineOptions(max_cached_tokens=room, max_running=sequences, max_snapshots=sequences + 2)
@@ -60,7 +63,7 @@ def engine_behind(model: MiniCPMSALAForCausalLM, context: int, sequences: int, s
             states[hold.slot].normal_(generator=draw)
         engine.scheduler.settle(hold)
     for text in texts:
-        engine.add([*text, 3], SamplingParams(max_tokens=steps, ignore_eos=True))
+        engine.add([*text, 3], SamplingParams(max_tokens=steps, ignore_eos=True, selection=steps * noting))
     return engine
 
 
@@ -80,7 +83,9 @@ def measure(
     """Timings of the forms, in turns of eight steps."""
     engines = {}
     for form in forms:
-        engines[form] = engine = engine_behind(model, context, sequences, 8 * rounds + WARM_UP)
+        engines[form] = engine = engine_behind(
+            model, context, sequences, 8 * rounds + WARM_UP, form == "noting"
+        )
         if form != "one call":
             engine.runner.native.reason = "timed beside the step in one call"
         if form == "layer by layer":

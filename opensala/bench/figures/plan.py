@@ -115,6 +115,12 @@ def _steps() -> list[Measurement]:
             3,
         ),
         Measurement(
+            "steps-noting",
+            _script("measure_steps.py", "--contexts", 8000, "--forms", "recorded,noting", "--rounds", 30),
+            _script("measure_steps.py", "--contexts", 4500, "--forms", "recorded,noting", "--rounds", 1),
+            1,
+        ),
+        Measurement(
             "int4",
             _script("measure_int4.py"),
             _script("measure_int4.py", "--shapes", "64x64", "--copies", 1, "--rounds", 1),
@@ -133,12 +139,19 @@ def _steps() -> list[Measurement]:
 
 def _reading(folder: Path) -> list[Measurement]:
     rows, quick = ("--rows", folder / "speed.csv"), ("--quick", "--lengths", 128, "--generate", 8)
+    both = ("--search", "exact,hierarchical")
     return [
         Measurement(
             "parts",
             _script("measure_parts.py", "--preset", "small", "--tokens", "64K"),
             _script("measure_parts.py", "--preset", "small", "--tokens", "1K"),
             1,
+        ),
+        Measurement(
+            "parts-256K",
+            _script("measure_parts.py", "--preset", "small", "--tokens", "256K", *both),
+            _script("measure_parts.py", "--preset", "small", "--tokens", "5K", *both),
+            1.5,
         ),
         Measurement(
             "parts-135m",
@@ -174,7 +187,15 @@ def _contexts(folder: Path) -> list[Measurement]:
         small = _script(*command, 4500, "--rounds", 1, "--parts", 2)
         return Measurement(name, _script(*command, tokens), small, minutes, threads=1)
 
+    reading = ("measure_contexts.py", "--context", kept("ingest"), "--tokens")
     return [
+        Measurement(
+            "ingest",
+            _script(*reading, 262_144, "--ingesting", 40_000_000),
+            _script(*reading, 4500, "--ingesting", 3_000_000),
+            3,
+            threads=1,
+        ),
         tiers("tiers"),
         tiers("tiers-int8", "--kv-dtype", "int8"),
         contexts("contexts", 262_144, 5),
@@ -256,7 +277,7 @@ def _evaluation(folder: Path) -> list[Measurement]:
         return Measurement(
             name,
             package_command(*command, length),
-            package_command(*command, 512, "--samples", 1),
+            package_command(*command, 1024, "--samples", 1),
             minutes,
             threads=1,
         )
