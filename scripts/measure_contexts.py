@@ -152,7 +152,7 @@ def main() -> None:
     options = parser.parse_args()
     FRESH = options.fresh
     logging.getLogger("opensala").setLevel(logging.ERROR)
-    engine = load_engine(options=EngineOptions(max_cached_tokens=2 * options.tokens))
+    engine = load_engine(options=EngineOptions(max_cached_tokens=2 * options.tokens + 8192))
     if options.opening:
         opened(engine, options.context)
     elif options.extending:

@@ -184,7 +184,7 @@ def test_the_list(registry, tmp_path):
     assert lines[2].startswith("llama-contexts: 4 minutes, ") and "would be left out: " in lines[4]
 
 
-SMOKED = "engine,steps,parts-135m,train"
+SMOKED = "steps,parts-135m,train"
 
 
 def test_steps_at_tiny_sizes_have_the_columns_that_are_registered(registry, tmp_path):
