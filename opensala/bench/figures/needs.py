@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ...hub import installed
 from ...model.auto_round import why_not
-from ..speed.llama_setup import environment, find_python
+from ..speed.llama_setup import find_python
 
 HYBRID, BASE = "smollm2-135m-sala", "smollm2-135m"
 
@@ -20,12 +20,17 @@ def _llama_cpp() -> str | None:
 
 
 def _llama_server() -> str | None:
-    python = environment() / "bin" / "python"
-    if not python.is_file():
-        return "llama.cpp is not built: opensala bench llama-cpp"
+    reason, python = _llama_cpp(), llama_python()
+    if reason or python is None:
+        return reason
     if subprocess.run([python, "-c", "import llama_cpp.server.app"], capture_output=True).returncode:
         return f"llama.cpp's server is not there: {python} -m pip install 'llama-cpp-python[server]'"
     return None
+
+
+def llama_python() -> str | None:
+    """The Python that has llama.cpp; None without one."""
+    return None if _llama_cpp() else find_python()
 
 
 def _llama_here() -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...runs import package_command
-from .needs import BASE, HYBRID
+from .needs import BASE, HYBRID, llama_python
 from .registry import ROOT
 
 SLACK = 3.0  # times its expected time that a step may take, and SPARE minutes
@@ -218,11 +218,11 @@ def _server(gguf: str) -> list[Measurement]:
             needs=needs,
         )
 
-    def other(name: str, *options: str) -> Measurement:
-        from ..speed.llama_setup import environment
+    python = llama_python() or "python"
 
-        python = environment() / "bin" / "python"
-        command = [f"{python} -m llama_cpp.server --model {gguf} --n_ctx 8192 --port {{port}}", *options]
+    def other(name: str, *options: str) -> Measurement:
+        server = f"{python} -m llama_cpp.server --model {gguf} --n_ctx 8192"
+        command = [f"{server} --port {{port}}", *options]
         return stall(name, " ".join(command), "llama.cpp's server", "gguf", long=False, stream=2000)
 
     replicas = ("replicas.py", "--seconds")
