@@ -87,6 +87,25 @@ def test_selection_does_not_depend_on_tiles(backend, dtype, monkeypatch):
         assert torch.equal(select_blocks(q, k, SMALL, backend=backend), wanted)
 
 
+@pytest.mark.parametrize(("heads", "dim"), [(1, 64), (2, 40), (3, 64), (6, 24), (9, 16)], ids=str)
+@pytest.mark.parametrize("lse", ["coarse", "exact"])
+def test_a_query_alone_chooses_as_among_others_to_the_last_bit(heads, dim, lse):
+    """Windows have the same numbers in different orders, so that rounding alone tells the blocks apart: sums
+    in another order would choose others."""
+    generator = torch.Generator().manual_seed(heads)
+    numbers = 30 * torch.randn(dim, generator=generator)
+    length, tokens = 1500, 40
+    k1, k2 = (
+        torch.stack([numbers[torch.randperm(dim, generator=generator)] for _ in range(2 * n)]).view(n, 2, dim)
+        for n in ((length - size) // stride + 1 for size, stride in ((8, 4), (32, 16)))
+    )
+    q = torch.ones(tokens, 2 * heads, dim)
+    together = cpp.cpp_select_sequence(q, k1, k2, length, SMALL, dim**-0.5, lse)
+    for t in range(tokens):
+        alone = cpp.cpp_select_sequence(q[t : t + 1], k1, k2, length - tokens + t + 1, SMALL, dim**-0.5, lse)
+        assert torch.equal(alone[0], together[t])
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_exact_ties_fall_as_topk_lets_them(backend):
     """Few different keys: most blocks tie with others, and the choice among them is torch.topk's over the

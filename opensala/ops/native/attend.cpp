@@ -107,6 +107,11 @@ void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head)
   const float* queries = p.q + (first * p.heads + head * group) * p.dim;
   auto query = [&](int32_t i) { return queries + ((i / group) * p.heads + i % group) * p.dim; };
   bool in_place = rows_in_tile <= FEW && readable(v, p);
+  // One token: what is read next is asked for bit by bit, keys among keys and values among values.
+  bool few = in_place && last - first == 1 && group <= ROWS && k.kind == 0;
+  Walk walk(k, padded);
+  Scratch turned(few ? p.dim * group : 0);
+  if (few) turn_few([&](int64_t r) { return query(int32_t(r)); }, group, p.dim, turned.data);
 
   for (int64_t block = 0, end = p.blocks_up_to(last - 1), next = 0; block < end; block = next) {
     Queries asking = pairs.of(p, block, first, last);
@@ -118,17 +123,22 @@ void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head)
       Block then(p, next, last);
       k_ahead = k.ahead(then.base, then.keys, p.dim), v_ahead = v.ahead(then.base, then.keys, p.value_dim);
     }
-    pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys.data, padded, k_ahead);
+    if (few) {
+      if (!walk.coming()) walk.advance(source.base, source.keys);
+      walk.advance(next * p.block_size, k_ahead.count);
+      product_few(turned.data, int(group), p.dim, walk, W, 1, scores.data);
+    } else pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys.data, padded, k_ahead);
     const float* value_rows = in_place ? v.at<float>(source.base) : values.data;
-    if (in_place) v_ahead.fetch(0, v_ahead.count);
-    else pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
+    if (in_place && !few) v_ahead.fetch(0, v_ahead.count);
+    if (!in_place) pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
     int64_t value_step = in_place ? v.stride : width;
     for_each_batch(p, asking, block, first, [&](const Batch& rows) {
       const float* a[BATCH];
       float* o[BATCH];
       for (int r = 0; r < rows.count; ++r) a[r] = query(rows.index[r]), o[r] = result.data + rows.index[r] * width;
-      product<false>([&](int r, int64_t k) { return a[r][k]; }, rows.count, p.dim, keys.data, padded,
-                     [&](int r) { return scores.data + r * padded; }, int(padded));
+      if (!few)
+        product<false>([&](int r, int64_t k) { return a[r][k]; }, rows.count, p.dim, keys.data, padded,
+                       [&](int r) { return scores.data + r * padded; }, int(padded));
       for (int r = 0; r < rows.count; ++r) {
         float* s = scores.data + r * padded;
         if (rows.seen[r] < padded) hide(s, rows.seen[r], padded);
@@ -150,8 +160,11 @@ void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head)
         }
         mass += total(sum);
       }
-      product<true>([&](int r, int64_t k) { return scores.data[r * padded + k]; }, rows.count, source.keys, value_rows,
-                    value_step, [&](int r) { return o[r]; }, int(width));
+      for (int64_t j = 0, step = few ? W : source.keys; j < source.keys; j += step) {
+        if (few) v_ahead.fetch<3>(j, step);
+        product<true>([&](int r, int64_t k) { return scores.data[r * padded + j + k]; }, rows.count,
+                      std::min(step, source.keys - j), value_rows + j * value_step, value_step, [&](int r) { return o[r]; }, int(width));
+      }
     });
   }
   for (int64_t i = 0; i < rows_in_tile; ++i) {

@@ -47,6 +47,8 @@ template <bool ADD, typename A, typename Out>
 static void product(const A& a, int rows, int64_t depth, const float* b, int64_t ldb, const Out& out, int columns) {
   int row = 0;
   for (; row + ROWS <= rows; row += ROWS) product_rows<ROWS, ADD>(a, depth, b, ldb, out, row, columns);
+  // Three together (the query heads of a small group) keep enough sums under way; one row alone waits for its own.
+  if (rows - row >= 3 && (rows - row) % 2) product_rows<3, ADD>(a, depth, b, ldb, out, row, columns), row += 3;
   for (; row + 2 <= rows; row += 2) product_rows<2, ADD>(a, depth, b, ldb, out, row, columns);
   if (row < rows) product_rows<1, ADD>(a, depth, b, ldb, out, row, columns);
 }
@@ -64,13 +66,15 @@ static void with_type(int64_t kind, const Use& use) {
 }
 
 // Rows of a page that are read soon: bytes of a row, from row to row, and how many there are. Pages lie apart, so the
-// processor does not foresee them.
+// processor does not foresee them. Asking is always inlined: GCC takes a function that only asks for memory for one that
+// does nothing, and drops the calls.
 struct Ahead {
   const char* first = nullptr;
   int64_t bytes = 0, stride = 0, count = 0;
-  void fetch(int64_t row, int64_t rows) const {
+  template <int LEVEL = 2>  // as __builtin_prefetch counts: 3 is the first-level cache
+  __attribute__((always_inline)) void fetch(int64_t row, int64_t rows) const {
     for (int64_t end = std::min(row + rows, count); row < end; ++row)
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + row * stride + at, 0, 2);
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + row * stride + at, 0, LEVEL);
   }
 };
 
@@ -88,6 +92,21 @@ struct Rows {
     uint32_t token = uint32_t(row) * step + last, page = token / page_size;
     return first + pages[page] * page_stride + (token - page * page_size) / step * stride;
   }
+  // Pointers to `count` rows, every `by`th from `first` on. Walks through the pages, for divisions take more time than what
+  // is done with a row.
+  template <typename T>
+  void find(int64_t first, int64_t by, int count, const T** out) const {
+    uint32_t rows = page_size / step;  // of a page
+    if (!pages || rows * step != page_size || uint32_t(by) > rows) {
+      for (int i = 0; i < count; ++i) out[i] = at<T>(first + i * by);
+      return;
+    }
+    uint32_t row = uint32_t(first) + last / step, page = row / rows, slot = row - page * rows;
+    for (int i = 0; i < count; ++page, slot -= rows) {
+      const T* start = static_cast<const T*>(data) + pages[page] * page_stride;
+      for (; slot < rows && i < count; ++i, slot += uint32_t(by)) out[i] = start + slot * stride;
+    }
+  }
   // `count` rows from `first` on, which lie in one page.
   Ahead ahead(int64_t first, int64_t count, int64_t width) const {
     int64_t item = item_bytes(kind), bytes = width * item + (kind == INT8 ? SCALE_BYTES : 0);
@@ -103,28 +122,43 @@ struct Rows {
   Int8Row int8_row(int64_t row, int64_t width) const { return Int8Row::at(at<int8_t>(row), width); }
 };
 
-// out[k * ldo + j] = row(j)[k] for j < count, 0 for count <= j < padded; padded is a multiple of W.
-// Where `ahead` says so, as much of what will be read next is asked for meanwhile.
+// out[k * ldo + i] = rows[i][k] for i < W, 0 for those from `here` on.
+template <bool FULL, typename Pointer>
+INLINE void turn_rows(const Pointer* rows, int here, int64_t depth, float* out, int64_t ldo) {
+  int64_t k = 0;
+  for (; k + W <= depth; k += W) {
+    Vec v[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = FULL || i < here ? load_wide(rows[i] + k) : Vec{};
+    transpose_square(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) store(out + (k + i) * ldo, v[i]);
+  }
+  for (; k < depth; ++k)
+    for (int i = 0; i < W; ++i) out[k * ldo + i] = FULL || i < here ? widen(rows[i][k]) : 0.0f;
+}
+
+// out[k * ldo + j] = row(j)[k] for j < count, 0 for count <= j < padded; padded is a multiple of W. find(j, n, rows) finds
+// rows j ... j + n - 1. Where `ahead` says so, as much of what will be read next is asked for meanwhile.
+template <typename Pointer, typename Find>
+static void pack_found(const Find& find, int count, int padded, int64_t depth, float* out, int64_t ldo, const Ahead& ahead) {
+  for (int j = 0; j < padded; j += W) {
+    int here = std::min(W, std::max(0, count - j));
+    Pointer rows[W];
+    find(j, here, rows);
+    ahead.fetch(j, W);
+    if (here == W) turn_rows<true>(rows, W, depth, out + j, ldo);
+    else turn_rows<false>(rows, here, depth, out + j, ldo);
+  }
+}
+
 template <typename Row>
 static void pack_transposed(const Row& row, int count, int padded, int64_t depth, float* out, int64_t ldo,
                             const Ahead& ahead = {}) {
-  for (int j = 0; j < padded; j += W) {
-    int here = std::min(W, std::max(0, count - j));
-    decltype(row(0)) rows[W];
-    for (int i = 0; i < here; ++i) rows[i] = row(j + i);
-    ahead.fetch(j, W);
-    int64_t k = 0;
-    for (; k + W <= depth; k += W) {
-      Vec v[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) v[i] = i < here ? load_wide(rows[i] + k) : Vec{};
-      transpose_square(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) store(out + (k + i) * ldo + j, v[i]);
-    }
-    for (; k < depth; ++k)
-      for (int i = 0; i < W; ++i) out[k * ldo + j + i] = i < here ? widen(rows[i][k]) : 0.0f;
-  }
+  auto find = [&](int j, int n, auto* rows) {
+    for (int i = 0; i < n; ++i) rows[i] = row(j + i);
+  };
+  pack_found<decltype(row(0))>(find, count, padded, depth, out, ldo, ahead);
 }
 
 // out[j * ldo + k] = row(j)[k], zero-padded to ldo columns and `padded` rows.
@@ -160,8 +194,8 @@ static void pack_transposed(const Rows& x, int64_t first, int64_t step, int coun
   if (x.kind == INT8)
     return pack_transposed([&](int64_t j) { return x.int8_row(first + j * step, depth); }, count, padded, depth, out, ldo, ahead);
   with_type(x.kind, [&](auto type) {
-    pack_transposed([&](int64_t j) { return x.at<decltype(type)>(first + j * step); }, count, padded, depth, out, ldo,
-                    ahead);
+    auto find = [&](int j, int n, const decltype(type)** rows) { x.find(first + j * step, step, n, rows); };
+    pack_found<const decltype(type)*>(find, count, padded, depth, out, ldo, ahead);
   });
 }
 

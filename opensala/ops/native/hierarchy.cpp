@@ -56,7 +56,7 @@ struct Statistics {
 class RegionTile : public Scorer {
  public:
   RegionTile(const Unit& unit, const Statistics& statistics, int64_t budget)
-      : Scorer(unit, W * unit.s->ratio()), statistics_(statistics), budget_(budget),
+      : Scorer(unit, W * unit.s->ratio(), false), statistics_(statistics), budget_(budget),
         padded_(round_up(std::max<int64_t>(1, statistics.regions), PANEL)), rows_of_(rows() * s_.dim),
         expected_(rows() * padded_), spread_(rows() * padded_), bound_(rows() * padded_) {}
 

@@ -16,7 +16,7 @@ class Tile : public Scorer {
  public:
   using Scorer::choose;
   explicit Tile(const Unit& unit)
-      : Scorer(unit, PANEL), peak_(queries() * s_.group()), mass_(queries() * s_.group() * W) {}
+      : Scorer(unit, PANEL, unit.has_few()), peak_(queries() * s_.group()), mass_(queries() * s_.group() * W) {}
 
   void run() {
     sum();
@@ -48,15 +48,6 @@ class Tile : public Scorer {
     else denominators(keys1(), s_.kernel, s_.stride);
   }
 
-  // Asks for compressed keys that are read soon: they lie some to a page, so that the processor does not foresee them.
-  void fetch(const Rows& keys, int64_t first, int64_t last) const {
-    int64_t bytes = s_.dim * item_bytes(keys.kind);
-    for (int64_t i = first; i < last; ++i) {
-      auto* row = static_cast<const char*>(keys.kind ? static_cast<const void*>(keys.at<BFloat16>(i)) : keys.at<float>(i));
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
-    }
-  }
-
   // lse_[row]: log2 of the sum of 2^(s * factor) over the windows of one level that the row's query sees.
   void denominators(const Rows& keys, int64_t kernel, int64_t step) {
     int64_t rows = (last_ - first_) * s_.group();
@@ -64,12 +55,14 @@ class Tile : public Scorer {
     std::fill_n(peak_.data, rows, -INF);
     int64_t most = seen(s_.position(last_ - 1), kernel, step), least = seen(s_.position(first_), kernel, step);
     Vec factor = splat(s_.factor);
+    Walk walk(keys, PANEL);
+    if (few_) walk.advance(0, most);
     for (int64_t w = 0; w < most; w += PANEL) {
-      fetch(keys, w + PANEL, std::min(most, w + 2 * PANEL));
-      pack_transposed(keys, w, 1, int(std::min<int64_t>(PANEL, most - w)), PANEL, s_.dim, panel_.data, PANEL);
+      if (few_) multiply_few(walk, w + PANEL, most, W, 1);
+      else pack_transposed(keys, w, 1, int(std::min<int64_t>(PANEL, most - w)), PANEL, s_.dim, panel_.data, PANEL);
       for (int64_t row = 0; row < rows; row += CHUNK) {
         int count = int(std::min<int64_t>(CHUNK, rows - row));
-        multiply([&](int r) { return query(row + r); }, count, PANEL);
+        if (!few_) multiply([&](int r) { return query(row + r); }, count, PANEL);
         for (int r = 0; r < count; ++r) {
           float* x = products_.data + r * PANEL;
           if (w + PANEL > least) {
@@ -103,12 +96,14 @@ class Tile : public Scorer {
     int64_t group = s_.group(), columns = W * s_.ratio(), queries = last_ - first_, windows = visible(queries - 1);
     std::fill_n(carry_.data, queries * W, -INF);
     int64_t together = std::max<int64_t>(1, CHUNK / group);
+    Walk walk(keys1(), columns);
+    if (few_) walk.advance(from * s_.ratio(), windows - from * s_.ratio());
     for (int64_t block = from; block < to; block += W) {
-      fetch(keys1(), (block + W) * s_.ratio(), std::min(windows, (block + 2 * W) * s_.ratio()));
-      pack_panel(block, windows);
+      if (few_) multiply_few(walk, (block + W) * s_.ratio(), windows, 1, s_.ratio());
+      else pack_panel(block, windows);
       for (int64_t t = 0; t < queries; t += together) {
         int64_t many = std::min(together, queries - t);
-        multiply([&](int r) { return query(t * group + r); }, int(many * group), int(columns));
+        if (!few_) multiply([&](int r) { return query(t * group + r); }, int(many * group), int(columns));
         for (int64_t i = 0; i < many; ++i) pool(t + i, i * group, block, visible(t + i));
       }
     }

@@ -6,7 +6,7 @@
 #include <functional>
 #include <vector>
 
-#include "gemm.h"
+#include "few.h"
 #include "pages.h"
 
 // One sequence.
@@ -30,6 +30,8 @@ struct Unit {
   int64_t first, last, head;
   int64_t cost() const { return (last - first) * s->position(last - 1); }
   int64_t blocks() const { return s->position(last - 1) / s->block_size + 1; }
+  // Whether it has so few rows, as those of one token, that a panel of windows is not worth packing.
+  bool has_few() const { return (last - first) * s->group() <= ROWS && s->k1.kind == 0; }
 };
 
 // Full windows that end at or before a position.
@@ -117,17 +119,21 @@ class Best {
 // `ratio` vectors, so that pooling is an elementwise maximum.
 class Scorer {
  public:
-  Scorer(const Unit& unit, int64_t widest)
-      : s_(*unit.s), first_(unit.first), last_(unit.last), head_(unit.head),
-        panel_(s_.dim * std::max<int64_t>(widest, W * s_.ratio())),
-        products_(std::max<int64_t>(CHUNK, s_.group()) * std::max<int64_t>(widest, W * s_.ratio())),
+  // few: no panel is packed; only for a tile that `has_few` rows.
+  Scorer(const Unit& unit, int64_t widest, bool few)
+      : s_(*unit.s), first_(unit.first), last_(unit.last), head_(unit.head), few_(few),
+        panel_(few ? 0 : s_.dim * std::max<int64_t>(widest, W * s_.ratio())), turned_(few ? s_.dim * ROWS : 0),
+        products_((few ? ROWS : std::max<int64_t>(CHUNK, s_.group())) * std::max<int64_t>(widest, W * s_.ratio())),
         row_stride_(round_up(unit.blocks() + 1, W)), scores_(queries() * row_stride_), lse_(queries() * s_.group()),
-        carry_(queries() * W), rows_(std::max<int64_t>(CHUNK, s_.group())) {}
+        carry_(queries() * W), rows_(std::max<int64_t>(CHUNK, s_.group())) {
+    if (few) turn_few([&](int64_t r) { return query(r); }, queries() * s_.group(), s_.dim, turned_.data);
+  }
 
  protected:
   const Selection& s_;
   int64_t first_, last_, head_;  // the tile: queries first_ ... last_ - 1 of one kv head
-  Scratch panel_, products_;
+  bool few_;
+  Scratch panel_, turned_, products_;  // turned_: the rows of a tile with few, `[dim, rows]`
   int64_t row_stride_;
   Scratch scores_, lse_, carry_;
   std::vector<const float*> rows_;
@@ -149,6 +155,12 @@ class Scorer {
     const float* const* a = rows_.data();
     product<false>([a](int r, int64_t k) { return a[r][k]; }, count, s_.dim, panel_.data, columns,
                    [&](int r) { return products_.data + r * columns; }, columns);
+  }
+
+  // products_ = all rows of a tile with few times the windows that were next; then those from `next` on, before `end`, are.
+  void multiply_few(Walk& walk, int64_t next, int64_t end, int64_t shift, int64_t by) {
+    walk.advance(next, end - next);
+    product_few(turned_.data, int(queries() * s_.group()), s_.dim, walk, shift, by, products_.data);
   }
 
   void pack_panel(int64_t block, int64_t windows) {

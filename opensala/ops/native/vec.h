@@ -32,7 +32,16 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const VecUnaligned*>(p); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<VecUnaligned*>(p) = v; }
-static inline Vec splat(float x) { return Vec{} + x; }
+// Not Vec{} + x: that is an addition, for it makes 0 of -0, and then a move of lanes, where a load can do all.
+static inline Vec splat(float x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(x);
+#elif defined(__AVX__)
+  return (Vec)_mm256_set1_ps(x);
+#else
+  return Vec{x, x, x, x};
+#endif
+}
 
 static inline Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -195,10 +204,35 @@ static inline void exchange_all(Vec* v) {
     if (!(i & S)) exchange<S>(v[i], v[i + S], std::make_integer_sequence<int, W>());
 }
 
+#if defined(__AVX512F__)
+// Four vectors, taken as 4 x 4 squares by quarters: each square turned about its diagonal.
+static inline void transpose_quarters(Vec* v) {
+  auto low = [](Vec a, Vec b) { return (__m512d)_mm512_unpacklo_ps((__m512)a, (__m512)b); };
+  auto high = [](Vec a, Vec b) { return (__m512d)_mm512_unpackhi_ps((__m512)a, (__m512)b); };
+  __m512d a = low(v[0], v[1]), b = high(v[0], v[1]), c = low(v[2], v[3]), d = high(v[2], v[3]);
+  v[0] = (Vec)_mm512_unpacklo_pd(a, c), v[1] = (Vec)_mm512_unpackhi_pd(a, c);
+  v[2] = (Vec)_mm512_unpacklo_pd(b, d), v[3] = (Vec)_mm512_unpackhi_pd(b, d);
+}
+#endif
+
 // Turn W vectors of W floats, a square, about its diagonal.
 static inline void transpose_square(Vec* v) {
+#if defined(__AVX512F__)
+  // By `exchange` it takes permutations by index, each of which needs a register for the index and one to overwrite.
+  auto even = [](Vec a, Vec b) { return (Vec)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88); };
+  auto odd = [](Vec a, Vec b) { return (Vec)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xdd); };
+#pragma GCC unroll 4
+  for (int i = 0; i < W; i += 4) transpose_quarters(v + i);
+  // Quarter q of v[4 i + c] now has column 4 q + c of rows 4 i ... 4 i + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    Vec a = even(v[c], v[4 + c]), b = even(v[8 + c], v[12 + c]), x = odd(v[c], v[4 + c]), y = odd(v[8 + c], v[12 + c]);
+    v[c] = even(a, b), v[4 + c] = even(x, y), v[8 + c] = odd(a, b), v[12 + c] = odd(x, y);
+  }
+#else
   exchange_all<1>(v);
   exchange_all<2>(v);
   if constexpr (W > 4) exchange_all<4>(v);
   if constexpr (W > 8) exchange_all<8>(v);
+#endif
 }

@@ -1,0 +1,100 @@
+// Products of a few rows (the query heads of one token) with many rows of B that lie in memory.
+//
+// As `product` with a panel of B: the same sums in the same order, so the same bits. But B is turned in registers, for a
+// panel costs as much to write down as a few rows have to do with it, and pushes out of the cache what was asked for ahead.
+#pragma once
+#include <vector>
+
+#include "gemm.h"
+
+// Pointers to the rows of B that are multiplied now, and to those that will be next.
+class Walk {
+ public:
+  Walk(const Rows& rows, int64_t size) : rows_(rows), here_(size), soon_(size) {}
+
+  // Goes on to the rows that were next; `many` from `first` on, maybe none, are next.
+  void advance(int64_t first, int64_t many) {
+    std::swap(here_, soon_);
+    count_ = coming_, coming_ = std::max<int64_t>(0, std::min(size(), many));
+    rows_.find(first, 1, int(coming_), soon_.data());
+    if (coming_) std::fill(soon_.begin() + coming_, soon_.end(), soon_[0]);
+  }
+  int64_t size() const { return int64_t(here_.size()); }
+  int64_t count() const { return count_; }  // rows there are; pointers to others lead to the first
+  int64_t coming() const { return coming_; }
+  const float* const* here() const { return here_.data(); }
+  const float* const* soon() const { return soon_.data(); }
+
+ private:
+  Rows rows_;
+  int64_t count_ = 0, coming_ = 0;
+  std::vector<const float*> here_, soon_;
+};
+
+constexpr int STRIPS = W == 16 ? 2 : 1;  // vectors of sums a row that grow side by side: one chain alone waits for itself
+
+// out[r * ldo + s * W + i] = sum over k < depth of a[k * R + r] * b[s * shift + i * by][k] for r < R, s < S, i < W. Asks for the
+// `many` rows `soon` meanwhile, some with each step: all at once they would have to wait for each other.
+template <int R, int S>
+static void product_turned(const float* a, int64_t depth, const float* const* b, int64_t shift, int64_t by,
+                           const float* const* soon, int64_t many, float* out, int64_t ldo) {
+  Vec acc[S][R];
+#pragma GCC unroll 2
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[s][r] = Vec{};
+  int64_t k = 0, asked = 0;
+  for (; k + W <= depth; k += W) {
+    for (int64_t end = many * (k + W) / depth; asked < end; ++asked)
+      for (int64_t at = 0; at < depth; at += 64 / sizeof(float)) __builtin_prefetch(soon[asked] + at, 0, 3);
+#pragma GCC unroll 2
+    for (int s = 0; s < S; ++s) {
+      Vec v[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) v[i] = load(b[s * shift + i * by] + k);
+      transpose_square(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[s][r] += splat(a[(k + i) * R + r]) * v[i];
+      asm volatile("" ::: "memory");  // the next strip's vectors would not fit beside these
+    }
+  }
+  for (; k < depth; ++k)
+    for (int s = 0; s < S; ++s) {
+      float x[W];
+      for (int i = 0; i < W; ++i) x[i] = b[s * shift + i * by][k];
+      for (int r = 0; r < R; ++r) acc[s][r] += splat(a[k * R + r]) * load(x);
+    }
+#pragma GCC unroll 2
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store(out + r * ldo + s * W, acc[s][r]);
+}
+
+// The same for `count` rows of a, at most ROWS, `[depth, count]`, and all rows of a walk; out `[count, size]`. Vector s of a
+// row of it is of the rows s * shift, s * shift + by, ...; what is of rows that are not there is any number.
+template <int R = ROWS>
+static void product_few(const float* a, int count, int64_t depth, const Walk& b, int64_t shift, int64_t by, float* out) {
+  if (count < R) {
+    if constexpr (R > 1) product_few<R - 1>(a, count, depth, b, shift, by, out);
+    return;
+  }
+  int64_t strips = b.size() / W, s = 0, asked = 0;
+  auto part = [&](auto wide) {
+    constexpr int S = decltype(wide)::value;
+    int64_t end = b.coming() * (s + S) / strips;
+    product_turned<R, S>(a, depth, b.here() + s * shift, shift, by, b.soon() + asked, end - asked, out + s * W, b.size());
+    s += S, asked = end;
+  };
+  if (!b.count()) return;
+  while (s + STRIPS <= strips) part(std::integral_constant<int, STRIPS>{});
+  while (s < strips) part(std::integral_constant<int, 1>{});
+}
+
+// out[k * rows + r] = row(r)[k]
+template <typename Row>
+static void turn_few(const Row& row, int64_t rows, int64_t depth, float* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < depth; ++k) out[k * rows + r] = row(r)[k];
+}
