@@ -1,7 +1,8 @@
 """The seconds in which the `opensala` command imports its packages: Ctrl-C ends them with one line and exit
 code 130, as it does later, and what other packages have to say about themselves is not shown.
 
-A program that imports this package is left alone: its Ctrl-C and its warnings are its own.
+A program that imports this package is left alone: its Ctrl-C and its warnings are its own. One thing is for
+both: torch takes memory for tensors of 2 MiB and more in huge pages, unless the variable says otherwise.
 """
 
 import os
@@ -38,5 +39,8 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+# Reading a prompt takes and gives back large tensors all the time, and each page of 4 KiB among them is a
+# fault (docs/speed.md). Torch reads this at its first tensor of that size.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if is_command():
     prepare()
