@@ -90,7 +90,7 @@ _ROUND = (
     _mixed(14, 4096, 1, 32, "sparse"),
     _mixed(2, 8192, 1, 44, "sparse"),
 )
-WRITTEN_STAGES: tuple[Stage, ...] = (_mixed(500, 512, 8, 6), *_ROUND * 70)
+WRITTEN_STAGES: tuple[Stage, ...] = (_mixed(500, 512, 8, 6), *_ROUND * 57)
 PEAK_LR, WRITTEN_PEAK_LR, LAST_LR, WARMUP = 3e-3, 1.5e-3, 1e-4, 100
 
 

@@ -130,7 +130,7 @@ def mixed_facts(
         texts: real texts whose sentences some facts are made of (`borrowed`).
 
     Facts with such values are worded as in `facts` (`revalued`), in `forms`, in `phrases` and, with `texts`,
-    as real sentences are. Half of the unanswerable questions are a stated fact's but for one word, the others
+    as real sentences are. Six of ten unanswerable questions are a stated fact's but for one word, the others
     are about anything.
     """
     prose = sum(rng.random() < written for _ in range(count)) if written else 0
@@ -140,7 +140,7 @@ def mixed_facts(
     # How many of each wording: a draw for each fact, as small counts do not divide.
     wordings = rng.choices(_WORDINGS, _WORDING_SHARES, k=prose)
     copied, formed = wordings.count("revalued"), wordings.count("forms")
-    nearly = sum(rng.random() < 0.5 for _ in range(missing))
+    nearly = sum(rng.random() < 0.6 for _ in range(missing))
     far = Counter(rng.choices(("plain", "forms", "phrases", "borrowed"), k=missing - nearly))
     withheld = far["plain"]
     made = written_facts(rng, formed, far["forms"], words)
