@@ -18,7 +18,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,18 +79,29 @@ STAGES: tuple[Stage, ...] = (
 
 
 def _mixed(steps: int, length: int, batch: int, facts: int, mode: str = "dense") -> Stage:
-    return Stage(steps, length, batch, facts, mode, 0.3, written=0.6, absent=0.25, prose=0.7)
+    return Stage(steps, length, batch, facts, mode, 0.3, written=0.6, absent=0.22, prose=0.75)
 
 
-# With --start: learnt in short texts first, then held in texts of all lengths by turns.
+# With --start: learnt in short texts first, then held in texts of all lengths by turns. At the end there are
+# longer ones, as what is found in a short text is more readily denied in a long one, and more old tasks.
 _ROUND = (
-    _mixed(20, 512, 8, 6),
+    _mixed(12, 512, 8, 6),
     _mixed(12, 1024, 4, 12),
     _mixed(10, 2048, 2, 20),
-    _mixed(14, 4096, 1, 32, "sparse"),
-    _mixed(2, 8192, 1, 44, "sparse"),
+    _mixed(16, 4096, 1, 32, "sparse"),
+    _mixed(3, 8192, 1, 44, "sparse"),
 )
-WRITTEN_STAGES: tuple[Stage, ...] = (_mixed(500, 512, 8, 6), *_ROUND * 57)
+_LAST_ROUND = tuple(
+    replace(stage, written=0.55, absent=0.18, prose=0.6)
+    for stage in (
+        _mixed(4, 512, 8, 6),
+        _mixed(8, 1024, 4, 12),
+        _mixed(8, 2048, 2, 20),
+        _mixed(24, 4096, 1, 28, "sparse"),
+        _mixed(6, 8192, 1, 44, "sparse"),
+    )
+)
+WRITTEN_STAGES: tuple[Stage, ...] = (_mixed(500, 512, 8, 6), *_ROUND * 23, *_LAST_ROUND * 17)
 PEAK_LR, WRITTEN_PEAK_LR, LAST_LR, WARMUP = 3e-3, 1.5e-3, 1e-4, 100
 
 
