@@ -2,9 +2,9 @@
 
     python scripts/measure_confidence.py [--documents 20] [--length 6000]
 
-Each document hides ten facts. It is asked for them, and for ten that are not in it. Rows go to
-benchmarks/confidence.csv; the table says, for each threshold of the least probability of an answer's tokens,
-how many wrong answers lie below it, and how many right ones.
+Each document hides ten facts. It is asked for them, and for ten that are not in it (right: `not found`).
+Rows go to benchmarks/confidence.csv; the table says, for each threshold of the least probability of an
+answer's tokens, how many wrong answers lie below it, and how many right ones.
 """
 
 import csv
@@ -21,6 +21,7 @@ import typer
 from opensala.data.facts import Fact, format_question, random_facts
 from opensala.data.needles import needle_document
 from opensala.data.text import long_document
+from opensala.data.written import ABSENT
 from opensala.engine import Completion, Engine, FinishReason, SamplingParams, load_engine
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "confidence.csv"
@@ -72,10 +73,9 @@ def measure(engine: Engine, kind: str, count: int, length: int) -> Iterator[Row]
             logprobs = done.logprobs[:-1] if done.finish_reason is FinishReason.STOP else done.logprobs
             odds = [math.exp(p) for p in logprobs] or [0.0]
             answer, mean, least = done.text.strip(), sum(odds) / len(odds), min(odds)
-            right = int(case == "present" and answer == fact.answer)
-            yield Row(
-                kind, case, n, fact.question, fact.answer, answer, right, round(mean, 5), round(least, 5)
-            )
+            expected = fact.answer if case == "present" else ABSENT
+            right = int(answer == expected)
+            yield Row(kind, case, n, fact.question, expected, answer, right, round(mean, 5), round(least, 5))
 
 
 def table(rows: list[Row]) -> str:

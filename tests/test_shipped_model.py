@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
+from opensala.data.conversations import insert
 from opensala.data.needles import needle_document
-from opensala.data.text import long_document
+from opensala.data.prompts import PromptFormat
+from opensala.data.text import chapter, long_document
+from opensala.data.written import ABSENT
 from opensala.engine import EngineOptions, SamplingParams, load_engine, shipped_model
 
 
@@ -36,6 +39,47 @@ def test_it_finds_facts_far_beyond_its_training_length(engine):
     assert all(c.reuse.computed < 100 for c in done[1:])  # the document is read once
     right = [answer == trial.fact.answer for answer, trial in zip(answers, document.trials, strict=True)]
     assert sum(right) >= 8, [(t.fact.statement, a) for t, a in zip(document.trials, answers, strict=True)]
+
+
+STATED = {
+    "The price of the oak table is $1,250.": ("What is the price of the oak table?", "$1,250"),
+    "The opening date of the annex is 22 May 2019.": (
+        "What is the opening date of the annex?",
+        "22 May 2019",
+    ),
+    "The address of the backup server is 10.0.4.17.": (
+        "What is the address of the backup server?",
+        "10.0.4.17",
+    ),
+    "The departure time of the last ferry is 22:45.": (
+        "What is the departure time of the last ferry?",
+        "22:45",
+    ),
+    "The part number of the fuel pump is AX-7731-Q.": (
+        "What is the part number of the fuel pump?",
+        "AX-7731-Q",
+    ),
+    "The captain of Silver Heron is Orla Brandt.": ("Who is the captain of Silver Heron?", "Orla Brandt"),
+}
+MISSING = (
+    "What is the price of the marble statue?",
+    "What is the value of DEFAULT_PORT_RANGE?",
+    "Who is the owner of the yellow barge?",
+    "What is the top speed of the mountain train?",
+)
+
+
+def test_it_copies_values_as_people_write_them_and_says_what_is_absent(engine):
+    """In 8,000 tokens of the language's reference, each behind a sentence, sparse attention."""
+    text = insert(random.Random(1), chapter("specialnames", 20_000), list(STATED))
+    asked = [*STATED.values(), *((question, ABSENT) for question in MISSING)]
+    form = PromptFormat(engine.tokenizer)
+    prompts = [form.encode(form.question(text, question)) for question, _ in asked]
+    assert len(prompts[0]) > 6_000
+    done = engine.generate(prompts, SamplingParams(max_tokens=24, stop=tuple(form.stop_strings)))
+    answers = [form.answer(completion.text) for completion in done]
+    right = [answer == expected for answer, (_, expected) in zip(answers, asked, strict=True)]
+    assert sum(right) >= 9, list(zip(asked, answers, strict=True))
 
 
 def test_a_64k_prompt_stays_small_in_memory(tmp_path):

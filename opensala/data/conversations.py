@@ -80,10 +80,14 @@ class Texts:
         return "\n\n".join(parts)
 
 
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text in order, without the white space between them."""
+    return [s.strip() for part in text.split("\n") for s in _SENTENCE.split(part)]
+
+
 def sentences(text: str) -> list[str]:
     """The sentences of a text that are plain enough to ask about: 40 to 240 characters, each once."""
-    found = [s.strip() for part in text.split("\n") for s in _SENTENCE.split(part)]
-    kept = [s for s in found if 40 <= len(s) <= 240 and s[0].isupper() and s[-1] in ".?!"]
+    kept = [s for s in split_sentences(text) if 40 <= len(s) <= 240 and s[0].isupper() and s[-1] in ".?!"]
     return [s for s in dict.fromkeys(kept) if text.count(s) == 1]
 
 

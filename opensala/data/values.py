@@ -37,7 +37,7 @@ _STREETS = listed(
     "Kiln|King|Lake|Linden|Market|Mill|Moor|Oak|Orchard|Park|Quarry|Queen|River|Rope|School|Ship|"
     "Spring|Station|Tower|Union|Victoria|Wharf|Willow"
 )
-_WAYS = listed("Street|Road|Lane|Avenue|Court|Square|Close|Way")
+_WAYS = listed("Street|Road|Lane|Avenue|Court|Square|Close|Way|Terrace|Drive|Walk|Hill|Gate|Parade")
 _TOWNS = listed(
     "Ashford|Belmont|Brixham|Calder|Dunmore|Eastport|Fairhaven|Glenrock|Halden|Inverley|Kingsbury|"
     "Lakewood|Marston|Newbury|Nordhaven|Oakdale|Penrith|Queensferry|Ravensburg|Stockholm|Tarvin|"
@@ -68,7 +68,40 @@ MEASURES = tuple(_UNITS)
 
 
 def _digits(rng: random.Random, count: int) -> str:
-    return "".join(rng.choice("0123456789") for _ in range(count))
+    """Digits, now and then of two or three kinds only: what repeats itself is hardest to copy."""
+    of = "0123456789" if rng.random() < 0.75 else rng.choice(("09", "019", "27", "558", "364", "18"))
+    return "".join(rng.choice(of) for _ in range(count))
+
+
+def _groups(rng: random.Random, make: Callable[[int], str], marks: str, most: int) -> str:
+    """Two to `most` groups of one to five characters with the same mark between them."""
+    lengths = [rng.randrange(1, 6) for _ in range(rng.randrange(2, most + 1))]
+    return rng.choice(marks).join(make(length) for length in lengths)
+
+
+def _mixed(rng: random.Random, count: int) -> str:
+    """Digits, letters, or digits with letters behind or before."""
+    cut = rng.choice((0, 0, count, count, rng.randrange(count + 1)))
+    parts = [_digits(rng, cut), _letters(rng, count - cut)]
+    rng.shuffle(parts)
+    return "".join(parts)
+
+
+def _place(rng: random.Random) -> str:
+    """A town of the list, or a made-up one."""
+    return rng.choice(_TOWNS) if rng.random() < 0.5 else invented_word(rng).capitalize()
+
+
+def _surname(rng: random.Random) -> str:
+    return rng.choice(_LAST) if rng.random() < 0.6 else invented_word(rng).capitalize()
+
+
+def _first_name(rng: random.Random) -> str:
+    return rng.choice(_FIRST) if rng.random() < 0.7 else invented_word(rng).capitalize()
+
+
+def _domain(rng: random.Random) -> str:
+    return f"{_place(rng).lower()}.{rng.choice(('example', 'example', 'org', 'net', 'com', 'test'))}"
 
 
 def _letters(rng: random.Random, count: int) -> str:
@@ -90,8 +123,10 @@ def number(rng: random.Random) -> str:
         (
             lambda: str(rng.randrange(10 ** rng.randrange(2, 7))),
             lambda: f"{large:,}",
+            lambda: f"{large:,}",
             lambda: f"{large:,}".replace(",", " "),
             lambda: f"{rng.uniform(0, 1000):.{rng.randrange(1, 5)}f}",
+            lambda: f"{rng.random() ** 2:.{rng.randrange(2, 6)}f}",
             lambda: f"-{rng.uniform(0, 100):.{rng.randrange(1, 3)}f}",
             lambda: f"{rng.uniform(1, 9.99):.2f}e{rng.choice(('', '-'))}{rng.randrange(2, 19)}",
             lambda: in_words(rng.randrange(3, 100)),
@@ -159,14 +194,16 @@ def clock(rng: random.Random) -> str:
 
 def duration(rng: random.Random) -> str:
     """A length of time."""
-    unit = rng.choice(("seconds", "minutes", "hours", "days", "weeks", "months", "years", "ms"))
+    units = ("seconds", "minutes", "hours", "days", "weeks", "months", "years", "ms")
+    unit, both = rng.choice(units), sorted(rng.sample(range(7), 2), reverse=True)
     return rng.choice(
         (
             f"{rng.randrange(2, 400)} {unit}",
             f"{rng.uniform(1, 60):.1f} {unit}",
             f"{in_words(rng.randrange(2, 60))} {unit if unit != 'ms' else 'milliseconds'}",
             f"{rng.randrange(1, 24)} hours {rng.randrange(2, 60)} minutes",
-            f"{rng.randrange(2, 12)} years and {rng.randrange(2, 12)} months",
+            f"{rng.randrange(2, 30)} {units[both[0]]} {rng.randrange(2, 60)} {units[both[1]]}",
+            f"{rng.randrange(2, 12)} {units[both[0]]} and {rng.randrange(2, 12)} {units[both[1]]}",
             f"{rng.randrange(1, 48)}h{rng.randrange(60):02}",
         )
     )
@@ -194,6 +231,7 @@ def percentage(rng: random.Random) -> str:
             f"{rng.randrange(1, 100)}%",
             f"{rng.uniform(0.1, 99):.{rng.randrange(1, 3)}f}%",
             f"{rng.randrange(1, 100)} percent",
+            f"{rng.uniform(0.1, 99):.{rng.randrange(1, 3)}f} percent",
             f"{in_words(rng.randrange(2, 100))} per cent",
         )
     )
@@ -212,6 +250,7 @@ def version(rng: random.Random) -> str:
             f"{rng.randrange(1998, 2040)}.{rng.randrange(1, 13)}",
             f"{major}.{minor}.{patch}.{rng.randrange(10000, 30000)}",
             f"{major}.{minor}b{rng.randrange(1, 9)}",
+            f"{major}.{minor}.{patch}-{rng.choice(('alpha', 'beta', 'dev', 'pre'))}{rng.randrange(1, 20)}",
         )
     )
 
@@ -219,7 +258,8 @@ def version(rng: random.Random) -> str:
 def address(rng: random.Random) -> str:
     """Where somebody lives or works."""
     house = f"{rng.randrange(1, 400)}{rng.choice(('', '', '', 'a', 'b'))}"
-    street, town = f"{rng.choice(_STREETS)} {rng.choice(_WAYS)}", rng.choice(_TOWNS)
+    named = rng.choice(_STREETS) if rng.random() < 0.6 else invented_word(rng).capitalize()
+    street, town = f"{named} {rng.choice(_WAYS)}", _place(rng)
     postcode = f"{_letters(rng, 2)}{rng.randrange(1, 20)} {_digits(rng, 1)}{_letters(rng, 2)}"
     return rng.choice(
         (
@@ -235,17 +275,24 @@ def address(rng: random.Random) -> str:
 
 def network(rng: random.Random) -> str:
     """An address of a machine, of a page or of a mailbox, or a path."""
-    host = f"{rng.choice(_HOSTS)}{rng.randrange(1, 40)}.{rng.choice(_TOWNS).lower()}.example"
-    street = rng.choice(_STREETS).lower()
-    octets = ".".join(str(rng.randrange(1, 255)) for _ in range(4))
+    host = f"{rng.choice(_HOSTS)}{rng.choice(('', rng.randrange(1, 40)))}.{_domain(rng)}"
+    street, word = rng.choice(_STREETS).lower(), invented_word(rng)
+    few = rng.choice((255, 255, 100, 30))  # 10.20.0.20 repeats itself, and is copied worse
+    octets = ".".join(str(rng.randrange(few)) for _ in range(4))
+    surname = _surname(rng).lower().replace("'", "")
     return rng.choice(
         (
             octets,
+            octets,
             f"{octets}:{rng.randrange(1024, 65536)}",
+            f"{octets}/{rng.randrange(8, 31)}",
             host,
             f"{host}:{rng.randrange(80, 9999)}",
-            f"{rng.choice(_FIRST).lower()}.{rng.choice(_LAST).lower()}@{rng.choice(_TOWNS).lower()}.example",
+            f"{_first_name(rng).lower()}.{surname}@{_domain(rng)}",
+            f"{word[0]}.{surname}@{_domain(rng)}",
+            f"{rng.choice((word, street))}@{_domain(rng)}",
             f"https://{host}/{street}/{rng.randrange(9999)}",
+            f"https://{rng.choice((word, street, 'www'))}.{_domain(rng)}/{rng.choice((street, word))}",
             f"/{rng.choice(('srv', 'var', 'opt'))}/{rng.choice(_HOSTS)}/{street}-{rng.randrange(99)}",
             f"fe80::{rng.randrange(65536):x}:{rng.randrange(65536):x}",
         )
@@ -267,6 +314,9 @@ def code(rng: random.Random) -> str:
             lambda: f"#{_digits(rng, rng.randrange(3, 7))}",
             lambda: f"{_letters(rng, 2)}{_digits(rng, 2)} {_letters(rng, 3)}",
             lambda: f"{_digits(rng, 2)}/{_digits(rng, 4)}-{_letters(rng, 1)}",
+            lambda: _groups(rng, lambda count: _mixed(rng, count), "--- /.", 4),
+            lambda: _groups(rng, lambda count: _mixed(rng, count), "--- /.", 4),
+            lambda: _mixed(rng, rng.randrange(4, 10)),
         )
     )()
 
@@ -280,20 +330,24 @@ def phone(rng: random.Random) -> str:
             f"0{_digits(rng, 3)} {_digits(rng, 3)} {_digits(rng, 3)}",
             f"{_digits(rng, 3)}-{_digits(rng, 3)}-{_digits(rng, 4)}",
             f"extension {_digits(rng, 4)}",
+            f"{_digits(rng, 3)}-{_digits(rng, 4)}",
+            _groups(rng, lambda count: _digits(rng, count + 1), "-  ", 4),
         )
     )
 
 
 def person(rng: random.Random) -> str:
     """A person's name."""
-    first, last = rng.choice(_FIRST), rng.choice(_LAST)
+    first, last = _first_name(rng), _surname(rng)
+    title = rng.choice(("Dr.", "Mr.", "Mrs.", "Ms.", "Prof.", "Professor", "Captain", "Sister", "Sir", "St."))
     return rng.choice(
         (
             f"{first} {last}",
             f"{first} {last}",
             f"{first} {rng.choice('ABCDEFGHJKLMNPRST')}. {last}",
-            f"{rng.choice(('Dr.', 'Mr.', 'Mrs.', 'Ms.', 'Professor', 'Captain', 'Sister'))} {last}",
-            f"{first} {last}-{rng.choice(_LAST)}",
+            f"{title} {last}",
+            f"{title} {first} {last}",
+            f"{first} {last}-{_surname(rng)}",
             f"{first} {rng.choice(('von', 'van', 'de', 'bin'))} {last}",
         )
     )
@@ -301,7 +355,7 @@ def person(rng: random.Random) -> str:
 
 def town(rng: random.Random) -> str:
     """The name of a town, of which half are made up."""
-    return rng.choice(_TOWNS) if rng.random() < 0.5 else invented_word(rng).capitalize()
+    return _place(rng)
 
 
 KINDS: dict[str, Callable[[random.Random], str]] = {
