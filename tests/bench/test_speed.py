@@ -140,7 +140,10 @@ def test_floors_of_the_parts():
     hybrid = preset("135m").hybrid
     from opensala.bench import counts
 
-    assert floors["products"] == pytest.approx(2 * 4096 * counts.product_weights(hybrid) / 1e11)
+    products = 2 * 4096 * counts.product_weights(hybrid)
+    assert floors["products"] == pytest.approx(products / max(ROOFLINE.values()))
+    alone = part_floors(preset("135m"), 8192, 4096, {"float32": ROOFLINE["float32"]})
+    assert alone["products"] == pytest.approx(products / 1e11) and alone["attention"] == floors["attention"]
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
