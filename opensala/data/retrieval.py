@@ -82,10 +82,13 @@ def hide(
     return np.concatenate([*parts, hay[last:]])
 
 
+_LINES = 0.3  # of texts with each statement on a line of its own
+
+
 def hide_in_prose(
     tokenizer: Any, rng: random.Random, texts: Texts, length: int, statements: list[str]
 ) -> np.ndarray:
-    """Exactly `length` tokens of running text with statements as sentences of their own in it.
+    """Exactly `length` tokens of running text with statements as sentences or lines of their own in it.
 
     All of it is tokenized as one text, as a user's document is: behind a statement's full stop the next
     sentence then begins with the token that it begins with there. (Statements put between tokens bring
@@ -93,9 +96,9 @@ def hide_in_prose(
 
     Raises ValueError if the statements need more.
     """
-    characters = int(2.6 * length)
+    characters, put = int(2.6 * length), _on_lines if rng.random() < _LINES else insert
     while True:
-        body = insert(rng, texts.draw(rng, characters), statements) if characters else "\n".join(statements)
+        body = put(rng, texts.draw(rng, characters), statements) if characters else "\n".join(statements)
         ids = tokenizer(body, add_special_tokens=False)["input_ids"]
         if len(ids) <= length:
             break
@@ -111,6 +114,14 @@ def hide_in_prose(
     before = f"{texts.draw(rng, 8 * missing + 200)}\n\n"
     filled = tokenizer(before, add_special_tokens=False)["input_ids"][-missing:]
     return np.array([*filled, *ids], dtype=np.int32)[-length:]
+
+
+def _on_lines(rng: random.Random, text: str, statements: list[str]) -> str:
+    """Put statements into a text, each on a line of its own at a random depth, as in code and logs."""
+    lines = text.split("\n")
+    for cut, statement in sorted(((rng.randrange(len(lines) + 1), s) for s in statements), reverse=True):
+        lines.insert(cut, statement)
+    return "\n".join(lines)
 
 
 def mixed_facts(

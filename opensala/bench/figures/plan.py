@@ -14,6 +14,7 @@ SLACK = 3.0  # times its expected time that a step may take, and SPARE minutes
 SPARE = 5.0
 # Lines of the comparison with llama.cpp, and of the steps, that docs/speed.md shows.
 _AGAINST = "sala-float32,sala-bfloat16,sala-int8,sala-int4,llama.cpp-F16,llama.cpp-Q8_0,llama.cpp-Q4_0"
+_LONG = "sala-bfloat16,llama.cpp-F16"
 _FOUR_TASKS = "niah_single_1,niah_multikey_2,vt,qa_1"
 
 
@@ -168,6 +169,15 @@ def _reading(folder: Path) -> list[Measurement]:
             package_command("bench", "speed", "--lengths", "2K,4K,16K", "--against", _AGAINST, *rows),
             package_command("bench", "speed", *quick, "--against", _AGAINST, *rows),
             15,
+            needs=("llama.cpp",),
+        ),
+        Measurement(
+            "llama.cpp-32K",  # beyond, llama.cpp would take half an hour and more
+            package_command(
+                "bench", "speed", "--lengths", "32K,64K", "--limit", 700, "--against", _LONG, *rows
+            ),
+            package_command("bench", "speed", *quick, "--against", _LONG, *rows),
+            10,
             needs=("llama.cpp",),
         ),
     ]
