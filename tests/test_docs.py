@@ -272,11 +272,11 @@ def test_the_table_of_phrasings_works(folder):
     from opensala.engine import Document, SamplingParams, ask, load_engine
 
     rows = re.findall(r"^\| (.+?) \| ((?:What|Who) .+?) \|$", (ROOT / "README.md").read_text(), re.M)
-    assert len(rows) == 5
+    assert len(rows) == 6
     engine, filler = load_engine(), "Nothing of note happened that day.\n" * 40
     for fact, question in rows:
         fact = re.sub(r" \(also .*", "", fact)
-        expected = re.search(r"(\d{3,}|Orla Brandt)\.?$", fact).group(1)
+        expected = re.search(r"(\$1,250|\d{3,}|Orla Brandt)\.?$", fact).group(1)
         result = ask(
             engine,
             [Document("d", f"{filler}{fact}\n{filler}")],
