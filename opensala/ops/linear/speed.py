@@ -25,8 +25,9 @@ from . import linear
 ROWS = 256  # of the product that stands for reading a prompt
 LARGEST = 2048  # of a dimension measured: beyond, rates no longer change, and milliseconds become seconds
 STREAMED = 64 << 20  # bytes of float32 weights that a single row is multiplied with: more than caches hold
-_REPEATS = 7
-_VERSION = 2  # of what is kept on disk
+_REPEATS, _MOST = 7, 100  # turns, at least and at most
+_SECONDS = 0.2  # of turns beyond the least number
+_VERSION = 3  # of what is kept on disk
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ProductTimes:
     Attributes:
         one: a single row, weights stored in float32.
         one_stored: a single row, weights stored in the 16-bit dtype and widened as they are read.
-        many: `ROWS` rows in float32.
+        many: `ROWS` rows in float32, by one thread, as the next one.
         many_half: `ROWS` rows rounded to the 16-bit dtype and multiplied in it.
     """
 
@@ -58,7 +59,11 @@ def half_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def measure_products(inner: int, outer: int, dtype: torch.dtype) -> ProductTimes:
-    """Time products `[rows, inner]` x `[outer, inner]` here and now (a tenth of a second on two cores)."""
+    """Time products `[rows, inner]` x `[outer, inner]` here and now (some tenths of a second).
+
+    Many rows are multiplied by one thread: with more, a busy machine keeps one waiting for another that does
+    not run, and 50 microseconds become 6 ms. Short products get as many turns as there is time.
+    """
     inner, outer = min(inner, LARGEST), min(outer, LARGEST)
     copies = max(1, min(64, STREAMED // (4 * inner * outer)))
     generator = torch.Generator().manual_seed(0)
@@ -66,24 +71,38 @@ def measure_products(inner: int, outer: int, dtype: torch.dtype) -> ProductTimes
     wide = [first.clone() for _ in range(copies)]
     narrow = [w.to(dtype) for w in wide]
     row, rows = (torch.randn(n, inner, generator=generator) for n in (1, ROWS))
-    works: dict[str, Callable[[], object]] = {
+    single: dict[str, Callable[[], object]] = {
         "one": lambda: [linear(row, w) for w in wide],
         "one_stored": lambda: [linear(row, w) for w in narrow],
+    }
+    several: dict[str, Callable[[], object]] = {
         "many": lambda: linear(rows, wide[0]),
         "many_half": lambda: half_product(rows, narrow[0], None),
     }
+    least, threads = _least_seconds(single), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        least |= _least_seconds(several)
+    finally:
+        torch.set_num_threads(threads)
+    return ProductTimes(
+        least["one"] / copies, least["one_stored"] / copies, least["many"], least["many_half"]
+    )
+
+
+def _least_seconds(works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Least seconds of each, in turns: what is kept must not be the mood of a busy moment."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(_REPEATS + 1):  # in turns, so that a busy moment meets all of them
+    begun = time.perf_counter()
+    for turn in range(_MOST + 1):
+        if turn > _REPEATS and time.perf_counter() - begun > _SECONDS:
+            break
         for name, work in works.items():
             start = time.perf_counter()
             work()
             if turn:  # the first warms up
                 seconds[name].append(time.perf_counter() - start)
-    # the least of some: what is kept must not be the mood of a busy moment
-    least = {name: min(s) for name, s in seconds.items()}
-    return ProductTimes(
-        least["one"] / copies, least["one_stored"] / copies, least["many"], least["many_half"]
-    )
+    return {name: min(s) for name, s in seconds.items()}
 
 
 def kept_times(inner: int, outer: int, dtype: torch.dtype) -> ProductTimes:
