@@ -141,9 +141,10 @@ def test_floors_of_the_parts():
     from opensala.bench import counts
 
     products = 2 * 4096 * counts.product_weights(hybrid)
-    assert floors["products"] == pytest.approx(products / max(ROOFLINE.values()))
-    alone = part_floors(preset("135m"), 8192, 4096, {"float32": ROOFLINE["float32"]})
-    assert alone["products"] == pytest.approx(products / 1e11) and alone["attention"] == floors["attention"]
+    assert floors["products"] == pytest.approx(products / ROOFLINE["float32"])
+    half = part_floors(preset("135m"), 8192, 4096, ROOFLINE, "bfloat16")
+    assert half["products"] == pytest.approx(products / ROOFLINE["bfloat16"])
+    assert half["attention"] == floors["attention"]
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])

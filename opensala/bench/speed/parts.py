@@ -40,14 +40,14 @@ def share_rows(
     parts = process.ask("parts", count=count).get("parts", {})
     grouped = by_part(parts)
     whole = sum(grouped.values())
-    rates = dict(roofline) if process.contender.weights != "float32" else {"float32": roofline["float32"]}
-    floors = part_floors(shapes, tokens, count, rates)
+    half = process.contender.weights == "bfloat16" and roofline["bfloat16"] > roofline["float32"]
+    floors = part_floors(shapes, tokens, count, roofline, "bfloat16" if half else "float32")
     report.say(f"where the time goes, {process.contender.name}, the last {count:,} of {tokens:,} tokens")
     for part, seconds in sorted(grouped.items(), key=lambda item: -item[1]):
         floor = floors.get(part)
         beside = f", floor {floor:.3f} s" if floor is not None else ""
         report.note(f"part {part}: {seconds:.3f} s, {seconds / max(whole, 1e-9):.0%}{beside}")
-    if len(rates) > 1:
+    if half:
         report.note("products of many rows in 16 bits are torch's, and so part of the rest")
 
 
@@ -60,9 +60,11 @@ def by_part(kernels: dict[str, float]) -> dict[str, float]:
     return grouped
 
 
-def part_floors(shapes: Preset, tokens: int, count: int, roofline: dict[str, float]) -> dict[str, float]:
-    """Seconds that the last `count` of `tokens` tokens must take, by part: products at the best of the
-    matrix rates given, all else at that of float32, in which it is computed."""
+def part_floors(
+    shapes: Preset, tokens: int, count: int, roofline: dict[str, float], products: str = "float32"
+) -> dict[str, float]:
+    """Seconds that the last `count` of `tokens` tokens must take, by part: products at the matrix rate of
+    the dtype named, all else at that of float32, in which it is computed."""
     config, rate = shapes.hybrid, roofline["float32"]
     sparse = counts.sparse_layers(config)
     linear = config.num_hidden_layers - sparse
@@ -87,5 +89,6 @@ def part_floors(shapes: Preset, tokens: int, count: int, roofline: dict[str, flo
     }
     if attends:
         work["selection"] = sparse * last(counts.selection_flops, heads, dim, spec)
-    best = max(roofline.values())
-    return {part: flops / (best if part == "products" else rate) for part, flops in work.items()}
+    return {
+        part: flops / (roofline[products] if part == "products" else rate) for part, flops in work.items()
+    }
