@@ -2,7 +2,8 @@
 call, and the same one as recorded calls and layer by layer in Python.
 
     python scripts/measure_steps.py --contexts 100,3000 --sequences 1,8
-    python scripts/measure_steps.py --preset 135m --weights float32,bfloat16,int4 --contexts 4K,32K,256K
+    python scripts/measure_steps.py --preset 135m --weights float32,bfloat16,int4 --contexts 4K,32K,256K \
+        --kv-dtype auto,bfloat16
 
 Without --preset it is the shipped model, with --model another checkpoint, each as it is loaded. Keys, values,
 compressed keys and states of a context are random numbers: nothing is read, and no time depends on them. All
@@ -10,6 +11,7 @@ forms of a step take turns in one process; medians, and 20th and 80th percentile
 JSON.
 """
 
+import itertools
 import time
 from array import array
 from typing import Annotated, Any
@@ -43,11 +45,15 @@ def model_of(preset: str, model: str, weights: str) -> MiniCPMSALAForCausalLM:
 
 
 def engine_behind(
-    model: MiniCPMSALAForCausalLM, context: int, sequences: int, steps: int, noting: bool
+    model: MiniCPMSALAForCausalLM, kv_dtype: str, context: int, sequences: int, steps: int, noting: bool
 ) -> Engine:
     """An engine whose sequences each have a random context of so many tokens behind them, and decode."""
-    room = (sequences + 1) * (context + steps + 128)
-    options = EngineOptions(max_cached_tokens=room, max_running=sequences, max_snapshots=sequences + 2)
+    options = EngineOptions(
+        max_cached_tokens=(sequences + 1) * (context + steps + 128),
+        max_running=sequences,
+        max_snapshots=sequences + 2,
+        kv_dtype=kv_dtype,
+    )
     engine = Engine(model, None, options)
     draw = torch.Generator().manual_seed(0)
     texts = [
@@ -78,13 +84,13 @@ def timed_steps(engine: Engine, count: int) -> list[float]:
 
 
 def measure(
-    model: MiniCPMSALAForCausalLM, context: int, sequences: int, forms: list[str], rounds: int
+    model: MiniCPMSALAForCausalLM, kv_dtype: str, context: int, sequences: int, forms: list[str], rounds: int
 ) -> Any:
     """Timings of the forms, in turns of eight steps."""
     engines = {}
     for form in forms:
         engines[form] = engine = engine_behind(
-            model, context, sequences, 8 * rounds + WARM_UP, form == "noting"
+            model, kv_dtype, context, sequences, 8 * rounds + WARM_UP, form == "noting"
         )
         if form != "one call":
             engine.runner.native.reason = "timed beside the step in one call"
@@ -102,6 +108,7 @@ def main(
     preset: Annotated[str, typer.Option(help="Random weights of a shape of `bench speed`.")] = "",
     model: Annotated[str, typer.Option(help="A checkpoint; default: the shipped model.")] = "",
     weights: Annotated[str, typer.Option(help="float32, bfloat16, int8, int4.")] = "float32",
+    kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, bfloat16, int8.")] = "auto",
     contexts: Annotated[str, typer.Option(help="Tokens behind which a step is timed.")] = "4K,32K,256K",
     sequences: Annotated[str, typer.Option(help="How many decode together.")] = "1",
     forms: Annotated[str, typer.Option(help=f"Some of: {', '.join(FORMS)}.")] = "one call",
@@ -112,13 +119,14 @@ def main(
         raise typer.BadParameter(f"--forms must name some of {', '.join(FORMS)}, got {unknown[0]!r}")
     for form in weights.split(","):
         made = model_of(preset, model, form)
-        for context in (token_count(n, "--contexts") for n in contexts.split(",")):
-            for count in map(int, sequences.split(",")):
-                for how, timing in measure(made, context, count, chosen, rounds).items():
-                    at = {"weights": form, "context": context, "sequences": count, "form": how}
-                    found = {"p20": timing.p20, "p50": timing.p50, "p80": timing.p80}
-                    rows.append(at | {f"{name}_ms": significant(1e3 * x) for name, x in found.items()})
-                    print(rows[-1], flush=True)
+        lengths = [token_count(n, "--contexts") for n in contexts.split(",")]
+        every = itertools.product(kv_dtype.split(","), lengths, map(int, sequences.split(",")))
+        for kept, context, count in every:
+            for how, timing in measure(made, kept, context, count, chosen, rounds).items():
+                at = {"weights": form, "kv_dtype": kept, "context": context, "sequences": count, "form": how}
+                found = {"p20": timing.p20, "p50": timing.p50, "p80": timing.p80}
+                rows.append(at | {f"{name}_ms": significant(1e3 * x) for name, x in found.items()})
+                print(rows[-1], flush=True)
     print_rows(rows)
 
 

@@ -275,24 +275,23 @@ def plan(
         str | None, typer.Option(help="Of your card, as 32GB. Default: cards of 24 to 141 GB.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto (as --dtype) or int8.")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto (as --dtype), bfloat16 or int8.")] = "auto",
 ) -> None:
     """What a context takes, part by part, and where it fits, before anything runs."""
     from ..engine.load import DTYPES, checkpoint_config
-    from ..engine.options import KV_DTYPES
+    from ..engine.options import kv_dtype_of
     from ..engine.plan import CARDS, plan_context
 
     tokens = token_count(context, "--context")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r}")
-    if kv_dtype not in KV_DTYPES:
-        raise ValueError(f"--kv-dtype must be {' or '.join(KV_DTYPES)}, got {kv_dtype!r}")
+    kept = kv_dtype_of(kv_dtype, "--kv-dtype")
     cards = (
         [byte_count(device_memory, "--device-memory")]
         if device_memory is not None
         else [n * 10**9 for n in CARDS]
     )
-    found = plan_context(checkpoint_config(model), tokens, DTYPES[dtype], KV_DTYPES[kv_dtype])
+    found = plan_context(checkpoint_config(model), tokens, DTYPES[dtype], kept)
     print(f"{tokens:,} tokens in {dtype}{'' if kv_dtype == 'auto' else ', keys and values in ' + kv_dtype}:")
     for name, size in (
         ("weights", found.weights),

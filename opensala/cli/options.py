@@ -90,7 +90,8 @@ class EngineOptions:
     kv_dtype: Annotated[
         str,
         typer.Option(
-            help="Keys and values that are kept: auto (as --dtype) or int8, about a quarter of float32 (CPU)."
+            help="Keys and values that are kept: auto (as they are computed), or on a CPU bfloat16, half of "
+            "float32, or int8, about a quarter."
         ),
     ] = "auto"
     device: Device = "auto"

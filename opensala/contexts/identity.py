@@ -38,7 +38,7 @@ _known: "WeakKeyDictionary[Engine, tuple[tuple[Any, ...], dict[str, Any]]]" = We
 
 def identity(engine: Engine) -> dict[str, Any]:
     """The identity of an engine's model: `weights` by tensor, `config`, `tokenizer`, `chat_template`,
-    `dtype`, and `kv_dtype` where keys and values have another one.
+    `dtype`, and `kv_dtype` with `compressed_dtype` where keys and values have another one.
 
     Every weight is read for it, once for each engine and state of the weights.
     """
@@ -49,11 +49,16 @@ def identity(engine: Engine) -> dict[str, Any]:
         with ThreadPoolExecutor() as pool:  # hashing lets other threads run
             each = pool.map(partial(_sum, dtype=engine.dtype), weights.values())
             sums = dict(zip(weights, each, strict=True))
-        found: dict[str, Any] = {"config": config, "dtype": str(engine.dtype).removeprefix("torch.")}
+        found: dict[str, Any] = {"config": config, "dtype": _name(engine.dtype)}
         if engine.kv_dtype is not None:
-            found["kv_dtype"] = str(engine.kv_dtype).removeprefix("torch.")
+            found["kv_dtype"] = _name(engine.kv_dtype)
+            found["compressed_dtype"] = _name(engine.storage.compressed_dtype)
         _known[engine] = key, {"weights": sums, **found}
     return {**_known[engine][1], **_tokenizer(engine.tokenizer)}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _sum(weight: Tensor, dtype: torch.dtype) -> str:
@@ -109,9 +114,10 @@ def check_identity(
     for name in ("dtype", "tokenizer", "chat_template"):
         if there.get(name) != here[name]:
             found.append(f"{name} is {there.get(name)!r} in the {what} and {here[name]!r} in the model")
-    kept = [str(record.get("kv_dtype", "auto")) for record in (there, here)]
-    if kept[0] != kept[1]:
-        found.append(f"keys and values are kept in kv_dtype {kept[0]} in the {what} and {kept[1]} here")
+    for name, title in (("kv_dtype", "keys and values"), ("compressed_dtype", "compressed keys")):
+        kept = [str(record.get(name, "auto")) for record in (there, here)]
+        if kept[0] != kept[1]:
+            found.append(f"{title} are kept in {name} {kept[0]} in the {what} and {kept[1]} here")
     if found:
         if len(found) > _NAMED:
             found[_NAMED:] = [f"and {len(found) - _NAMED} more"]
@@ -143,8 +149,3 @@ def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in record.items():
         leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return leaves
-
-
-def page_dtype(record: dict[str, Any]) -> torch.dtype:
-    """The dtype of keys and values that an identity names."""
-    return getattr(torch, str(record["dtype"]))

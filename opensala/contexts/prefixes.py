@@ -27,7 +27,6 @@ import numpy as np
 
 from ..cache import Node, Snapshot
 from ..engine import Engine
-from ..model.storage import cache_sizes
 from ..runs import FolderLock, write_errors
 from ..runs.lock import LOCK_FILE
 from .checks import SUM_BYTES, DamagedContext, damaged, seal, write_bytes
@@ -250,7 +249,7 @@ class PrefixFolder:
     def _make_room(self, start: int, end: int, chain: set[str], used: int) -> bool:
         """Let texts that were used less recently give way to the tokens from `start` to `end`; False if these
         do not fit."""
-        page, slot = cache_sizes(self._engine.config, self._engine.dtype)
+        page, slot = self._engine.sizes
         pages = -(-end // self._page_size) - start // self._page_size
         wanted = pages * (page + 64) + slot + _HEADER * (1 + pages // PIECE_PAGES) + 4 * (end - start)
         if wanted + sum(self._runs[key].segment.size for key in chain) > self.limit:

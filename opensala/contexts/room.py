@@ -26,7 +26,7 @@ def with_room(engine: Engine, tokens: int, host_memory: int | None) -> Engine:
     if host_memory is None or engine.device.type != "cpu" or pool >= pages + alone:
         return engine
     memory = engine.options.memory_bytes or cache_budget(engine.device, engine.config, engine.dtype, 0)
-    fixed = host_memory + pages * compressed_bytes(engine.config, engine.dtype)
+    fixed = host_memory + pages * compressed_bytes(engine.config, engine.dtype, engine.kv_dtype)
     fixed += engine.scheduler.slots.size * engine.sizes.slot
     others = (memory - fixed) // engine.sizes.page
     if others < alone:

@@ -22,7 +22,7 @@ from ..model.tiers import Allocate, Tiers
 from .choosing import ActiveRequest, Chooser, Outcome
 from .detokenize import Detokenizer
 from .grammar import Grammars
-from .options import KV_DTYPES, EngineOptions, frames_on_gpu, pool_sizes, snapshot_interval
+from .options import EngineOptions, frames_on_gpu, kv_dtype_of, pool_sizes, snapshot_interval
 from .request import (
     Completion,
     FinishReason,
@@ -75,10 +75,13 @@ class Engine:
         self.config: MiniCPMSALAConfig = model.config
         self.config.check()
         self.device, self.dtype = model.device, model.compute_dtype
-        self.kv_dtype = KV_DTYPES[self.options.kv_dtype]
+        self.kv_dtype = kv_dtype_of(self.options.kv_dtype)
+        if self.kv_dtype == self.dtype:
+            self.kv_dtype = None  # as they are anyway
         if self.kv_dtype is not None and self.device.type != "cpu":
             raise ValueError(
-                f"kv_dtype int8 runs on a CPU only, and this model is on {self.device}: use kv_dtype auto"
+                f"kv_dtype {self.options.kv_dtype} runs on a CPU only for a model that computes in "
+                f"{str(self.dtype).removeprefix('torch.')}, and this one is on {self.device}: use kv_dtype auto"
             )
         self.sizes = cache_sizes(self.config, self.dtype, self.kv_dtype)
         if self.options.device_memory is not None and allocate is None:

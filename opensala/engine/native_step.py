@@ -100,6 +100,7 @@ class _Model(ctypes.Structure):
     ]
 
 
+_KEPT = {torch.float32, torch.bfloat16, torch.int8}  # dtypes of keys and values
 _INTEGERS = ("ids", "bounds", "lengths", "pages", "sparse", "read", "write")
 
 
@@ -155,7 +156,7 @@ class _Described:
         made.block, made.stride, made.kernel = spec.block_size, spec.kernel_stride, spec.kernel_size
         made.init, made.window_blocks = spec.init_blocks, spec.window_blocks
         made.num_blocks, made.coarse = spec.num_blocks, config.lse == "coarse"
-        made.kind, made.level_kind = KINDS[storage.kv_dtype], KINDS[storage.dtype]
+        made.kind, made.level_kind = KINDS[storage.kv_dtype], KINDS[storage.compressed_dtype]
         for pool in list(storage.kv.values())[:1]:
             made.kv = (_NUMBER * 12)(*(stride for x in pool for stride in x.stride()[:3]))
         self.model = made
@@ -299,7 +300,7 @@ class NativeSteps:
             return f"the model computes in {_short(self.model.compute_dtype)}"
         if storage.kv_device is not None:
             return f"keys and values lie on {storage.kv_device}"
-        if {storage.dtype, storage.kv_dtype} - set(KINDS):
+        if {storage.compressed_dtype, storage.kv_dtype} - _KEPT:
             return f"keys and values are {_short(storage.kv_dtype)}"
         return None
 

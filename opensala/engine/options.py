@@ -9,7 +9,7 @@ from ..model.storage import CacheSizes, cache_sizes, compressed_bytes
 from ..model.tiers import Allocate
 from .memory import cache_budget
 
-KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "int8": torch.int8}
+KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _ANSWER_PAGES = 16  # pages for the answer to the longest prompt
 
 
@@ -27,7 +27,8 @@ class EngineOptions:
             decide, 0 keeps those at the ends of documents and turns and where texts part only.
         min_shared: prompts that begin with so many equal tokens share the reading of them.
         speculate: tokens to draft at most by prompt lookup, for requests that do not say.
-        kv_dtype: `auto` keeps keys and values in the model's dtype, `int8` in eight bits (on a CPU).
+        kv_dtype: `auto` keeps keys and values in the dtype that the model computes in; on a CPU `bfloat16`
+            keeps them in 16 bits and `int8` in eight, with compressed keys in 16.
         host_memory: bytes of keys and values in main memory, of those that also lie on disk.
         device_memory: bytes of keys and values on the GPU; the others lie in main memory and are copied up
             when blocks of them are chosen. None for all on the GPU.
@@ -55,8 +56,19 @@ class EngineOptions:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-        if self.kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype must be {' or '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
+        kv_dtype_of(self.kv_dtype)
+
+
+def kv_dtype_of(name: str, field: str = "kv_dtype") -> torch.dtype | None:
+    """The dtype of keys and values that a name stands for; None: as the model computes.
+
+    Raises:
+        ValueError: an unknown name; `field` is where it came from.
+    """
+    if name not in KV_DTYPES:
+        *others, last = KV_DTYPES
+        raise ValueError(f"{field} must be {', '.join(others)} or {last}, got {name!r}")
+    return KV_DTYPES[name]
 
 
 def pool_sizes(
@@ -67,8 +79,9 @@ def pool_sizes(
     Raises:
         ValueError: there is not even memory for one page and the states of the running sequences.
     """
-    (page, slot), host = cache_sizes(config, dtype, KV_DTYPES[options.kv_dtype]), 0
-    compressed = compressed_bytes(config, dtype)
+    kept = kv_dtype_of(options.kv_dtype)
+    (page, slot), host = cache_sizes(config, dtype, kept), 0
+    compressed = compressed_bytes(config, dtype, kept)
     size = config.block_spec.block_size
     budget = options.memory_bytes or cache_budget(device, config, dtype, options.max_batch_tokens)
     if options.device_memory is not None:  # pages are on the device with their compressed keys only
@@ -77,14 +90,14 @@ def pool_sizes(
         host = cache_budget(above, config, dtype, 0) // (page - compressed)
         page = compressed
     running = 2 * options.max_running + 2
-    kept = options.max_snapshots
-    if kept is None:
-        kept = min(1024, max(16, budget // 10 // max(1, slot)))
+    snapshots = options.max_snapshots
+    if snapshots is None:
+        snapshots = min(1024, max(16, budget // 10 // max(1, slot)))
         if device.type == "cuda":  # taken at once there: one long text comes before many snapshots
             longest = -(-max(1 << 20, config.max_position_embeddings) // size) + _ANSWER_PAGES
             spare = (budget - running * slot - longest * page) // max(1, slot)
-            kept = max(4, min(kept, spare))
-    pages = (budget - (running + kept) * slot) // max(1, page)
+            snapshots = max(4, min(snapshots, spare))
+    pages = (budget - (running + snapshots) * slot) // max(1, page)
     if options.max_cached_tokens is not None:
         pages = -(-options.max_cached_tokens // size) + 1
     if options.device_memory is not None:
@@ -97,7 +110,7 @@ def pool_sizes(
             f"{options.max_running} "
             f"sequences {running * slot:,}; allow more memory or fewer sequences at a time"
         )
-    return min(pages, most), running + kept
+    return min(pages, most), running + snapshots
 
 
 def snapshot_interval(config: MiniCPMSALAConfig, sizes: CacheSizes) -> int:

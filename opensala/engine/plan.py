@@ -74,8 +74,7 @@ def plan_context(
     heads = sparse * config.num_key_value_heads
     row = heads * row_bytes(config.head_dim, kv_dtype or dtype)
     pages = -(-tokens // spec.block_size) * spec.block_size
-    full = heads * row_bytes(config.head_dim, dtype)
-    compressed = text_bytes(config, tokens, dtype) - slot - 2 * tokens * full
+    compressed = text_bytes(config, tokens, dtype, kv_dtype) - slot - 2 * tokens * row
     blocks = min(spec.num_blocks * spec.block_size, pages) if config.attends_sparsely(tokens) else pages
     attended = 2 * blocks * row * min(config.num_key_value_heads, max(1, pages // max(1, blocks)))
     return Plan(

@@ -40,16 +40,29 @@ def cache_sizes(
     spec, layers = config.block_spec, config.num_hidden_layers
     sparse = sum(config.is_sparse(i) for i in range(layers))
     rows = 2 * spec.block_size * row_bytes(config.head_dim, kv_dtype or dtype)
-    page = sparse * rows * config.num_key_value_heads + compressed_bytes(config, dtype)
+    page = sparse * rows * config.num_key_value_heads + compressed_bytes(config, dtype, kv_dtype)
     return CacheSizes(page, (layers - sparse) * 4 * config.lightning_nh * config.lightning_head_dim**2)
 
 
-def compressed_bytes(config: MiniCPMSALAConfig, dtype: torch.dtype) -> int:
+def compressed_dtype(dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> torch.dtype:
+    """In which dtype compressed keys are kept beside keys and values of `kv_dtype`, as in `CacheStorage`.
+
+    They are means: what is rounded there moves a score by a 512th at most, and every step reads all of them.
+    """
+    if kv_dtype == torch.int8:
+        return torch.bfloat16 if dtype == torch.float32 else dtype
+    return kv_dtype or dtype
+
+
+def compressed_bytes(
+    config: MiniCPMSALAConfig, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> int:
     """What a page's compressed keys take, over all layers."""
     assert config.num_key_value_heads and config.head_dim, "filled by the configuration"
     sparse = sum(config.is_sparse(i) for i in range(config.num_hidden_layers))
     rows = sparse * sum(_compressed_per_page(config))
-    return rows * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    width = config.head_dim * compressed_dtype(dtype, kv_dtype).itemsize
+    return rows * config.num_key_value_heads * width
 
 
 def row_bytes(dim: int, dtype: torch.dtype) -> int:
@@ -95,7 +108,8 @@ class CacheStorage:
         pages, slots: how many there are.
         dtype: of keys and values; states are float32.
         devices: the device of each layer, or one for all.
-        kv_dtype: torch.int8 for keys and values in eight bits; compressed keys are in `dtype` as ever.
+        kv_dtype: torch.int8 or torch.bfloat16 for keys and values in fewer bits; compressed keys follow
+            (`compressed_dtype`).
         kv_device: where keys and values lie, if not where their layers do: under a device tier.
         scratch: one page and one slot more, that belong to nobody and that nobody reads: what the padding of
             a recorded step writes (`self.scratch`, else None).
@@ -116,6 +130,7 @@ class CacheStorage:
         self.scratch = (pages, slots) if scratch else None
         pages, slots = pages + scratch, slots + scratch
         self.config, self.dtype, self.kv_dtype = config, dtype, kv_dtype or dtype
+        self.compressed_dtype = compressed_dtype(dtype, kv_dtype)
         layers = range(config.num_hidden_layers)
         self.devices = [devices] * len(layers) if isinstance(devices, torch.device) else list(devices)
         self.num_pages, self.num_slots, self.kv_device = pages, slots, kv_device
@@ -130,7 +145,7 @@ class CacheStorage:
         width = row_bytes(config.head_dim, kv) // kv.itemsize
         tensors = [_zeros((pages, size, heads, width), kv, self.kv_device or device) for _ in range(2)]
         for n in _compressed_per_page(config):
-            tensors.append(_zeros((pages, n, heads, config.head_dim), self.dtype, device))
+            tensors.append(_zeros((pages, n, heads, config.head_dim), self.compressed_dtype, device))
         return KVPages(*tensors)
 
     def _new_slots(self, device: torch.device, slots: int) -> Tensor:
@@ -196,5 +211,5 @@ def text_bytes(
     windows = num_windows(tokens, spec.kernel_size, spec.kernel_stride)
     windows += num_windows(tokens, spec.coarse_size, spec.coarse_stride)
     per_head = 2 * tokens * row_bytes(config.head_dim, kv_dtype or dtype)
-    per_head += windows * row_bytes(config.head_dim, dtype)
+    per_head += windows * config.head_dim * compressed_dtype(dtype, kv_dtype).itemsize
     return sparse * config.num_key_value_heads * per_head + cache_sizes(config, dtype).slot

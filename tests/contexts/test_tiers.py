@@ -86,13 +86,13 @@ def test_what_was_read_before_a_restart_comes_whole(kept, tmp_path):
     running.tiers().check_integrity()
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "bfloat16", "int8"])
 @pytest.mark.parametrize(("frames", "pages"), [(20, None), (33, 24), (200, 60)])
 def test_device_host_and_disk(frames, pages, kv_dtype, tmp_path, kept):
     of, folder, docs, wanted = kept
-    size = 1 if kv_dtype == "auto" else 3 / 8
-    if kv_dtype == "int8":
-        folder, free = tmp_path / "a.ctx", engine(of, max_cached_tokens=8000, kv_dtype="int8")
+    size = {"auto": 1, "bfloat16": 1 / 2, "int8": 3 / 8}[kv_dtype]
+    if kv_dtype != "auto":
+        folder, free = tmp_path / "a.ctx", engine(of, max_cached_tokens=8000, kv_dtype=kv_dtype)
         with Context.ingest(free, docs, folder) as context:
             wanted = [outcome(context.ask(q, PARAMS)) for q in QUESTIONS]
     host = None if pages is None else int(pages * PAGE_BYTES * size)

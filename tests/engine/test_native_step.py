@@ -164,27 +164,16 @@ def test_weights_in_fewer_bits(change, together):
     assert running.runner.native.num_steps > 20
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_keys_and_values_in_16_bits(dtype):
-    """Activations are float32, the pages are not: as the layers store them."""
-    model, found = tiny_model(attn_scale_base=300), []
-    for make in (engine, one_by_one):
-        running = make(model)
-        running.dtype = dtype
-        running.storage.__init__(running.config, 130, 30, dtype, running.storage.devices, scratch=True)
-        running.runner.__init__(model, running.storage)
-        if make is one_by_one:
-            running.runner.native.reason = running.runner.graphs.reason = "not wanted"
-        found.append(outcome(running, [ids(90), ids(20, 1)]))
-        assert (running.runner.native.num_steps > 20) == (make is engine)
-    assert found[0] == found[1]
-
-
-def test_keys_and_values_in_8_bits():
-    model = tiny_model()
-    running = engine(model, kv_dtype="int8")
-    assert outcome(running) == outcome(one_by_one(model, kv_dtype="int8"))
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("head_dim", [8, 24, 64])
+def test_keys_and_values_in_fewer_bits(kv_dtype, head_dim):
+    """Activations are float32, the pages are not: as the layers store them. A head of 64 is turned in pairs of
+    bfloat16, of 24 partly, of 8 not at all."""
+    model, prompts = tiny_model(attn_scale_base=300, head_dim=head_dim), [ids(190), ids(20, 1)]
+    running = engine(model, kv_dtype=kv_dtype)
+    assert outcome(running, prompts) == outcome(one_by_one(model, kv_dtype=kv_dtype), prompts)
     assert running.runner.native.num_steps > 20
+    assert outcome(engine(model), prompts) != outcome(running, prompts), "the option does something"
 
 
 def test_a_number_of_threads_changes_no_bit():

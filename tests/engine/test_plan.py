@@ -5,7 +5,7 @@ import torch
 
 from opensala import MiniCPMSALAConfig
 from opensala.engine import Engine, EngineOptions
-from opensala.engine.options import KV_DTYPES
+from opensala.engine.options import kv_dtype_of
 from opensala.engine.plan import CARDS, plan_context
 
 from ..conftest import tiny_model
@@ -25,13 +25,15 @@ def test_the_released_model():
     assert plan.fits(10 * 10**9) == "no"
     int8 = plan_context(RELEASED, 1 << 20, torch.bfloat16, torch.int8)
     assert int8.keys_values == plan.keys_values * 132 // 256 and int8.compressed == plan.compressed
+    wide = plan_context(RELEASED, 1 << 20, torch.float32, torch.bfloat16)
+    assert (wide.keys_values, wide.compressed) == (plan.keys_values, plan.compressed)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "bfloat16", "int8"])
 @pytest.mark.parametrize("tokens", [1, 16, 63, 200, 4000])
 def test_pages_and_slots_are_what_the_engine_makes(tokens, kv_dtype):
     model = tiny_model()
-    plan = plan_context(model.config, tokens, torch.float32, KV_DTYPES[kv_dtype])
+    plan = plan_context(model.config, tokens, torch.float32, kv_dtype_of(kv_dtype))
     options = EngineOptions(max_cached_tokens=max(1, tokens), max_snapshots=0, kv_dtype=kv_dtype)
     engine = Engine(model, None, options)
     pages = -(-tokens // 16)

@@ -31,7 +31,8 @@ _GROUP = 32  # columns that share a scale, as in llama.cpp's Q4_0 and Q8_0
 
 
 class Hybrid:
-    """MiniCPM-SALA in the engine, weights in `float32`, `bfloat16`, `int8` or `int4`."""
+    """MiniCPM-SALA in the engine, weights in `float32`, `bfloat16`, `int8` or `int4`; keys and values in
+    16 bits on a CPU if the weights are in no more, as llama.cpp keeps its own."""
 
     def __init__(self, preset: Preset, weights: str, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -46,7 +47,10 @@ class Hybrid:
                 model = MiniCPMSALAForCausalLM._from_config(config, dtype=torch.bfloat16)
             model.model.merge_projections(device)
         self.model = model.eval().requires_grad_(False)
+        self.kv_dtype = "bfloat16" if device.type == "cpu" and weights != "float32" else "auto"
         self.dtype = precision_of(self.model)
+        if self.kv_dtype != "auto":
+            self.dtype += f", {self.kv_dtype} keys and values"
         self.engine: Engine | None = None
 
     @staticmethod
@@ -60,7 +64,9 @@ class Hybrid:
         self.engine = None
         gc.collect()
         room = tokens + new + 256
-        options = EngineOptions(max_batch_tokens=PIECE, max_running=1, max_cached_tokens=room)
+        options = EngineOptions(
+            max_batch_tokens=PIECE, max_running=1, max_cached_tokens=room, kv_dtype=self.kv_dtype
+        )
         self.engine = Engine(self.model, None, options)
         self.tokens = tokens
         prompt = torch.randint(3, self.model.config.vocab_size, (tokens,)).tolist()
@@ -77,7 +83,7 @@ class Hybrid:
 
     def cache_bytes(self, tokens: int) -> int:
         assert self.engine is not None, "started"
-        return text_bytes(self.model.config, tokens, self.engine.dtype)
+        return text_bytes(self.model.config, tokens, self.engine.dtype, self.engine.kv_dtype)
 
     def parts(self, work: Callable[[], None]) -> dict[str, float]:
         """Seconds of each native kernel while `work` runs, and of all the rest."""

@@ -93,7 +93,9 @@ bool readable(const Rows& v, const Attention& p) {
   return v.kind == 0 && p.value_dim % W == 0 && (!v.pages || (v.page_size == p.block_size && v.step == 1));
 }
 
-void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head) {
+// T: the type of keys that are not int8.
+template <typename T>
+void tile_forward_of(const Attention& p, int64_t first, int64_t last, int64_t head) {
   int64_t group = p.group(), rows_in_tile = (last - first) * group;
   int64_t padded = round_up(p.block_size, W), width = round_up(p.value_dim, W);
   Scratch keys(p.dim * padded), values(padded * width), scores(BATCH * padded), result(rows_in_tile * width);
@@ -108,8 +110,8 @@ void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head)
   auto query = [&](int32_t i) { return queries + ((i / group) * p.heads + i % group) * p.dim; };
   bool in_place = rows_in_tile <= FEW && readable(v, p);
   // One token: what is read next is asked for bit by bit, keys among keys and values among values.
-  bool few = in_place && last - first == 1 && group <= ROWS && k.kind == 0;
-  Walk walk(k, padded);
+  bool few = last - first == 1 && group <= ROWS && k.kind != INT8;
+  Walk<T> walk(k, padded);
   Scratch turned(few ? p.dim * group : 0);
   if (few) turn_few([&](int64_t r) { return query(int32_t(r)); }, group, p.dim, turned.data);
 
@@ -161,7 +163,7 @@ void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head)
         mass += total(sum);
       }
       for (int64_t j = 0, step = few ? W : source.keys; j < source.keys; j += step) {
-        if (few) v_ahead.fetch<3>(j, step);
+        if (few && in_place) v_ahead.fetch<3>(j, step);
         product<true>([&](int r, int64_t k) { return scores.data[r * padded + j + k]; }, rows.count,
                       std::min(step, source.keys - j), value_rows + j * value_step, value_step, [&](int r) { return o[r]; }, int(width));
       }
@@ -173,6 +175,10 @@ void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head)
     for (int64_t j = 0; j < p.value_dim; ++j) p.out[row * p.value_dim + j] = result.data[i * width + j] * inverse;
     if (p.lse) p.lse[row] = peaks.data[i] + std::log2(sums.data[i]);
   }
+}
+
+void tile_forward(const Attention& p, int64_t first, int64_t last, int64_t head) {
+  with_type(p.k.kind, [&](auto type) { tile_forward_of<decltype(type)>(p, first, last, head); });
 }
 
 struct Gradients {

@@ -2,12 +2,15 @@
 //
 // As `product` with a panel of B: the same sums in the same order, so the same bits. But B is turned in registers, for a
 // panel costs as much to write down as a few rows have to do with it, and pushes out of the cache what was asked for ahead.
+// B is of any element type but int8, and widened as it is read.
 #pragma once
+#include <type_traits>
 #include <vector>
 
 #include "gemm.h"
 
-// Pointers to the rows of B that are multiplied now, and to those that will be next.
+// Pointers to the rows of B, of element type T, that are multiplied now, and to those that will be next.
+template <typename T>
 class Walk {
  public:
   Walk(const Rows& rows, int64_t size) : rows_(rows), here_(size), soon_(size) {}
@@ -22,48 +25,70 @@ class Walk {
   int64_t size() const { return int64_t(here_.size()); }
   int64_t count() const { return count_; }  // rows there are; pointers to others lead to the first
   int64_t coming() const { return coming_; }
-  const float* const* here() const { return here_.data(); }
-  const float* const* soon() const { return soon_.data(); }
+  const T* const* here() const { return here_.data(); }
+  const T* const* soon() const { return soon_.data(); }
 
  private:
   Rows rows_;
   int64_t count_ = 0, coming_ = 0;
-  std::vector<const float*> here_, soon_;
+  std::vector<const T*> here_, soon_;
 };
 
 constexpr int STRIPS = W == 16 ? 2 : 1;  // vectors of sums a row that grow side by side: one chain alone waits for itself
 
 // out[r * ldo + s * W + i] = sum over k < depth of a[k * R + r] * b[s * shift + i * by][k] for r < R, s < S, i < W. Asks for the
 // `many` rows `soon` meanwhile, some with each step: all at once they would have to wait for each other.
-template <int R, int S>
-static void product_turned(const float* a, int64_t depth, const float* const* b, int64_t shift, int64_t by,
-                           const float* const* soon, int64_t many, float* out, int64_t ldo) {
+template <int R, int S, typename T>
+static void product_turned(const float* a, int64_t depth, const T* const* b, int64_t shift, int64_t by,
+                           const T* const* soon, int64_t many, float* out, int64_t ldo) {
   Vec acc[S][R];
 #pragma GCC unroll 2
   for (int s = 0; s < S; ++s)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[s][r] = Vec{};
   int64_t k = 0, asked = 0;
+  auto ask = [&](int64_t done) __attribute__((always_inline)) {
+    for (int64_t end = many * done / depth; asked < end; ++asked)
+      for (int64_t at = 0; at < depth; at += 64 / sizeof(T)) __builtin_prefetch(soon[asked] + at, 0, 3);
+  };
+  auto add = [&](int s, int64_t k, Vec x) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[s][r] += splat(a[k * R + r]) * x;
+  };
+  if constexpr (std::is_same_v<T, BFloat16>)  // turned in pairs, in half as many moves
+    for (; k + 2 * W <= depth; k += 2 * W) {
+      ask(k + 2 * W);
+#pragma GCC unroll 2
+      for (int s = 0; s < S; ++s) {
+        Vec v[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) v[i] = load_pairs(b[s * shift + i * by] + k);
+        transpose_square(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          add(s, k + 2 * i, first_of(v[i]));
+          add(s, k + 2 * i + 1, second_of(v[i]));
+        }
+        asm volatile("" ::: "memory");  // as below
+      }
+    }
   for (; k + W <= depth; k += W) {
-    for (int64_t end = many * (k + W) / depth; asked < end; ++asked)
-      for (int64_t at = 0; at < depth; at += 64 / sizeof(float)) __builtin_prefetch(soon[asked] + at, 0, 3);
+    ask(k + W);
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s) {
       Vec v[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) v[i] = load(b[s * shift + i * by] + k);
+      for (int i = 0; i < W; ++i) v[i] = load_wide(b[s * shift + i * by] + k);
       transpose_square(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i)
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[s][r] += splat(a[(k + i) * R + r]) * v[i];
+      for (int i = 0; i < W; ++i) add(s, k + i, v[i]);
       asm volatile("" ::: "memory");  // the next strip's vectors would not fit beside these
     }
   }
   for (; k < depth; ++k)
     for (int s = 0; s < S; ++s) {
       float x[W];
-      for (int i = 0; i < W; ++i) x[i] = b[s * shift + i * by][k];
+      for (int i = 0; i < W; ++i) x[i] = widen(b[s * shift + i * by][k]);
       for (int r = 0; r < R; ++r) acc[s][r] += splat(a[k * R + r]) * load(x);
     }
 #pragma GCC unroll 2
@@ -74,8 +99,8 @@ static void product_turned(const float* a, int64_t depth, const float* const* b,
 
 // The same for `count` rows of a, at most ROWS, `[depth, count]`, and all rows of a walk; out `[count, size]`. Vector s of a
 // row of it is of the rows s * shift, s * shift + by, ...; what is of rows that are not there is any number.
-template <int R = ROWS>
-static void product_few(const float* a, int count, int64_t depth, const Walk& b, int64_t shift, int64_t by, float* out) {
+template <int R = ROWS, typename T>
+static void product_few(const float* a, int count, int64_t depth, const Walk<T>& b, int64_t shift, int64_t by, float* out) {
   if (count < R) {
     if constexpr (R > 1) product_few<R - 1>(a, count, depth, b, shift, by, out);
     return;

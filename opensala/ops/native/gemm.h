@@ -54,7 +54,7 @@ static void product(const A& a, int rows, int64_t depth, const float* b, int64_t
 }
 
 // Element types of keys and values: 0 float32, 1 bfloat16, 2 float16, 3 int8 with a float32 scale behind each row.
-constexpr int64_t INT8 = 3, SCALE_BYTES = 4;
+constexpr int64_t BFLOAT16 = 1, INT8 = 3, SCALE_BYTES = 4;
 static inline int64_t item_bytes(int64_t kind) { return kind == INT8 ? 1 : kind ? 2 : 4; }
 
 // Calls use(T{}) with the element type, which is not int8.

@@ -44,18 +44,20 @@ class Tile : public Scorer {
 
   void sum() {
     bool level2 = s_.coarse && seen(s_.position(first_), 4 * s_.kernel, 4 * s_.stride) > 0;
-    if (level2) denominators(s_.k2.head(head_ * s_.k2_head), 4 * s_.kernel, 4 * s_.stride);
-    else denominators(keys1(), s_.kernel, s_.stride);
+    Rows keys = level2 ? s_.k2.head(head_ * s_.k2_head) : keys1();
+    int64_t factor = level2 ? 4 : 1;
+    with_type(keys.kind, [&](auto type) { denominators<decltype(type)>(keys, factor * s_.kernel, factor * s_.stride); });
   }
 
   // lse_[row]: log2 of the sum of 2^(s * factor) over the windows of one level that the row's query sees.
+  template <typename T>
   void denominators(const Rows& keys, int64_t kernel, int64_t step) {
     int64_t rows = (last_ - first_) * s_.group();
     std::fill_n(mass_.data, rows * W, 0.0f);
     std::fill_n(peak_.data, rows, -INF);
     int64_t most = seen(s_.position(last_ - 1), kernel, step), least = seen(s_.position(first_), kernel, step);
     Vec factor = splat(s_.factor);
-    Walk walk(keys, PANEL);
+    Walk<T> walk(keys, PANEL);
     if (few_) walk.advance(0, most);
     for (int64_t w = 0; w < most; w += PANEL) {
       if (few_) multiply_few(walk, w + PANEL, most, W, 1);
@@ -93,10 +95,15 @@ class Tile : public Scorer {
 
   // Block scores: maximum over the windows that touch the block of the probabilities summed over heads.
   void score_blocks(int64_t from, int64_t to) {
+    with_type(s_.k1.kind, [&](auto type) { score_blocks_of<decltype(type)>(from, to); });
+  }
+
+  template <typename T>
+  void score_blocks_of(int64_t from, int64_t to) {
     int64_t group = s_.group(), columns = W * s_.ratio(), queries = last_ - first_, windows = visible(queries - 1);
     std::fill_n(carry_.data, queries * W, -INF);
     int64_t together = std::max<int64_t>(1, CHUNK / group);
-    Walk walk(keys1(), columns);
+    Walk<T> walk(keys1(), columns);
     if (few_) walk.advance(from * s_.ratio(), windows - from * s_.ratio());
     for (int64_t block = from; block < to; block += W) {
       if (few_) multiply_few(walk, (block + W) * s_.ratio(), windows, 1, s_.ratio());

@@ -31,7 +31,7 @@ struct Unit {
   int64_t cost() const { return (last - first) * s->position(last - 1); }
   int64_t blocks() const { return s->position(last - 1) / s->block_size + 1; }
   // Whether it has so few rows, as those of one token, that a panel of windows is not worth packing.
-  bool has_few() const { return (last - first) * s->group() <= ROWS && s->k1.kind == 0; }
+  bool has_few() const { return (last - first) * s->group() <= ROWS; }
 };
 
 // Full windows that end at or before a position.
@@ -158,7 +158,8 @@ class Scorer {
   }
 
   // products_ = all rows of a tile with few times the windows that were next; then those from `next` on, before `end`, are.
-  void multiply_few(Walk& walk, int64_t next, int64_t end, int64_t shift, int64_t by) {
+  template <typename T>
+  void multiply_few(Walk<T>& walk, int64_t next, int64_t end, int64_t shift, int64_t by) {
     walk.advance(next, end - next);
     product_few(turned_.data, int(queries() * s_.group()), s_.dim, walk, shift, by, products_.data);
   }

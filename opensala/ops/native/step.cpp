@@ -51,7 +51,7 @@ struct Batch {
 struct Shared {
   Scratch q, k, v, gate, q_rotated, k_rotated, mixed, up, active, out, rows;
   std::vector<int32_t> blocks;
-  std::vector<uint16_t> narrow_k, narrow_v;  // keys and values as a 16-bit pool has them
+  std::vector<BFloat16> narrow_k, narrow_v;  // keys and values as a pool of bfloat16 has them
   int64_t row;  // block scores of a query, where a tile is shared out in stripes; else 0
   Scratch lse, scores;
 };
@@ -267,7 +267,7 @@ class Worker {
 
   // Queries, keys and values as they are stored and attended with; keys and values into their pages.
   void store(const Layer& l) {
-    bool turns = rotates(l), grows = b_.growth, narrow = m_.kind && m_.kind != INT8;
+    bool turns = rotates(l), grows = b_.growth, narrow = m_.kind == BFLOAT16;
     int64_t width = l.kv_heads * l.dim, wide = l.heads * l.dim;
     const float* keys = turns ? s_.k_rotated.data : s_.k.data;
     Store to{keys, s_.v.data, m_.kind, m_.level_kind, table_, place(l.keys, 0), place(l.values, 1), place(l.k1, 2), place(l.k2, 3),
@@ -291,14 +291,8 @@ class Worker {
     });
   }
 
-  void narrow_rows(const float* x, uint16_t* out, int64_t count) const {
-    if (m_.kind == 1)
-      for (int64_t i = 0; i < count; ++i) out[i] = narrowed<BFloat16>(x[i]).bits;
-    else
-      for (int64_t i = 0; i < count; ++i) {
-        Float16 half = narrowed<Float16>(x[i]);
-        std::memcpy(out + i, &half, 2);
-      }
+  static void narrow_rows(const float* x, BFloat16* out, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) out[i] = narrowed<BFloat16>(x[i]);
   }
 
   void attend(const Layer& l) {
@@ -386,13 +380,13 @@ extern "C" void opensala_step(const void* model, const void* batch, int64_t thre
   int64_t tokens = b.bounds[b.sequences];
   int64_t q = widest(m, [](const Layer& l) { return l.q.outer; }), kv = widest(m, [](const Layer& l) { return l.k.outer; });
   int64_t wide = std::max(q, m.inner), kv_heads = widest(m, [](const Layer& l) { return l.kv_heads; });
-  bool narrow = m.kind != 0 && m.kind != INT8;
+  bool narrow = m.kind == BFLOAT16;
   int64_t row = row_of_scores(m, b), heads = widest(m, [](const Layer& l) { return l.heads; });
   Shared shared{Scratch(tokens * wide), Scratch(tokens * kv), Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * q),
                 Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * m.inner), Scratch(tokens * m.inner),
                 Scratch(tokens * m.hidden), Scratch(tokens * std::max(m.hidden, q)),
                 std::vector<int32_t>(b.any_sparse ? tokens * kv_heads * m.num_blocks : 0),
-                std::vector<uint16_t>(narrow ? tokens * kv : 0), std::vector<uint16_t>(narrow ? tokens * kv : 0),
+                std::vector<BFloat16>(narrow ? tokens * kv : 0), std::vector<BFloat16>(narrow ? tokens * kv : 0),
                 row, Scratch(row ? tokens * heads : 0), Scratch(tokens * kv_heads * row)};
   Team* team = nullptr;
 #pragma omp parallel num_threads(threads)

@@ -148,12 +148,31 @@ inline BFloat16 narrowed(float x) {  // to nearest, ties to even; NaN stays NaN
 }
 
 static inline Vec load_wide(const float* p) { return load(p); }
+#if defined(__AVX512F__)
+static inline Vec load_wide(const BFloat16* p) {
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+static inline Vec load_wide(const Float16* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+#elif defined(__AVX2__)
+static inline Vec load_wide(const BFloat16* p) {
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
+#endif
 template <typename T>
 static inline Vec load_wide(const T* p) {
   float t[W];
   for (int i = 0; i < W; ++i) t[i] = widen(p[i]);
   return load(t);
 }
+
+// W pairs of bfloat16, as 32 bits each: what can be moved as vectors of floats are. Then the first and the second of each.
+static inline Vec load_pairs(const BFloat16* p) {
+  Vec pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+  return pairs;
+}
+static inline Vec first_of(Vec pairs) { return (Vec)((VecInt)pairs << 16); }
+static inline Vec second_of(Vec pairs) { return (Vec)((VecInt)pairs >> 16 << 16); }
 
 // A row of int8 and the scale behind it: stands where a pointer to floats would.
 struct Int8Row {
