@@ -69,8 +69,8 @@ def main() -> None:
         right = sum(str(code) in answer.text for code, answer in zip(codes.values(), said, strict=True))
         loss = -sum(found) / len(found)
         print(
-            f"{kv_dtype}: {right} of {len(codes)} facts in {said[0].prompt_tokens:,} tokens, loss of the last "
-            f"{SCORED} tokens {loss:.4f}, {said[0].cache_bytes / 1e6:.1f} MB",
+            f"{kv_dtype}: {right} of {len(codes)} facts in {said[0].prompt_tokens:,} tokens, loss of the "
+            f"last {SCORED} tokens {loss:.4f}, {said[0].cache_bytes / 1e6:.1f} MB",
             flush=True,
         )
         exact = exact or (said, found)
@@ -78,8 +78,8 @@ def main() -> None:
         apart = [abs(math.log((a.confidence or 1.0) / (b.confidence or 1.0))) for a, b in pairs]
         tokens = [abs(a - b) for a, b in zip(exact[1], found, strict=True)]
         print(
-            f"  the same answer {sum(a.text == b.text for a, b in pairs)} of {len(codes)}, the logarithm of its "
-            f"mean probability {max(apart):.4f} apart at most; log-probabilities of tokens "
+            f"  the same answer {sum(a.text == b.text for a, b in pairs)} of {len(codes)}, the logarithm of "
+            f"its mean probability {max(apart):.4f} apart at most; log-probabilities of tokens "
             f"{sum(tokens) / len(tokens):.4f} apart, {max(tokens):.3f} at most",
             flush=True,
         )

@@ -275,7 +275,9 @@ def plan(
         str | None, typer.Option(help="Of your card, as 32GB. Default: cards of 24 to 141 GB.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto (as --dtype), bfloat16 or int8.")] = "auto",
+    kv_dtype: Annotated[
+        str, typer.Option(help="Of keys and values: auto (as --dtype), bfloat16 or int8.")
+    ] = "auto",
 ) -> None:
     """What a context takes, part by part, and where it fits, before anything runs."""
     from ..engine.load import DTYPES, checkpoint_config

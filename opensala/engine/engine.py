@@ -80,8 +80,8 @@ class Engine:
             self.kv_dtype = None  # as they are anyway
         if self.kv_dtype is not None and self.device.type != "cpu":
             raise ValueError(
-                f"kv_dtype {self.options.kv_dtype} runs on a CPU only for a model that computes in "
-                f"{str(self.dtype).removeprefix('torch.')}, and this one is on {self.device}: use kv_dtype auto"
+                f"kv_dtype {self.options.kv_dtype} runs on a CPU only, and this model is on {self.device}: "
+                "use kv_dtype auto"
             )
         self.sizes = cache_sizes(self.config, self.dtype, self.kv_dtype)
         if self.options.device_memory is not None and allocate is None:

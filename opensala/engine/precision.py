@@ -4,8 +4,9 @@ Two things are chosen apart. *Storage*: a checkpoint in a 16-bit dtype may keep 
 they are widened exactly as they are read, in the same order of sums, so every bit of the output stays what
 float32 storage would have given. *Products*: many rows at once may be rounded to that dtype and multiplied in
 it where the processor is faster so; that rounds activations to 16 bits, and a row's bits then depend on how
-the prompt was cut. All else (norms, rotary positions, states, attention, keys and values) is float32 either
-way.
+the prompt was cut. Attention to keys and values that are kept in bfloat16 (`EngineOptions.kv_dtype`) is
+rounded with them. All else (norms, rotary positions, states, and by default attention, keys and values) is
+float32 either way.
 
 Nothing is ever rounded below what the checkpoint itself has: float32 weights stay float32.
 """

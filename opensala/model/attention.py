@@ -106,6 +106,10 @@ class SparseMixer(nn.Module):
     def attend_pages(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
         """The batch's next tokens, q `[T, H, D]`, k and v `[T, Hkv, D]`, into and over pages: `[T, H, D]`."""
         pool, tiers, blocks = batch.storage.kv[self.layer], batch.storage.backing, None
+        least = getattr(
+            self.q_proj, "half_rows", None
+        )  # attention rounds what the projections beside it round
+        half = least is not None and len(q) >= least
         if tiers is None:
             store_kv(k, v, pool, batch.table, self.spec)
         else:
@@ -123,14 +127,23 @@ class SparseMixer(nn.Module):
                 scale=self.scale,
                 lse=self.config.lse,
                 search=self.config.block_search,
+                half_products=half,
             )
             if batch.chosen is not None:
                 batch.chosen[self.layer] = blocks
         if tiers is None:
-            return paged_attention(q, pool, batch.table, blocks, self.spec, scale=self.scale)
+            return paged_attention(
+                q, pool, batch.table, blocks, self.spec, scale=self.scale, half_products=half
+            )
         parts = [
             paged_attention(
-                q[some], at, table, None if blocks is None else blocks[some], self.spec, scale=self.scale
+                q[some],
+                at,
+                table,
+                None if blocks is None else blocks[some],
+                self.spec,
+                scale=self.scale,
+                half_products=half,
             )
             for some, at, table in tiers.pieces(self.layer, batch.table, blocks)
         ]

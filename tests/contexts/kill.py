@@ -19,7 +19,7 @@ from opensala.contexts import Context, context, read_manifest
 from opensala.contexts.store import verify
 
 from .files import content
-from .tools import PARAMS, documents, engine, model, outcome
+from .tools import PARAMS, documents, engine, fork_process, model, outcome
 
 context.SEGMENT_PAGES = 5
 FIRST, SECOND = documents(2500), documents(1500, 1, "more.txt")
@@ -38,7 +38,7 @@ def extend(of, path):
 def killed(work, of, path, after):
     """Fork a process that works on the path, and kill it after so many seconds; whether it was still at
     it."""
-    child = os.fork()
+    child = fork_process()
     if not child:
         try:
             work(of, path)

@@ -17,7 +17,7 @@ from opensala.contexts.store import fork, remove, verify
 from opensala.engine import Engine
 
 from .files import content
-from .tools import PARAMS, documents, engine, model, outcome
+from .tools import PARAMS, documents, engine, fork_process, model, outcome
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +129,7 @@ def test_two_processes_and_one_context(tmp_path):
 def in_a_child(work):
     """Run `work` in a forked process, whose limits and rights it may change; what it raised, or ""."""
     reading, writing = os.pipe()
-    child = os.fork()
+    child = fork_process()
     if not child:
         said = ""
         try:

@@ -11,7 +11,7 @@ from opensala.contexts.segment import SegmentFile
 from opensala.contexts.store import compact, verify
 
 from .files import content
-from .tools import PARAMS, documents, engine, model, outcome
+from .tools import PARAMS, documents, engine, fork_process, model, outcome
 
 ADDED = [documents(45, seed, f"{seed}.txt") for seed in range(1, 61)]
 
@@ -106,7 +106,7 @@ def test_interrupted_at_any_flush(error, tmp_path, monkeypatch):
     for number in range(40):
         path = tmp_path / "copy.ctx"
         shutil.copytree(source, path)
-        child = os.fork()
+        child = fork_process()
         if not child:
             try:
                 stopped_at(number, error, path)

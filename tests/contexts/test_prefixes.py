@@ -16,7 +16,7 @@ from opensala.contexts import Context, checks, prefixes
 from opensala.contexts.prefixes import PrefixFolder
 from opensala.engine import SamplingParams
 
-from .tools import DENSE_LEN, PAGE, documents, engine, model
+from .tools import DENSE_LEN, PAGE, documents, engine, fork_process, model
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)
 LIMIT = 1 << 30
@@ -279,7 +279,7 @@ def test_killed_at_random_moments(tmp_path):
         limit = int(2.2 * running.prefixes.num_bytes) or 400_000
     restored = killed = 0
     for _ in range(12):
-        child = os.fork()
+        child = fork_process()
         if not child:
             try:
                 with Started(of, tmp_path / "p", limit) as running:

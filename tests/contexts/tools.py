@@ -1,7 +1,9 @@
 """A tiny model with a tokenizer of its own, engines of it, and texts: what the tests of contexts share."""
 
+import os
 import random
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -49,3 +51,12 @@ def documents(length, seed=0, name="book.txt"):
 def outcome(generation):
     """What must be the same: text, and probabilities bit for bit."""
     return generation.text, generation.confidence, generation.least_confidence, generation.new_tokens
+
+
+def fork_process():
+    """os.fork() with one thread in the child: OpenMP's do not come along, and a call that waits for them
+    never ends."""
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)
+    return child

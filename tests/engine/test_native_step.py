@@ -167,8 +167,8 @@ def test_weights_in_fewer_bits(change, together):
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("head_dim", [8, 24, 64])
 def test_keys_and_values_in_fewer_bits(kv_dtype, head_dim):
-    """Activations are float32, the pages are not: as the layers store them. A head of 64 is turned in pairs of
-    bfloat16, of 24 partly, of 8 not at all."""
+    """Activations are float32, the pages are not: as the layers store them. A head of 64 is turned in pairs
+    of bfloat16, of 24 partly, of 8 not at all."""
     model, prompts = tiny_model(attn_scale_base=300, head_dim=head_dim), [ids(190), ids(20, 1)]
     running = engine(model, kv_dtype=kv_dtype)
     assert outcome(running, prompts) == outcome(one_by_one(model, kv_dtype=kv_dtype), prompts)

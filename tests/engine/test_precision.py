@@ -6,9 +6,9 @@ import logging
 import pytest
 import torch
 
-from opensala.engine import SamplingParams, generate, load_engine, precision
+from opensala.engine import Engine, EngineOptions, SamplingParams, generate, load_engine, precision
 from opensala.engine.precision import HALF_ROWS, Precision, apply_precision, choose_precision
-from opensala.model import MiniCPMSALAForCausalLM, SALACache
+from opensala.model import MiniCPMSALAForCausalLM, SALACache, attention
 from opensala.ops.linear import speed
 from opensala.ops.linear.speed import ProductTimes
 
@@ -162,3 +162,27 @@ def test_feed_forward_stays_in_16_bits_with_the_same_bits(dtype):
         mlp.up_proj.register_forward_hook(lambda *_: heard.append("up"))
         assert torch.equal(mlp(x), apart) and heard == ["up"]
     assert not mlp._stays_narrow(x), "gradients are wanted"
+
+
+@pytest.mark.parametrize("half_rows", [None, HALF_ROWS])
+def test_attention_rounds_what_the_products_beside_it_round(half_rows, monkeypatch):
+    """Calls of many rows; keys and values in float32 ignore it (tests/ops/test_half_products.py)."""
+    asked = []
+
+    def spy(op):
+        def call(*arguments, **options):
+            asked.append((len(arguments[0]), options["half_products"]))
+            return op(*arguments, **options)
+
+        return call
+
+    for name in ("paged_attention", "select_blocks_paged"):
+        monkeypatch.setattr(attention, name, spy(getattr(attention, name)))
+    model = small().to(torch.bfloat16)
+    precision.apply_precision(model, Precision(torch.bfloat16, half_rows))
+    prompts = [torch.randint(3, 100, (n,)).tolist() for n in (40, 700)]
+    options = EngineOptions(max_cached_tokens=4000, max_batch_tokens=350, kv_dtype="bfloat16")
+    for prompt in prompts:
+        Engine(model, None, options).generate([prompt], SamplingParams(max_tokens=4, ignore_eos=True))
+    rows = {half for count, half in asked if count >= HALF_ROWS}
+    assert rows == {half_rows is not None} and not any(half for count, half in asked if count < HALF_ROWS)

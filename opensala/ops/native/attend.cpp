@@ -111,6 +111,12 @@ void tile_forward_of(const Attention& p, int64_t first, int64_t last, int64_t he
   bool in_place = rows_in_tile <= FEW && readable(v, p);
   // One token: what is read next is asked for bit by bit, keys among keys and values among values.
   bool few = last - first == 1 && group <= ROWS && k.kind != INT8;
+  // By pairs, rows of keys, of values and of queries hold two numbers where they hold one otherwise.
+  bool by_pairs = p.narrow && !few && k.pairs(p.dim) && v.kind == BFLOAT16;
+  int64_t depth = by_pairs ? p.dim / 2 : p.dim;
+  Rows packable = by_pairs ? k.as_pairs() : k;
+  Scratch narrowed(by_pairs ? rows_in_tile * depth : 0), weights(by_pairs ? BATCH * padded / 2 : 0);
+  if (by_pairs) narrow_to_pairs([&](int64_t r) { return query(int32_t(r)); }, rows_in_tile, p.dim, narrowed.data);
   Walk<T> walk(k, padded);
   Scratch turned(few ? p.dim * group : 0);
   if (few) turn_few([&](int64_t r) { return query(int32_t(r)); }, group, p.dim, turned.data);
@@ -129,18 +135,24 @@ void tile_forward_of(const Attention& p, int64_t first, int64_t last, int64_t he
       if (!walk.coming()) walk.advance(source.base, source.keys);
       walk.advance(next * p.block_size, k_ahead.count);
       product_few(turned.data, int(group), p.dim, walk, W, 1, scores.data);
-    } else pack_transposed(k, source.base, 1, int(source.keys), int(padded), p.dim, keys.data, padded, k_ahead);
+    } else pack_transposed(packable, source.base, 1, int(source.keys), int(padded), depth, keys.data, padded, k_ahead);
     const float* value_rows = in_place ? v.at<float>(source.base) : values.data;
     if (in_place && !few) v_ahead.fetch(0, v_ahead.count);
-    if (!in_place) pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
+    if (by_pairs) pack_row_pairs(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
+    else if (!in_place) pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
     int64_t value_step = in_place ? v.stride : width;
     for_each_batch(p, asking, block, first, [&](const Batch& rows) {
       const float* a[BATCH];
       float* o[BATCH];
-      for (int r = 0; r < rows.count; ++r) a[r] = query(rows.index[r]), o[r] = result.data + rows.index[r] * width;
-      if (!few)
-        product<false>([&](int r, int64_t k) { return a[r][k]; }, rows.count, p.dim, keys.data, padded,
-                       [&](int r) { return scores.data + r * padded; }, int(padded));
+      for (int r = 0; r < rows.count; ++r) {
+        a[r] = by_pairs ? narrowed.data + rows.index[r] * depth : query(rows.index[r]);
+        o[r] = result.data + rows.index[r] * width;
+      }
+      auto factors = [&](int r, int64_t k) { return a[r][k]; };
+      auto score_row = [&](int r) { return scores.data + r * padded; };
+      auto out_row = [&](int r) { return o[r]; };
+      if (by_pairs) product<false, OfPairs>(factors, rows.count, depth, keys.data, padded, score_row, int(padded));
+      else if (!few) product<false>(factors, rows.count, depth, keys.data, padded, score_row, int(padded));
       for (int r = 0; r < rows.count; ++r) {
         float* s = scores.data + r * padded;
         if (rows.seen[r] < padded) hide(s, rows.seen[r], padded);
@@ -162,10 +174,16 @@ void tile_forward_of(const Attention& p, int64_t first, int64_t last, int64_t he
         }
         mass += total(sum);
       }
+      if (by_pairs) {
+        narrow_to_pairs(score_row, rows.count, padded, weights.data);
+        product<true, OfPairs>([&](int r, int64_t k) { return weights.data[r * (padded / 2) + k]; }, rows.count,
+                             (source.keys + 1) / 2, values.data, width, out_row, int(width));
+        return;
+      }
       for (int64_t j = 0, step = few ? W : source.keys; j < source.keys; j += step) {
         if (few && in_place) v_ahead.fetch<3>(j, step);
         product<true>([&](int r, int64_t k) { return scores.data[r * padded + j + k]; }, rows.count,
-                      std::min(step, source.keys - j), value_rows + j * value_step, value_step, [&](int r) { return o[r]; }, int(width));
+                      std::min(step, source.keys - j), value_rows + j * value_step, value_step, out_row, int(width));
       }
     });
   }
@@ -322,7 +340,8 @@ extern "C" void opensala_attend_paged(
     const float* q, const void* k, const void* v, int64_t kind, const int32_t* blocks, float* out, const int32_t* cu_seqlens,
     const int32_t* lengths, const int32_t* pages, const int32_t* sparse, int64_t sequences, int64_t table_width, int64_t heads,
     int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t num_blocks, int64_t size, int64_t k_page, int64_t k_token,
-    int64_t k_head, int64_t v_page, int64_t v_token, int64_t v_head, float factor, int64_t tile_rows, int64_t threads) {
+    int64_t k_head, int64_t v_page, int64_t v_token, int64_t v_head, float factor, int64_t narrow, int64_t tile_rows,
+    int64_t threads) {
   PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
   std::vector<Attention> problems;
   for (int64_t n = 0; n < sequences; ++n) {
@@ -332,6 +351,7 @@ extern "C" void opensala_attend_paged(
                         table.rows(n, v, kind, v_page, v_token, size),
                         blocks && sparse[n] ? blocks + begin * kv_heads * num_blocks : nullptr, table.tokens(n), lengths[n], heads,
                         kv_heads, dim, value_dim, num_blocks, size, k_head, v_head, factor, out + begin * heads * value_dim});
+    problems.back().narrow = narrow;
   }
   forward_all(problems, tile_rows, threads);
 }

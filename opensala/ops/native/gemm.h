@@ -9,7 +9,15 @@
 
 #define INLINE __attribute__((always_inline)) static inline
 
-template <int R, int C, bool ADD, typename A, typename Out>
+// What a product does with two numbers, and with two pairs of bfloat16.
+struct OfFloats {
+  INLINE Vec add(Vec sum, Vec a, Vec b) { return sum + a * b; }
+};
+struct OfPairs {
+  INLINE Vec add(Vec sum, Vec a, Vec b) { return add_pairs(sum, a, b); }
+};
+
+template <int R, int C, bool ADD, typename Of, typename A, typename Out>
 INLINE void product_tile(const A& a, int64_t depth, const float* b, int64_t ldb, const Out& out, int row, int column) {
   Vec acc[R][C];
 #pragma GCC unroll 8
@@ -25,7 +33,7 @@ INLINE void product_tile(const A& a, int64_t depth, const float* b, int64_t ldb,
     for (int r = 0; r < R; ++r) {
       Vec y = splat(a(row + r, k));
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] += y * x[c];
+      for (int c = 0; c < C; ++c) acc[r][c] = Of::add(acc[r][c], y, x[c]);
     }
   }
 #pragma GCC unroll 8
@@ -34,23 +42,24 @@ INLINE void product_tile(const A& a, int64_t depth, const float* b, int64_t ldb,
     for (int c = 0; c < C; ++c) store(out(row + r) + column + c * W, acc[r][c]);
 }
 
-template <int R, bool ADD, typename A, typename Out>
+template <int R, bool ADD, typename Of, typename A, typename Out>
 INLINE void product_rows(const A& a, int64_t depth, const float* b, int64_t ldb, const Out& out, int row, int columns) {
   int column = 0;
   for (; column + COLS * W <= columns; column += COLS * W)
-    product_tile<R, COLS, ADD>(a, depth, b, ldb, out, row, column);
-  for (; column < columns; column += W) product_tile<R, 1, ADD>(a, depth, b, ldb, out, row, column);
+    product_tile<R, COLS, ADD, Of>(a, depth, b, ldb, out, row, column);
+  for (; column < columns; column += W) product_tile<R, 1, ADD, Of>(a, depth, b, ldb, out, row, column);
 }
 
-// out(r)[0 .. columns) (+)= sum over k < depth of a(r, k) * b[k * ldb ...]; columns is a multiple of W.
-template <bool ADD, typename A, typename Out>
+// out(r)[0 .. columns) (+)= sum over k < depth of a(r, k) * b[k * ldb ...]; columns is a multiple of W. Of pairs, a and b
+// hold two numbers each.
+template <bool ADD, typename Of = OfFloats, typename A, typename Out>
 static void product(const A& a, int rows, int64_t depth, const float* b, int64_t ldb, const Out& out, int columns) {
   int row = 0;
-  for (; row + ROWS <= rows; row += ROWS) product_rows<ROWS, ADD>(a, depth, b, ldb, out, row, columns);
+  for (; row + ROWS <= rows; row += ROWS) product_rows<ROWS, ADD, Of>(a, depth, b, ldb, out, row, columns);
   // Three together (the query heads of a small group) keep enough sums under way; one row alone waits for its own.
-  if (rows - row >= 3 && (rows - row) % 2) product_rows<3, ADD>(a, depth, b, ldb, out, row, columns), row += 3;
-  for (; row + 2 <= rows; row += 2) product_rows<2, ADD>(a, depth, b, ldb, out, row, columns);
-  if (row < rows) product_rows<1, ADD>(a, depth, b, ldb, out, row, columns);
+  if (rows - row >= 3 && (rows - row) % 2) product_rows<3, ADD, Of>(a, depth, b, ldb, out, row, columns), row += 3;
+  for (; row + 2 <= rows; row += 2) product_rows<2, ADD, Of>(a, depth, b, ldb, out, row, columns);
+  if (row < rows) product_rows<1, ADD, Of>(a, depth, b, ldb, out, row, columns);
 }
 
 // Element types of keys and values: 0 float32, 1 bfloat16, 2 float16, 3 int8 with a float32 scale behind each row.
@@ -118,6 +127,16 @@ struct Rows {
     Rows moved = *this;
     moved.data = static_cast<const char*>(data) + offset * item_bytes(kind);
     return moved;
+  }
+  // Rows of bfloat16 as rows of half as many pairs, which are moved as float32 is. Asks that `pairs` holds.
+  Rows as_pairs() const {
+    Rows moved = *this;
+    moved.kind = 0, moved.stride /= 2, moved.page_stride /= 2;
+    return moved;
+  }
+  // Whether they are rows of bfloat16 of an even number of columns, and even numbers apart.
+  bool pairs(int64_t depth) const {
+    return MULTIPLIES_PAIRS && kind == BFLOAT16 && !(depth % 2 || stride % 2 || page_stride % 2 || uintptr_t(data) % 4);
   }
   Int8Row int8_row(int64_t row, int64_t width) const { return Int8Row::at(at<int8_t>(row), width); }
 };
@@ -206,4 +225,28 @@ static void pack_rows(const Rows& x, int64_t first, int count, int64_t depth, fl
   with_type(x.kind, [&](auto type) {
     pack_rows([&](int64_t j) { return x.at<decltype(type)>(first + j); }, count, count, depth, out, ldo, ahead);
   });
+}
+
+// Rows of floats as rows of pairs of bfloat16 in `[count, depth / 2]`; depth is even.
+template <typename Row>
+static void narrow_to_pairs(const Row& row, int64_t count, int64_t depth, float* out) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float* x = row(r);
+    BFloat16* to = reinterpret_cast<BFloat16*>(out + r * (depth / 2));
+    int64_t k = 0;
+    for (; k + W <= depth; k += W) store_narrow(to + k, load(x + k));
+    for (; k < depth; ++k) to[k] = narrowed<BFloat16>(x[k]);
+  }
+}
+
+// out[j / 2 * ldo + k] = rows j and j + 1 of bfloat16 at k, as a pair; 0 for a row that is not there.
+static void pack_row_pairs(const Rows& x, int64_t first, int count, int64_t depth, float* out, int64_t ldo, const Ahead& ahead) {
+  for (int j = 0; j < count; j += 2) {
+    ahead.fetch(j, 2);
+    const BFloat16* a = x.at<BFloat16>(first + j);
+    const BFloat16* b = j + 1 < count ? x.at<BFloat16>(first + j + 1) : nullptr;
+    uint32_t* to = reinterpret_cast<uint32_t*>(out + j / 2 * ldo);
+    for (int64_t k = 0; k < depth; ++k) to[k] = a[k].bits | (b ? uint32_t(b[k].bits) << 16 : 0);
+    for (int64_t k = depth; k < ldo; ++k) to[k] = 0;
+  }
 }

@@ -70,6 +70,7 @@ struct Attention {
   int64_t k_head, v_head;  // elements from head to head; q is contiguous [T, Hq, D]
   float factor;  // scale * log2(e)
   float *out = nullptr, *lse = nullptr;  // [T, Hq, E] and, if wanted, [T, Hq]
+  bool narrow = false;  // queries and weights may be rounded to bfloat16 where keys and values are that
   int64_t slices = 1;  // parts into which the query heads of a kv head are cut; a "head" below is one such part
   int64_t group() const { return heads / (kv_heads * slices); }
   int64_t kv_head(int64_t head) const { return head / slices; }

@@ -61,7 +61,7 @@ class Tile : public Scorer {
     if (few_) walk.advance(0, most);
     for (int64_t w = 0; w < most; w += PANEL) {
       if (few_) multiply_few(walk, w + PANEL, most, W, 1);
-      else pack_transposed(keys, w, 1, int(std::min<int64_t>(PANEL, most - w)), PANEL, s_.dim, panel_.data, PANEL);
+      else pack_transposed(packable(keys), w, 1, int(std::min<int64_t>(PANEL, most - w)), PANEL, depth(), panel_.data, PANEL);
       for (int64_t row = 0; row < rows; row += CHUNK) {
         int count = int(std::min<int64_t>(CHUNK, rows - row));
         if (!few_) multiply([&](int r) { return query(row + r); }, count, PANEL);
@@ -157,9 +157,9 @@ extern "C" void opensala_select_paged(
     const int32_t* lengths, const int32_t* pages, const int32_t* sparse, int64_t sequences, int64_t table_width, int64_t heads,
     int64_t kv_heads, int64_t dim, int64_t k1_page, int64_t k1_window, int64_t k1_head, int64_t k2_page, int64_t k2_window,
     int64_t k2_head, int64_t size, int64_t stride, int64_t kernel, int64_t init, int64_t window_blocks, int64_t num_blocks,
-    int64_t coarse, float factor, int64_t tile_rows, int64_t threads) {
+    int64_t coarse, float factor, int64_t narrow, int64_t tile_rows, int64_t threads) {
   Selection like{q,    {k1, kind, k1_window}, {k2, kind, k2_window}, k1_head, k2_head, 0, 0, heads, kv_heads, dim, size,
-                 stride, kernel, init, window_blocks, num_blocks, coarse != 0, factor, out};
+                 stride, kernel, init, window_blocks, num_blocks, coarse != 0, factor, out, narrow != 0};
   PageTable table{cu_seqlens, lengths, pages, sparse, sequences, table_width};
   select_all(paged_selections(table, like, k1_page, k2_page), tile_rows, threads);
 }

@@ -19,6 +19,7 @@ struct Selection {
   bool coarse;
   float factor;  // scale * log2(e)
   int32_t* out;  // [T, Hkv, num_blocks], ascending, padded with -1
+  bool narrow = false;  // queries may be rounded to bfloat16 where keys are that, and the processor multiplies it faster
   int64_t group() const { return heads / kv_heads; }
   int64_t ratio() const { return block_size / stride; }
   int64_t position(int64_t t) const { return first + t; }
@@ -122,28 +123,36 @@ class Scorer {
   // few: no panel is packed; only for a tile that `has_few` rows.
   Scorer(const Unit& unit, int64_t widest, bool few)
       : s_(*unit.s), first_(unit.first), last_(unit.last), head_(unit.head), few_(few),
+        narrow_(!few && s_.narrow && s_.k1.head(head_ * s_.k1_head).pairs(s_.dim) &&
+                (!s_.coarse || s_.k2.head(head_ * s_.k2_head).pairs(s_.dim))),
         panel_(few ? 0 : s_.dim * std::max<int64_t>(widest, W * s_.ratio())), turned_(few ? s_.dim * ROWS : 0),
+        narrowed_(narrow_ ? queries() * s_.group() * s_.dim / 2 : 0),
         products_((few ? ROWS : std::max<int64_t>(CHUNK, s_.group())) * std::max<int64_t>(widest, W * s_.ratio())),
         row_stride_(round_up(unit.blocks() + 1, W)), scores_(queries() * row_stride_), lse_(queries() * s_.group()),
         carry_(queries() * W), rows_(std::max<int64_t>(CHUNK, s_.group())) {
-    if (few) turn_few([&](int64_t r) { return query(r); }, queries() * s_.group(), s_.dim, turned_.data);
+    auto wide = [&](int64_t r) { return wide_query(r); };
+    if (few) turn_few(wide, queries() * s_.group(), s_.dim, turned_.data);
+    if (narrow_) narrow_to_pairs(wide, queries() * s_.group(), s_.dim, narrowed_.data);
   }
 
  protected:
   const Selection& s_;
   int64_t first_, last_, head_;  // the tile: queries first_ ... last_ - 1 of one kv head
-  bool few_;
-  Scratch panel_, turned_, products_;  // turned_: the rows of a tile with few, `[dim, rows]`
+  bool few_, narrow_;  // narrow_: queries and keys are pairs of bfloat16
+  Scratch panel_, turned_, narrowed_, products_;  // turned_: the rows of a tile with few, `[dim, rows]`
   int64_t row_stride_;
   Scratch scores_, lse_, carry_;
   std::vector<const float*> rows_;
   Best best_;
 
   Rows keys1() const { return s_.k1.head(head_ * s_.k1_head); }
+  Rows packable(const Rows& keys) const { return narrow_ ? keys.as_pairs() : keys; }
+  int64_t depth() const { return narrow_ ? s_.dim / 2 : s_.dim; }  // of a panel
   int64_t visible(int64_t t) const { return seen(s_.position(first_ + t), s_.kernel, s_.stride); }
   int64_t queries() const { return last_ - first_; }
 
-  const float* query(int64_t row) const {  // row: query of the tile * group + head in group
+  const float* query(int64_t row) const { return narrow_ ? narrowed_.data + row * depth() : wide_query(row); }
+  const float* wide_query(int64_t row) const {  // row: query of the tile * group + head in group
     int64_t group = s_.group();
     return s_.q + ((first_ + row / group) * s_.heads + head_ * group + row % group) * s_.dim;
   }
@@ -153,8 +162,10 @@ class Scorer {
   void multiply(const Row& row, int count, int columns) {
     for (int r = 0; r < count; ++r) rows_[r] = row(r);
     const float* const* a = rows_.data();
-    product<false>([a](int r, int64_t k) { return a[r][k]; }, count, s_.dim, panel_.data, columns,
-                   [&](int r) { return products_.data + r * columns; }, columns);
+    auto at = [a](int r, int64_t k) { return a[r][k]; };
+    auto out = [&](int r) { return products_.data + r * columns; };
+    if (narrow_) product<false, OfPairs>(at, count, depth(), panel_.data, columns, out, columns);
+    else product<false>(at, count, depth(), panel_.data, columns, out, columns);
   }
 
   // products_ = all rows of a tile with few times the windows that were next; then those from `next` on, before `end`, are.
@@ -169,7 +180,7 @@ class Scorer {
     for (int64_t phase = 0; phase < ratio; ++phase) {
       int64_t start = block * ratio + phase;
       int here = int(std::max<int64_t>(0, std::min<int64_t>(W, (windows - start + ratio - 1) / ratio)));
-      pack_transposed(keys1(), start, ratio, here, W, s_.dim, panel_.data + phase * W, W * ratio);
+      pack_transposed(packable(keys1()), start, ratio, here, W, depth(), panel_.data + phase * W, W * ratio);
     }
   }
 

@@ -171,6 +171,18 @@ static inline Vec load_pairs(const BFloat16* p) {
   std::memcpy(&pairs, p, sizeof pairs);
   return pairs;
 }
+// sum + a.first * b.first + a.second * b.second, in float32.
+#if defined(__AVX512BF16__)
+constexpr bool MULTIPLIES_PAIRS = true;
+static inline Vec add_pairs(Vec sum, Vec a, Vec b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+static inline void store_narrow(BFloat16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
+constexpr bool MULTIPLIES_PAIRS = false;  // and nobody asks for it
+static inline Vec add_pairs(Vec sum, Vec, Vec) { return sum; }
+static inline void store_narrow(BFloat16* p, Vec x) {
+  for (int i = 0; i < W; ++i) p[i] = narrowed<BFloat16>(x[i]);
+}
+#endif
 static inline Vec first_of(Vec pairs) { return (Vec)((VecInt)pairs << 16); }
 static inline Vec second_of(Vec pairs) { return (Vec)((VecInt)pairs >> 16 << 16); }
 

@@ -65,7 +65,13 @@ def _selection(
 
 
 def cpp_select_paged(
-    q: Tensor, pool: KVPages, table: PageTable, spec: BlockSpec, scale: float, lse: str
+    q: Tensor,
+    pool: KVPages,
+    table: PageTable,
+    spec: BlockSpec,
+    scale: float,
+    lse: str,
+    half_products: bool = False,
 ) -> Tensor:
     """As `select_blocks_paged` with search="exact"."""
     wide = plain(q)
@@ -75,6 +81,7 @@ def cpp_select_paged(
         *_selection(wide, (pool.k1, pool.k2), out, table, spec),
         int(lse == "coarse"),
         scale * math.log2(math.e),
+        int(half_products),
         SELECT_ROWS,
         threads(),
     )
@@ -99,7 +106,13 @@ def cpp_select_regions_paged(
 
 
 def cpp_paged_attention(
-    q: Tensor, pool: KVPages, table: PageTable, blocks: Tensor | None, spec: BlockSpec, scale: float
+    q: Tensor,
+    pool: KVPages,
+    table: PageTable,
+    blocks: Tensor | None,
+    spec: BlockSpec,
+    scale: float,
+    half_products: bool = False,
 ) -> Tensor:
     """As `paged_attention`."""
     wide = plain(q)
@@ -124,6 +137,7 @@ def cpp_paged_attention(
         *pool.keys.stride()[:3],
         *pool.values.stride()[:3],
         scale * math.log2(math.e),
+        int(half_products),
         TILE_ROWS,
         threads(),
     )

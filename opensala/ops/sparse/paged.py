@@ -76,6 +76,7 @@ def select_blocks_paged(
     lse: str = "coarse",
     search: str = "exact",
     regions: int = REGIONS,
+    half_products: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     """Choose the key blocks that each query of the sparse sequences attends to.
@@ -87,6 +88,8 @@ def select_blocks_paged(
         spec (BlockSpec): sizes of windows and blocks.
         scale (float): 1/sqrt(D) if None.
         lse, search, regions: as in `select_blocks`.
+        half_products: where compressed keys are bfloat16 and the processor multiplies it faster
+            (AVX512-BF16), `cpp` may round the queries of an exact search to it too, but for single tokens.
 
     Returns:
         int32 block numbers `[T, Hkv, topk + window_size / block_size]`, counted from the start of each
@@ -113,7 +116,7 @@ def select_blocks_paged(
 
             return triton_select_paged(q, pool, table, spec, scale, lse)
         if name == "cpp" and search == "exact":
-            return cpp_select_paged(q, pool, table, spec, scale, lse)
+            return cpp_select_paged(q, pool, table, spec, scale, lse, half_products)
         if name == "cpp":
             return cpp_select_regions_paged(q, pool, table, spec, scale, regions)
         how = lse if search == "exact" else regions
@@ -132,6 +135,7 @@ def paged_attention(
     spec: BlockSpec,
     *,
     scale: float | None = None,
+    half_products: bool = False,
     backend: Backend | None = None,
 ) -> Tensor:
     """Causal softmax attention of the new tokens, over listed blocks or, in dense sequences, all the past.
@@ -144,6 +148,9 @@ def paged_attention(
             sequences are not looked at. None: all sequences attend densely.
         spec (BlockSpec): its block_size is that of the pages.
         scale (float): 1/sqrt(D) if None.
+        half_products: where keys and values are bfloat16 and the processor multiplies it faster
+            (AVX512-BF16), `cpp` may round queries and softmax weights to it too, but for single tokens; sums
+            are float32.
 
     Returns:
         `[T, Hq, Dv]` in q's dtype. With `cpp` a row has the same bits whatever else is in the call, however
@@ -170,7 +177,7 @@ def paged_attention(
 
             return triton_paged_attention(q, pool, table, blocks, spec, scale)
         if name == "cpp":
-            return cpp_paged_attention(q, pool, table, blocks, spec, scale)
+            return cpp_paged_attention(q, pool, table, blocks, spec, scale, half_products)
         run = naive_sparse_attention if name == "naive" else attend_sequence
         return gather_attention(q, pool, table, blocks, spec, scale, run)
 
