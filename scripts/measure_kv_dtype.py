@@ -12,7 +12,8 @@ import math
 import random
 
 from opensala.data.text import long_document
-from opensala.engine import Answer, Document, Engine, EngineOptions, SamplingParams, ask, load_engine
+from opensala.engine import Document, Engine, EngineOptions, SamplingParams, ask, load_engine
+from opensala.engine.answer import Generation
 
 PLACES = [
     f"{side} {what}"
@@ -39,7 +40,7 @@ def scores(engine: Engine, text: str, tokens: int) -> list[float]:
     return [logprob for logprob, _ in found.scores]
 
 
-def answered(engine: Engine, text: str, codes: dict[str, int]) -> list[Answer]:
+def answered(engine: Engine, text: str, codes: dict[str, int]) -> list[Generation]:
     """An answer for each place."""
     return [
         ask(
@@ -61,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("opensala").setLevel(logging.ERROR)
     text, codes = document(options.tokens)
-    exact: tuple[list[Answer], list[float]] | None = None
+    exact: tuple[list[Generation], list[float]] | None = None
     for kv_dtype in ["auto", *options.kv_dtype.split(",")]:
         bounds = EngineOptions(max_cached_tokens=2 * options.tokens + 20_000, kv_dtype=kv_dtype)
         engine = load_engine(options.model, dtype="float32", options=bounds)

@@ -1,5 +1,7 @@
 """What lies in a context's files, bit for bit."""
 
+import torch
+
 from opensala.contexts.folder import ContextFolder
 
 
@@ -14,6 +16,7 @@ def content(path):
             page = [memoryview(bytearray(files[number]._page_place(layer, 0)[1] // 2)) for _ in range(2)]
             files[number].read_page(layer, index, *page)
             rows += [page[0].tobytes(), page[1].tobytes()]
-            rows += [files[number].tensor(f"{n}.{layer}")[index].numpy().tobytes() for n in ("k1", "k2")]
+            levels = [files[number].tensor(f"{n}.{layer}")[index] for n in ("k1", "k2")]
+            rows += [level.view(torch.uint8).numpy().tobytes() for level in levels]
     states = [files[-1].tensor(n).numpy().tobytes() for n in files[-1].known.sums if n.startswith("state.")]
     return tokens, rows, states, [d.name for batch in folder.texts() for d in batch]

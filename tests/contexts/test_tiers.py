@@ -17,6 +17,7 @@ from .files import content
 from .tools import PAGE, PARAMS, documents, engine, model, outcome, tokenizer
 
 QUESTIONS = ("what is the code?", "where are the red falcons near the old mill tower?", "who?")
+SIZES = {"auto": 1, "bfloat16": 1 / 2, "int8": 3 / 8}  # of keys and values, heads of 8
 PAGE_BYTES = 2 * PAGE * 2 * 8 * 4  # keys and values of a page in one layer
 LONG = 6000
 
@@ -90,7 +91,7 @@ def test_what_was_read_before_a_restart_comes_whole(kept, tmp_path):
 @pytest.mark.parametrize(("frames", "pages"), [(20, None), (33, 24), (200, 60)])
 def test_device_host_and_disk(frames, pages, kv_dtype, tmp_path, kept):
     of, folder, docs, wanted = kept
-    size = {"auto": 1, "bfloat16": 1 / 2, "int8": 3 / 8}[kv_dtype]
+    size = SIZES[kv_dtype]
     if kv_dtype != "auto":
         folder, free = tmp_path / "a.ctx", engine(of, max_cached_tokens=8000, kv_dtype=kv_dtype)
         with Context.ingest(free, docs, folder) as context:
@@ -132,11 +133,11 @@ def test_short_texts_attend_densely_on_a_small_device(kept):
     assert outcome(small) == outcome(ask(engine(kept[0]), docs, "who?", PARAMS, quiet=True))
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "bfloat16", "int8"])
 def test_a_text_is_read_in_far_less_memory_than_it_takes(kv_dtype, kept, tmp_path, monkeypatch):
     """What is in a segment gives way while the rest is read, and while it is extended: to the same bytes."""
     of, _, docs, _ = kept
-    size, more = (1 if kv_dtype == "auto" else 3 / 8), documents(700, 5, "more.txt")
+    size, more = SIZES[kv_dtype], documents(700, 5, "more.txt")
     free = engine(of, max_cached_tokens=8000, kv_dtype=kv_dtype)
     with Context.ingest(free, docs, tmp_path / "a.ctx") as context:
         context.extend(more)

@@ -91,7 +91,7 @@ def test_it_is_asked_for_rightly():
     with pytest.raises(ValueError, match="kv_dtype must be auto, bfloat16 or int8, got 'fp8'"):
         engine(kv_dtype="fp8")
     for kv_dtype in FEWER:
-        with pytest.raises(ValueError, match=f"kv_dtype {kv_dtype} runs on a CPU only .* is on meta"):
+        with pytest.raises(ValueError, match=f"kv_dtype {kv_dtype} runs on a CPU only, .* is on meta"):
             engine(model().to("meta"), kv_dtype=kv_dtype)
     running = engine(model().bfloat16(), kv_dtype="int8")
     assert running.storage.kv[0].keys.dtype == torch.int8 and running.storage.kv[0].k1.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Attention and selection with products in bfloat16: near what float32 gives, where the processor has them."""
+"""Attention and selection with products in bfloat16: near what float32 gives, where there are any."""
 
 import pytest
 import torch
