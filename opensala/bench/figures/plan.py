@@ -100,6 +100,7 @@ def _steps() -> list[Measurement]:
     quick = ("--preset", "quick", "--contexts", "1K", "--rounds", 1)
     shipped = ("--contexts", "100,3000", "--sequences", "1,8", "--forms", "one call,recorded")
     weights = ("--weights", "float32,bfloat16,int4", "--contexts", "4K,32K,256K")
+    kept = ("--kv-dtype", "auto,bfloat16")
     both = ("--forms", "one call,layer by layer", "--rounds", 4)
     hybrid = ("--model", HYBRID, "--weights", "float32,bfloat16,int8,int4")
     return [
@@ -111,9 +112,9 @@ def _steps() -> list[Measurement]:
         ),
         Measurement(
             "steps-135m",
-            _script("measure_steps.py", "--preset", "135m", *weights),
-            _script("measure_steps.py", *quick, *weights[:2]),
-            3,
+            _script("measure_steps.py", "--preset", "135m", *weights, *kept),
+            _script("measure_steps.py", *quick, *weights[:2], *kept),
+            4,
         ),
         Measurement(
             "steps-noting",
@@ -130,7 +131,7 @@ def _steps() -> list[Measurement]:
         ),
         Measurement(
             "steps-hybrid",
-            _script("measure_steps.py", *hybrid, "--contexts", "4000,32000,256000", *both),
+            _script("measure_steps.py", *hybrid, *kept, "--contexts", "4000,32000,256000", *both),
             _script("measure_steps.py", *hybrid[:2], "--contexts", "4000", "--rounds", 1),
             5,
             needs=("hybrid",),
@@ -162,6 +163,12 @@ def _reading(folder: Path) -> list[Measurement]:
             _script(
                 "measure_parts.py", "--preset", "quick", "--weights", "float32,bfloat16", "--tokens", "1K"
             ),
+            2,
+        ),
+        Measurement(
+            "parts-135m-64K",
+            _script("measure_parts.py", "--preset", "135m", "--weights", "bfloat16", "--tokens", "64K"),
+            _script("measure_parts.py", "--preset", "quick", "--weights", "bfloat16", "--tokens", "5K"),
             2,
         ),
         Measurement(
@@ -254,7 +261,7 @@ def _server(gguf: str) -> list[Measurement]:
 
 def _converted(folder: Path, gguf: str) -> list[Measurement]:
     beside = (HYBRID, "--teacher", BASE, "--rows", folder / "real_speed.csv")
-    every = ("--hybrids", "float32,auto,auto+int8", "--dtypes", "float32,bfloat16")
+    every = ("--hybrids", "float32,auto,auto+bfloat16,auto+int8", "--dtypes", "float32,bfloat16")
     few = ("--hybrids", "auto", "--dtypes", "bfloat16", "--lengths", "512", "--layers", 2)
     llama = ("compare_llama.py", "--gguf", gguf, "--model", HYBRID)
     tiny = _script("measure_real_speed.py", *beside, *few)
