@@ -148,7 +148,7 @@ def main(
     texts: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 2,
     numbers: Annotated[int, typer.Option(min=1, max=len(THINGS), help="Numbers of each text.")] = 5,
     alone: Annotated[bool, typer.Option("--alone", help="Each in a copy of its text.")] = False,
-    kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto or int8.")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, bfloat16, int8.")] = "auto",
     rows: Annotated[Path, typer.Option(help="Rows are added here.")] = ROWS,
 ) -> None:
     torch.set_flush_denormal(True)

@@ -25,6 +25,7 @@ from opensala.bench.speed.presets import preset as preset_of
 from opensala.bench.timing import quantiles
 from opensala.cli.sizes import token_count
 from opensala.engine import Engine, EngineOptions, SamplingParams, load_engine
+from opensala.engine.precision import Precision, apply_precision
 from opensala.model import MiniCPMSALAForCausalLM
 
 WARM_UP = 3  # steps of a context that do not count: the first ones make what later ones reuse
@@ -36,11 +37,12 @@ def model_of(preset: str, model: str, weights: str) -> MiniCPMSALAForCausalLM:
     """The shipped model (`float32`), a checkpoint, or random weights of a preset's shape."""
     if preset:
         return Hybrid(preset_of(preset), weights, torch.device("cpu")).model
+    loaded = load_engine(model or None, dtype="float32", options=EngineOptions(max_cached_tokens=1000)).model
     bits = {"int8": 8, "int4": 4}.get(weights)
-    dtype = "float32" if bits else weights
-    loaded = load_engine(model or None, dtype=dtype, options=EngineOptions(max_cached_tokens=1000)).model
     if bits:
         quantise_at_random(loaded, bits)
+    if weights != "float32":
+        apply_precision(loaded, Precision(torch.bfloat16))
     return loaded
 
 
@@ -97,6 +99,8 @@ def measure(
         if form == "layer by layer":
             engine.runner.graphs.reason = "timed beside the step in one call"
         timed_steps(engine, WARM_UP)
+        if form == "one call" and not engine.runner.native.num_steps:
+            raise ValueError(f"a step of this model does not run in one call: {engine.runner.native.reason}")
     seconds: dict[str, list[float]] = {form: [] for form in forms}
     for _ in range(rounds):
         for form, engine in engines.items():

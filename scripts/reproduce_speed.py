@@ -9,7 +9,8 @@ At the end DIR/figures.md and DIR/figures.csv have each figure as a document sta
 measured; the figures, and where each comes from, are in benchmarks/figures.toml. A finished step is not run
 again (but with --again): give the same command after a stop. A step that cannot run here is left out with
 what is to be done; one that fails is recorded, the next one goes on, and the exit code is 1. Nothing else
-should run on the machine meanwhile. `--smoke` takes the same steps at tiny sizes, in some minutes.
+should run on the machine meanwhile. `--write` then puts the figures into the documents and the registry: the
+numbers, not what sentences conclude from them. `--smoke` takes the same steps at tiny sizes, in some minutes.
 """
 
 from pathlib import Path
@@ -28,9 +29,11 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="Tiny sizes: no figure means anything.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Of torch, for steps that take all.")] = 2,
     gguf: Annotated[str, typer.Option(help="SmolLM2-135M-Instruct.Q4_1.gguf, for two steps.")] = "",
+    write: Annotated[bool, typer.Option("--write", help="Then put the figures into the documents.")] = False,
 ) -> None:
     names = tuple(name.strip() for name in only.split(",") if name.strip())
-    options = Options(directory, names, again, smoke, threads, str(Path(gguf).resolve()) if gguf else "")
+    file = str(Path(gguf).resolve()) if gguf else ""
+    options = Options(directory, names, again, smoke, threads, file, write)
     try:
         if list_steps:
             print(listing(options))

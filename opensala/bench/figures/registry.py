@@ -116,7 +116,7 @@ class Registry:
             page = pages.setdefault(document, (root / document).read_text(encoding="utf-8"))
             if text not in page:
                 found.append(f"{document} has no {text!r}")
-            elif not _stands_in(stated, text):
+            elif stated and not stated_at(stated, text):
                 found.append(f"{document}: {stated} is not in {text!r}")
         return found
 
@@ -152,8 +152,9 @@ def _speaks(header: str, row: str) -> bool:
     return bool(_TIMED.search(row) or _HEADER.search(header))
 
 
-def _stands_in(number: str, text: str) -> bool:
-    return re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", text) is not None
+def stated_at(number: str, text: str) -> list[tuple[int, int]]:
+    """Where a number stands in a line, as beginning and end, and not as part of another."""
+    return [m.span() for m in re.finditer(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", text)]
 
 
 def _is_number(value: Any) -> bool:
@@ -182,6 +183,15 @@ def _figure(document: str, text: str, step: str, line: str) -> Figure:
     return Figure(document, text, stated, step, _term(over), _term(under) if ratio else None)
 
 
+def read_figures(found: dict[str, Any]) -> tuple[Figure, ...]:
+    """The figures of a registry's content, in its order."""
+    return tuple(
+        _figure(entry["document"], entry["text"], entry["step"], line)
+        for entry in found.get("line", [])
+        for line in entry["figures"]
+    )
+
+
 def read_registry(path: Path = FIGURES) -> Registry:
     """The registry of a file.
 
@@ -190,11 +200,7 @@ def read_registry(path: Path = FIGURES) -> Registry:
     """
     with open(path, "rb") as file:
         found = tomllib.load(file)
-    figures = tuple(
-        _figure(entry["document"], entry["text"], entry["step"], line)
-        for entry in found.get("line", [])
-        for line in entry["figures"]
-    )
+    figures = read_figures(found)
     elsewhere = tuple(
         Elsewhere(e["document"], e.get("text", ""), e.get("table", ""), e["reason"], e["why"])
         for e in found.get("elsewhere", [])

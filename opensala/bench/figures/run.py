@@ -23,6 +23,7 @@ from ..record import describe, significant
 from .needs import lacking
 from .plan import Measurement, plan, work_folder
 from .registry import ROOT, Registry, Row, read_registry
+from .restate import restate
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Options:
         smoke: tiny sizes.
         threads: of steps that do not say.
         gguf: the base's GGUF file, for steps that need it.
+        write: whether documents and registry are brought to what was measured, at the end.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Options:
     smoke: bool = False
     threads: int = 2
     gguf: str = ""
+    write: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,11 @@ def run(options: Options, say: Callable[[str], None], registry: Registry | None 
     """Carry the steps out and write the figures; whether no step failed.
 
     Raises:
-        ValueError: an unknown step; a step that was done in this folder by another command.
+        ValueError: an unknown step; a step that was done in this folder by another command; tiny sizes whose
+            figures should be written into documents.
     """
+    if options.write and options.smoke:
+        raise ValueError("--write puts figures into the documents, and those of --smoke mean nothing")
     registry = registry or read_registry()
     folder = options.folder.resolve()
     steps = plan(folder, options.gguf)
@@ -108,6 +114,11 @@ def run(options: Options, say: Callable[[str], None], registry: Registry | None 
         say(f"  {outcome.status}")
     lines = [line for figure in registry.figures for line in [_line(figure, outcomes)]]
     write(folder, lines, registry, options.smoke)
+    if options.write:
+        changed, left = restate({name: outcome.rows for name, outcome in outcomes.items() if outcome.rows})
+        say(f"{changed} numbers changed in documents and registry: read what the sentences say of them")
+        for text in left:
+            say(f"left as it was: {text}")
     failed = [step.name for step in wanted if outcomes[step.name].status.startswith("failed")]
     if failed:
         say(f"failed: {', '.join(failed)}; their output is in {folder / 'logs'}")
