@@ -41,7 +41,7 @@ class Notes:
         self.rows.append({"what": what, "figure": significant(figure), "unit": unit, **more})
         new = not self.path.exists()
         with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(["what", "figure", "unit", "detail", "date", "processor", "threads", "torch"])
             machine = [time.strftime("%Y-%m-%d"), platform.processor() or platform.machine()]
