@@ -140,7 +140,9 @@ def drafts(notes: Notes, engine: Engine) -> None:
 
 def main(
     tokens: Annotated[int, typer.Option(help="Tokens of the document that is asked often.")] = 65536,
-    kv_dtype: Annotated[str, typer.Option(help="How keys and values are kept: auto, bfloat16, int8.")] = "auto",
+    kv_dtype: Annotated[
+        str, typer.Option(help="How keys and values are kept: auto, bfloat16, int8.")
+    ] = "auto",
     contexts: Annotated[str, typer.Option(help="Tokens behind which steps are timed.")] = CONTEXTS,
     rows: Annotated[Path, typer.Option(help="CSV file the figures are added to.")] = ROWS,
 ) -> None:

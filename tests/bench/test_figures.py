@@ -156,7 +156,13 @@ def test_what_was_measured_is_put_into_documents_and_registry(tmp_path):
 @pytest.mark.parametrize(
     ("value", "like", "wanted"),
     [(0.14567, "0.28", "0.146"), (99.65, "62", "100"), (1392.4, "1,035", "1,392"), (6.051, "5.75", "6.05")]
-    + [(38.02, "40", "38"), (0, "0.1", "0"), (2968, "67", "2,970"), (9.996, "1.25", "10.0"), (0.0708, "0.12", "0.0708")],
+    + [
+        (38.02, "40", "38"),
+        (0, "0.1", "0"),
+        (2968, "67", "2,970"),
+        (9.996, "1.25", "10.0"),
+        (0.0708, "0.12", "0.0708"),
+    ],
 )
 def test_numbers_are_written_as_before(value, like, wanted):
     assert written(value, like) == wanted

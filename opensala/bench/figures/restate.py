@@ -36,7 +36,9 @@ def restate(
             left.append(f"{document} has {text!r} {page.count(text)} times")
             continue
         values = [figure.value(rows.get(figure.step, ())) for figure in figures]
-        found = [f.stated if v is None else written(v, f.stated) for f, v in zip(figures, values, strict=True)]
+        found = [
+            f.stated if v is None else written(v, f.stated) for f, v in zip(figures, values, strict=True)
+        ]
         places = _places(text, [figure.stated for figure in figures])
         if places is None:
             left.append(f"{document}: the numbers of {text!r} are not in the order of its figures")
