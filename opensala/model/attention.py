@@ -106,9 +106,8 @@ class SparseMixer(nn.Module):
     def attend_pages(self, q: Tensor, k: Tensor, v: Tensor, batch: ForwardBatch) -> Tensor:
         """The batch's next tokens, q `[T, H, D]`, k and v `[T, Hkv, D]`, into and over pages: `[T, H, D]`."""
         pool, tiers, blocks = batch.storage.kv[self.layer], batch.storage.backing, None
-        least = getattr(
-            self.q_proj, "half_rows", None
-        )  # attention rounds what the projections beside it round
+        # Attention rounds what the projections beside it round.
+        least = getattr(self.q_proj, "half_rows", None)
         half = least is not None and len(q) >= least
         if tiers is None:
             store_kv(k, v, pool, batch.table, self.spec)

@@ -47,7 +47,7 @@ def cache_sizes(
 def compressed_dtype(dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> torch.dtype:
     """In which dtype compressed keys are kept beside keys and values of `kv_dtype`, as in `CacheStorage`.
 
-    They are means: what is rounded there moves a score by a 512th at most, and every step reads all of them.
+    Every step reads all of them. Rounding changes each number by a 512th of it at most.
     """
     if kv_dtype == torch.int8:
         return torch.bfloat16 if dtype == torch.float32 else dtype

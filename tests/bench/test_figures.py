@@ -151,6 +151,14 @@ def test_what_was_measured_is_put_into_documents_and_registry(tmp_path):
     assert not read_registry(file).missing(tmp_path)
     assert [f.stated for f in read_registry(file).figures[:3]] == ["2.50", "51", "12.3"]
     assert restate({"one": rows}, tmp_path, file)[0] == 0
+    assert "one has no row for 12.3" in restate({"one": rows[:2]}, tmp_path, file)[1][0]
+
+
+@pytest.mark.parametrize("value", [1270.6, 6.08, 0.0708, 99.65, 9.996, 38.02, 2968.0, 104.4])
+@pytest.mark.parametrize("like", ["516", "6.1", "11", "1,035", "0.12"])
+def test_a_number_written_again_stays(value, like):
+    once = written(value, like)
+    assert written(value, once) == once
 
 
 @pytest.mark.parametrize(

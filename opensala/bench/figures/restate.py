@@ -39,6 +39,11 @@ def restate(
         found = [
             f.stated if v is None else written(v, f.stated) for f, v in zip(figures, values, strict=True)
         ]
+        left += [
+            f"{document}: {f.step} has no row for {f.stated} in {text!r}"
+            for f, v in zip(figures, values, strict=True)
+            if v is None and f.step in rows
+        ]
         places = _places(text, [figure.stated for figure in figures])
         if places is None:
             left.append(f"{document}: the numbers of {text!r} are not in the order of its figures")
@@ -56,10 +61,13 @@ def restate(
 
 
 def written(value: float, like: str) -> str:
-    """A number as a document writes it: with as many significant digits as `like`, but three where `like` has
-    a fraction or the number three digits, and two at least."""
+    """A number as a document writes it: three significant digits, two for a whole number of two, and more
+    where `like` has more. Written once, it is written so again."""
     digits = like.replace(",", "").replace(".", "").lstrip("0")
-    count = max(3 if "." in like or value >= 100 else 2, len(digits))
+    if "." not in like:
+        digits = digits.rstrip("0")
+    whole = 9.5 <= value < 100 and "." not in like
+    count = max(2 if whole else 3, len(digits))
     if value == 0:
         return "0"
     rounded = float(f"{value:.{count - 1}e}")
