@@ -9,25 +9,30 @@ from pathlib import Path
 import pytest
 
 from opensala.engine.memory import release_free_memory
-from opensala.server import idle
+from opensala.server.idle import release_when_idle
 from opensala.server.limits import Gate, ServerOptions
 
 
-def test_memory_is_released_once_after_requests(monkeypatch):
-    monkeypatch.setattr(idle, "_SECONDS", 0.01)
+def test_memory_is_released_once_after_requests():
     released = []
-    monkeypatch.setattr(idle, "release_free_memory", lambda: released.append(1))
+
+    async def looks():
+        for _ in range(20):  # without a pause each of them lets the task look once
+            await asyncio.sleep(0)
 
     async def scenario():
         gate = Gate(ServerOptions())
-        task = asyncio.create_task(idle.release_when_idle(gate))
+        task = asyncio.create_task(release_when_idle(gate, 0, lambda: released.append(1)))
         for expected in (0, 1, 2):
-            await asyncio.sleep(0.1)
+            async with asyncio.timeout(60):
+                while len(released) < expected:
+                    await asyncio.sleep(0.001)
+            await looks()
             assert len(released) == expected
             gate.enter("a")
             gate.enter("b")
             gate.leave("a")
-            await asyncio.sleep(0.1)
+            await looks()
             assert len(released) == expected  # one is under way
             gate.leave("b")
         task.cancel()
