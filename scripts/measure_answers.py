@@ -8,7 +8,6 @@ four endings, the true one and three of other sentences of the same document, th
 token behind the text before. Rows go to benchmarks/real_answers.csv.
 """
 
-import csv
 import json
 import random
 import time
@@ -21,6 +20,7 @@ import typer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opensala.bench.record import append_rows
 from opensala.data.conversations import sentences
 from opensala.hub import checkpoint_folder
 
@@ -162,12 +162,7 @@ def main(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         right: dict[str, list[int]] = {}
         for row in rows_of(name, model, tokenizer, documents, parts.split(","), count):
-            new = not rows.exists()
-            with rows.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, FIELDS)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_rows(rows, FIELDS, [row])
             right.setdefault(row["part"], []).append(row.get("right", 0))
         print(name, {part: f"{sum(found)}/{len(found)}" for part, found in right.items()}, flush=True)
 

@@ -99,7 +99,7 @@ def main(
     engine = load_engine(model)
     rows = [row for kind in ("code", "prose") for row in measure(engine, kind, count, length)]
     with ROWS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
+        writer = csv.DictWriter(file, list(Row.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(asdict, rows))
     for kind in ("code", "prose"):

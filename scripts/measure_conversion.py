@@ -180,7 +180,7 @@ def main(
             ).stdout.strip(),
         }
         with open(ROWS, "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
             writer.writeheader()
             for name, model, kept in itertools.chain(variants, aligned_variants(original, runs, placements)):
                 for length in map(int, lengths.split(",")):

@@ -131,7 +131,7 @@ def main(
             flush=True,
         )
         with output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(found)))
+            writer = csv.DictWriter(file, list(asdict(found)), lineterminator="\n")
             writer.writeheader()
             writer.writerows(asdict(one) for one in rows)
 

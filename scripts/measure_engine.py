@@ -6,7 +6,6 @@ Each figure is a ratio of two things timed in one run, in turns. Rows are added 
 last line on stdout is JSON.
 """
 
-import csv
 import platform
 import random
 import statistics
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from opensala.bench.record import print_rows, significant
+from opensala.bench.record import append_rows, print_rows, significant
 from opensala.data.needles import needle_document
 from opensala.data.text import long_document
 from opensala.engine import Engine, EngineOptions, SamplingParams, load_engine
@@ -39,15 +38,17 @@ class Notes:
         """Print a figure and add it to both; `more` goes into the row for the last line."""
         print(f"{what}: {figure:.3g} {unit} ({detail})", flush=True)
         self.rows.append({"what": what, "figure": significant(figure), "unit": unit, **more})
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(["what", "figure", "unit", "detail", "date", "processor", "threads", "torch"])
-            machine = [time.strftime("%Y-%m-%d"), platform.processor() or platform.machine()]
-            writer.writerow(
-                [what, f"{figure:.4g}", unit, detail, *machine, torch.get_num_threads(), torch.__version__]
-            )
+        row = {
+            "what": what,
+            "figure": f"{figure:.4g}",
+            "unit": unit,
+            "detail": detail,
+            "date": time.strftime("%Y-%m-%d"),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        append_rows(self.path, list(row), [row])
 
 
 def seconds_per_step(engine: Engine, sequences: int, context: int, rng: random.Random) -> float:

@@ -11,7 +11,6 @@ held-out file has a line for each document: {"text": ..., "group": ...}. Rows, a
 benchmarks/needles.csv.
 """
 
-import csv
 import json
 import random
 import time
@@ -24,6 +23,7 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from opensala.bench.record import append_rows
 from opensala.data.prompts import PromptFormat
 from opensala.engine import EngineOptions, SamplingParams, load_engine
 from opensala.engine.progress import token_progress
@@ -163,18 +163,14 @@ def main(
             start = time.monotonic()
             answers = ask(f"{tokens:,}, text {text + 1}", [ids for ids, *_ in asked])
             seconds = round(time.monotonic() - start, 1)
-            new = not rows.exists()
-            with rows.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
-                if new:
-                    writer.writeheader()
-                for (ids, thing, number, depth), answer in zip(asked, answers, strict=True):
-                    found = int(number in answer.replace(",", ""))
-                    hidden, today = 1 if alone else numbers, time.strftime("%Y-%m-%d")
-                    found_in = (thing, number, answer.strip(), found, seconds, today)
-                    row = Row(model, kv_dtype, len(ids), text, hidden, depth, *found_in)
-                    writer.writerow(asdict(row))
-                    right += found
+            made = []
+            for (ids, thing, number, depth), answer in zip(asked, answers, strict=True):
+                found = int(number in answer.replace(",", ""))
+                hidden, today = 1 if alone else numbers, time.strftime("%Y-%m-%d")
+                found_in = (thing, number, answer.strip(), found, seconds, today)
+                made.append(asdict(Row(model, kv_dtype, len(ids), text, hidden, depth, *found_in)))
+                right += found
+            append_rows(rows, list(Row.__dataclass_fields__), made)
         print(f"{model}, kv_dtype {kv_dtype}, {tokens:,} tokens: {right} of {texts * numbers}", flush=True)
 
 

@@ -7,7 +7,6 @@ The held-out file has a line for each document: {"text": ..., "group": ...}. Bot
 windows and are asked the same questions, in the teacher's chat format. Rows are added to benchmarks/real.csv.
 """
 
-import csv
 import json
 import math
 import random
@@ -22,6 +21,7 @@ import typer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opensala.bench.record import append_rows
 from opensala.engine import Engine, EngineOptions, SamplingParams
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "real.csv"
@@ -120,14 +120,8 @@ def load(folder: str, device: str, dtype: torch.dtype) -> Any:
 def note(row: dict[str, Any], rows: Path) -> None:
     """Print a row and add it to the file."""
     print("  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-    new = not rows.exists()
-    with rows.open("a", newline="") as file:
-        writer = csv.DictWriter(
-            file, ["model", "what", "kind", "tokens", "count", "figure", "seconds", "device", "dtype", "date"]
-        )
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    columns = ["model", "what", "kind", "tokens", "count", "figure", "seconds", "device", "dtype", "date"]
+    append_rows(rows, columns, [row])
 
 
 def main(

@@ -13,7 +13,6 @@ with one thread then. Without --text the sources of the Python installation are 
 no time. Rows go to benchmarks/real_speed.csv; the last line on stdout is JSON.
 """
 
-import csv
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opensala.bench.record import print_rows
+from opensala.bench.record import append_rows, print_rows
 from opensala.bench.twin import TwinTiming, time_layers
 from opensala.data.text import long_document
 from opensala.engine import Engine, EngineOptions, SamplingParams, generate, load_engine
@@ -143,12 +142,7 @@ def main(
             with cores():
                 timing = time_layers(model, torch.tensor([ids]), number, NEW_TOKENS - 1, clock=now)
             found.append(row("teacher", tokens, number, timing, name, clock))
-        new = not rows.exists()
-        with rows.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(Row.__dataclass_fields__))
-            if new:
-                writer.writeheader()
-            writer.writerows(map(asdict, found))
+        append_rows(rows, list(Row.__dataclass_fields__), [asdict(one) for one in found])
         for one in found:
             print(one, flush=True)
         every += found

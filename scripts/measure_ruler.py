@@ -178,7 +178,7 @@ def main(
     """Write benchmarks/ruler.csv, the pictures, and the tables of docs/results.md."""
     variants = {name: rows_of(name, folders) for name, _, folders in (entry.partition("=") for entry in runs)}
     with ROWS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for rows in variants.values():
             writer.writerows(

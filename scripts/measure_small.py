@@ -21,6 +21,7 @@ import torch
 import typer
 from transformers import __version__ as transformers_version
 
+from opensala.bench.record import append_rows
 from opensala.data.needles import needle_document
 from opensala.data.text import documents
 from opensala.engine import Engine, SamplingParams, load_engine
@@ -169,26 +170,19 @@ def main(
     torch.set_flush_denormal(True)
     if not report_only:
         engine = load_engine(model, block_search=search)
-        new = not ROWS.exists()
-        ROWS.parent.mkdir(exist_ok=True)
-        with open(ROWS, "a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            for kind in kinds.split(","):
-                name, _, folder = kind.partition("=")
-                texts = sources(name, Path(folder) if folder else None)
-                label = name if search == "exact" else f"{name} ({search})"
-                for length in map(int, lengths.split(",")):
-                    start, right = time.monotonic(), 0
-                    for row in measure(engine, texts, label, length, per_length, seed):
-                        writer.writerow(row)
-                        file.flush()
-                        right += int(str(row["correct"]))
-                    print(
-                        f"{label} {length}: {right}/{per_length * FACTS} in {time.monotonic() - start:.0f} s",
-                        flush=True,
-                    )
+        for kind in kinds.split(","):
+            name, _, folder = kind.partition("=")
+            texts = sources(name, Path(folder) if folder else None)
+            label = name if search == "exact" else f"{name} ({search})"
+            for length in map(int, lengths.split(",")):
+                start, right = time.monotonic(), 0
+                for row in measure(engine, texts, label, length, per_length, seed):
+                    append_rows(ROWS, FIELDS, [row])
+                    right += int(str(row["correct"]))
+                print(
+                    f"{label} {length}: {right}/{per_length * FACTS} in {time.monotonic() - start:.0f} s",
+                    flush=True,
+                )
     with open(ROWS, newline="") as file:
         rows = list(csv.DictReader(file))
     print(summary(rows))

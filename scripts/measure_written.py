@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from opensala.bench.record import append_rows
 from opensala.data.conversations import insert
 from opensala.data.facts import Fact
 from opensala.data.prompts import PromptFormat
@@ -172,12 +173,7 @@ def main(
     known = {(int(row["length"]), row["text"]) for row in rows}
     for row in measure(engine, read_groups(texts), read_facts(), sizes, documents, known):
         rows.append({"model": name, "commit": commit, **row})
-        new = not rows_file.exists()
-        with rows_file.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[-1]))
-            if new:
-                writer.writeheader()
-            writer.writerow(rows[-1])
+        append_rows(rows_file, list(rows[-1]), rows[-1:])
     print(table(rows))
 
 

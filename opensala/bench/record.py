@@ -8,6 +8,7 @@ import csv
 import importlib.metadata
 import json
 import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,7 +150,7 @@ class Report:
         )
 
 
-def append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+def append_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Add rows to a CSV file of these columns, which gets a header if it is new.
 
     Raises:
@@ -157,14 +158,14 @@ def append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> N
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             header = next(csv.reader(file))
-        if header != columns:
+        if header != list(columns):
             raise ValueError(
                 f"{path} has the columns {', '.join(header)}, not {', '.join(columns)}: name another "
                 "file with --rows"
             )
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if not file.tell():
             writer.writeheader()

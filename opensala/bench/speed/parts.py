@@ -41,7 +41,10 @@ def share_rows(
     grouped = by_part(parts)
     whole = sum(grouped.values())
     half = process.contender.weights == "bfloat16" and roofline["bfloat16"] > roofline["float32"]
-    floors = part_floors(shapes, tokens, count, roofline, "bfloat16" if half else "float32")
+    rates = dict.fromkeys(_PARTS.values(), roofline["float32"])
+    if half:  # and attention and selection multiply the pairs that its keys and values are
+        rates |= dict.fromkeys(("products", "attention", "selection"), roofline["bfloat16"])
+    floors = part_floors(shapes, tokens, count, rates)
     report.say(f"where the time goes, {process.contender.name}, the last {count:,} of {tokens:,} tokens")
     for part, seconds in sorted(grouped.items(), key=lambda item: -item[1]):
         floor = floors.get(part)
@@ -60,12 +63,10 @@ def by_part(kernels: dict[str, float]) -> dict[str, float]:
     return grouped
 
 
-def part_floors(
-    shapes: Preset, tokens: int, count: int, roofline: dict[str, float], products: str = "float32"
-) -> dict[str, float]:
-    """Seconds that the last `count` of `tokens` tokens must take, by part: products at the matrix rate of
-    the dtype named, all else at that of float32, in which it is computed."""
-    config, rate = shapes.hybrid, roofline["float32"]
+def part_floors(shapes: Preset, tokens: int, count: int, rates: dict[str, float]) -> dict[str, float]:
+    """Seconds that the last `count` of `tokens` tokens must take, by part, at the matrix rate (FLOP/s) of
+    what each part computes in."""
+    config = shapes.hybrid
     sparse = counts.sparse_layers(config)
     linear = config.num_hidden_layers - sparse
     before = tokens - count
@@ -89,6 +90,4 @@ def part_floors(
     }
     if attends:
         work["selection"] = sparse * last(counts.selection_flops, heads, dim, spec)
-    return {
-        part: flops / (roofline[products] if part == "products" else rate) for part, flops in work.items()
-    }
+    return {part: flops / rates[part] for part, flops in work.items()}

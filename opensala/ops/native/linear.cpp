@@ -17,7 +17,7 @@ constexpr int BLOCK_BYTES = 1 << 17;       // of weights, to stay in a core's se
 constexpr int64_t ROWS_PER_UNIT = 256;     // of x, a unit of work
 constexpr int64_t SINGLE_WORK = 1 << 17;   // multiplications below which a second thread costs more than it saves
 constexpr int64_t WIDEN_FROM = 2 * TILE;   // rows of x from which widening a block of codes once pays
-constexpr int64_t AHEAD = 16;              // rows of weights that a single row asks for ahead of time
+constexpr int64_t AHEAD = 16;              // rows of weights that are asked for ahead of time
 constexpr int64_t CHUNK = 128;             // columns whose 4-bit codes lie together: 16 words of 8
 constexpr int WORDS = 16;
 
@@ -162,8 +162,8 @@ struct Code4 {
   Vec part(int64_t k, int64_t n) const { return first_lanes(all(k), n); }
 };
 
-// sums[r * C + c] = products of row x[r] and weight row w[c], lane by lane.
-template <int R, typename Row, int... I>
+// sums[r * C + c] = products of row x[r] and weight row w[c], lane by lane. FRESH: no cache is thought to hold the weights.
+template <int R, bool FRESH, typename Row, int... I>
 INLINE void dot_products(const float* const* x, int64_t depth, Vec* sums, const Row& row, std::integer_sequence<int, I...>) {
   constexpr int C = sizeof...(I);
   decltype(row(0)) w[C] = {row(I)...};
@@ -195,9 +195,10 @@ INLINE void dot_products(const float* const* x, int64_t depth, Vec* sums, const 
   };
   for (; k + W <= depth; k += W) {
     if (k % 16 == 0) begin();
-    // A single row is as fast as weights come from memory. Rows of a few KB are too short for the processor to foresee
-    // the next ones: 20 -> 31 GB/s with bfloat16, 8 -> 19 with 8 bits, 14 -> 19 with 4 (one thread, 36 in float32).
-    if constexpr (R == 1) {
+    // A few rows are as fast as weights come from memory. Rows of a few KB are too short for the processor to foresee the
+    // next ones. One row of x: 20 -> 31 GB/s with bfloat16, 8 -> 19 with 8 bits, 14 -> 19 with 4 (one thread, 36 in
+    // float32); four rows in float32 20 -> 25.
+    if constexpr (FRESH) {
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) w[c].ahead(k, AHEAD * depth);
     }
@@ -239,7 +240,7 @@ struct Columns {
 
 // W outputs: R rows from `row` on, W / R columns from `column` on. What lies beyond the last row or column is computed from
 // the last one and thrown away, so that edges run the same code.
-template <int R, typename Block>
+template <int R, bool FRESH, typename Block>
 INLINE void outputs(const Linear& p, const Block& block, const Columns& columns, int64_t row, int64_t column) {
   constexpr int COLUMNS = W / R, C = R == 1 && COLUMNS > 8 ? 8 : std::min(COLUMNS, 4);
   const float* x[R];
@@ -248,7 +249,7 @@ INLINE void outputs(const Linear& p, const Block& block, const Columns& columns,
 #pragma GCC unroll 4
   for (int part = 0; part < COLUMNS; part += C) {
     auto row = [&](int c) { return block.row(columns.from + std::min(column + part + c, columns.count - 1)); };
-    dot_products<R>(x, p.weights.inner, sums + part * R, row, std::make_integer_sequence<int, C>());
+    dot_products<R, FRESH>(x, p.weights.inner, sums + part * R, row, std::make_integer_sequence<int, C>());
   }
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) {
@@ -267,16 +268,24 @@ INLINE void outputs(const Linear& p, const Block& block, const Columns& columns,
   }
 }
 
-template <int R, typename Block>
+template <int R, bool FRESH, typename Block>
 void rows_by_block(const Linear& p, const Block& block, const Columns& columns, int64_t row) {
-  for (int64_t column = 0; column < columns.count; column += W / R) outputs<R>(p, block, columns, row, column);
+  for (int64_t column = 0; column < columns.count; column += W / R) outputs<R, FRESH>(p, block, columns, row, column);
 }
 
+// Rows of x from `row` on; the first tile of them brings the block into the core's cache.
 template <typename Block>
 void multiply(const Linear& p, const Block& block, const Columns& columns, int64_t row, int64_t end) {
-  for (; end - row > 2; row += TILE) rows_by_block<TILE>(p, block, columns, row);
-  if (end - row == 2) rows_by_block<2>(p, block, columns, row);
-  if (end - row == 1) rows_by_block<1>(p, block, columns, row);
+  auto tile = [&](auto rows, auto fresh) { rows_by_block<rows, fresh>(p, block, columns, row), row += rows; };
+  auto last = [&](auto fresh) {
+    if (end - row == 2) tile(std::integral_constant<int, 2>{}, fresh);
+    if (end - row == 1) tile(std::integral_constant<int, 1>{}, fresh);
+  };
+  constexpr std::integral_constant<int, TILE> full{};
+  if (end - row <= 2) return last(std::true_type{});
+  tile(full, std::true_type{});
+  while (end - row > 2) tile(full, std::false_type{});
+  last(std::false_type{});
 }
 
 // Row c of a block in float32.
