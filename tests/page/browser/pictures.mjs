@@ -27,7 +27,7 @@ async function ask(page) {
   else await read(page, document);
   await page.getByRole("textbox").fill(question);
   await page.keyboard.press("Enter");
-  await page.locator("blockquote mark").waitFor();
+  await page.locator("blockquote mark strong").waitFor();
 }
 
 await picture("page-reading", 1000, 460, "light", async (page) => {

@@ -6,6 +6,7 @@ import { Trouble } from "/page/trouble.js";
 import { count, plural } from "/page/words.js";
 
 const BEST = 5; // passages that are listed
+const SEARCHED = 16; // and looked through for the answer
 const AROUND = 48; // tokens shown on both sides of a passage
 
 export function Looks({ response, context, begun, answer }) {
@@ -56,7 +57,8 @@ function Strip({ found, places, context, answer }) {
   const told = useMemo(() => tally(found, layer, token), [found, layer, token]);
   const size = found.block_size;
   const blocks = Math.ceil(found.document_tokens / size);
-  const block = told.sum.has(picked) ? picked : told.ranked[0]?.[0];
+  const holding = useHolding(found, told, context, answer);
+  const block = told.sum.has(picked) ? picked : told.sum.has(holding) ? holding : told.ranked[0]?.[0];
   const inside = found.tokens.filter((one) => one.chosen).length;
   return html`
     <${Choice} name="Answer" value=${token} onChange=${setToken} tokens
@@ -77,6 +79,29 @@ function Strip({ found, places, context, answer }) {
       the ${plural(found.always.last_blocks, "block")} up to the token: these are not shown.
       ${found.truncated && ` Only the first ${count(inside)} tokens of this answer were watched.`}
     </p>`;
+}
+
+// The first of the blocks selected most often in which the answer's words stand: the one to show before another is picked.
+function useHolding(found, told, context, answer) {
+  const [texts, setTexts] = useState(new Map());
+  const best = told.ranked.slice(0, SEARCHED).map(([block]) => block);
+  useEffect(() => {
+    const stop = new AbortController();
+    for (const block of best.filter((one) => !texts.has(one))) {
+      passage(context, found, block, 0, stop.signal).then(
+        (told) => setTexts((known) => new Map(known).set(block, told.text)),
+        () => {}, // then the one selected most often is shown, and why there is no text of it
+      );
+    }
+    return () => stop.abort();
+  }, [best.join()]);
+  return best.find((block) => marks(texts.get(block) ?? "", answer) >= 0);
+}
+
+function passage(context, found, block, around, signal) {
+  const start = block * found.block_size;
+  const end = Math.min(start + found.block_size, found.document_tokens);
+  return call("GET", `/v1/contexts/${context.id}/text?start=${start}&end=${end}&around=${around}`, undefined, signal);
 }
 
 const perToken = (found) => Math.max(...found.tokens.flatMap((one) => one.chosen ?? []).flat().map((head) => head.length));
@@ -165,9 +190,7 @@ function Passage({ context, block, found, told, places, answer }) {
   const [error, setError] = useState(null);
   useEffect(() => {
     const stop = new AbortController();
-    const start = block * found.block_size;
-    const end = Math.min(start + found.block_size, found.document_tokens);
-    call("GET", `/v1/contexts/${context.id}/text?start=${start}&end=${end}&around=${AROUND}`, undefined, stop.signal).then(
+    passage(context, found, block, AROUND, stop.signal).then(
       (told) => { setText(told); setError(null); },
       (failure) => failure.name !== "AbortError" && setError(failure),
     );
@@ -181,10 +204,15 @@ function Passage({ context, block, found, told, places, answer }) {
     </figure>`;
 }
 
-// The words of the answer in a passage, where they stand there.
+// Where the words of the answer stand in a passage, or -1.
+function marks(text, answer) {
+  const words = answer.trim();
+  return words.length > 1 ? text.indexOf(words) : -1;
+}
+
 function marked(text, answer) {
   const words = answer.trim();
-  const at = words.length > 1 ? text.indexOf(words) : -1;
+  const at = marks(text, answer);
   if (at < 0) return text;
   return html`${text.slice(0, at)}<strong>${words}</strong>${text.slice(at + words.length)}`;
 }
