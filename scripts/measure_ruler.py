@@ -1,11 +1,13 @@
 """Runs of RULER side by side: rows, plots and tables for docs/results.md.
 
     python scripts/measure_ruler.py "shipped model=runs/ruler/auto" "every key read=runs/ruler/dense"
+    python scripts/measure_ruler.py --real hybrid=runs/ruler/hybrid original=runs/ruler/original
 
-Each argument is a name and the folder, or folders separated by commas, that `opensala eval -o` wrote. Rows of
-benchmarks/ruler.csv are replaced as a whole, one for each question; the tables go into docs/results.md
-between their marks. Questions about one document are not independent, so standard errors are taken over
-documents.
+Each argument is a name and the folder, or folders separated by commas, that `opensala eval -o` (or
+scripts/ask_original.py) wrote. Rows of benchmarks/ruler.csv are replaced as a whole, one for each question;
+the tables go into docs/results.md between their marks. `--real` is for the converted model: rows of
+benchmarks/real_ruler.csv, tables between marks of their own, no pictures. Questions about one document are
+not independent, so standard errors are taken over documents.
 """
 
 import csv
@@ -22,8 +24,8 @@ from opensala.evaluate.results import read_header, read_samples
 from opensala.evaluate.tables import length_name, row
 
 ROOT = Path(__file__).parents[1]
-ROWS, IMAGES, PAGE = ROOT / "benchmarks" / "ruler.csv", ROOT / "docs" / "images", ROOT / "docs" / "results.md"
-BEGIN, END = "<!-- tables: scripts/measure_ruler.py -->", "<!-- end of tables -->"
+ROWS, IMAGES, PAGE = ROOT / "benchmarks", ROOT / "docs" / "images", ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- tables: scripts/measure_ruler.py{} -->", "<!-- end of tables -->"
 FIELDS = (
     "variant",
     "task",
@@ -174,10 +176,11 @@ def main(
         list[str],
         typer.Argument(metavar="NAME=FOLDER...", help="runs to show, the one to plot in full first"),
     ],
+    real: Annotated[bool, typer.Option("--real", help="The converted model and its original.")] = False,
 ) -> None:
-    """Write benchmarks/ruler.csv, the pictures, and the tables of docs/results.md."""
+    """Write the rows, the pictures, and the tables of docs/results.md."""
     variants = {name: rows_of(name, folders) for name, _, folders in (entry.partition("=") for entry in runs)}
-    with ROWS.open("w", newline="", encoding="utf-8") as file:
+    with (ROWS / ("real_ruler.csv" if real else "ruler.csv")).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for rows in variants.values():
@@ -188,6 +191,18 @@ def main(
                 )
             )
     tables = [table(name, rows) for name, rows in variants.items()]
+    if not real:
+        tables += draw(variants)
+    begin = BEGIN.format(" --real" if real else "")
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    PAGE.write_text(
+        "\n".join([f"{head}{begin}\n", *(f"{t}\n" for t in tables if t), END + rest.partition(END)[2]]),
+        encoding="utf-8",
+    )
+
+
+def draw(variants: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The pictures; the table that belongs to the last one."""
     first, rows = next(iter(variants.items()))
     cells, _ = cells_of(rows)
     curves = {
@@ -199,13 +214,9 @@ def main(
         f"RULER by depth and length, {first}",
         IMAGES / "ruler-depths.png",
     )
-    if len(variants) > 1:
-        tables.append(compare(dict(list(variants.items())[:2]), IMAGES / "ruler-dense.png"))
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(
-        "\n".join([f"{head}{BEGIN}\n", *(f"{t}\n" for t in tables if t), END + rest.partition(END)[2]]),
-        encoding="utf-8",
-    )
+    if len(variants) < 2:
+        return []
+    return [compare(dict(list(variants.items())[:2]), IMAGES / "ruler-dense.png")]
 
 
 if __name__ == "__main__":

@@ -257,6 +257,10 @@ class Engine:
             raise ValueError(f"no request {request_id!r} is running or waiting: it ended, or it never was")
         return self._end(request, FinishReason.ABORT)
 
+    def forget_prefixes(self) -> None:
+        """Keep nothing of what was read for later prompts; what running requests use stays theirs."""
+        self.scheduler.tree.clear()
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work

@@ -50,7 +50,7 @@ def run(
                 for sample, answer in zip(samples, answers, strict=True):
                     text = without_thoughts(answer.text) if strip_thoughts else answer.text
                     assert answer.reuse is not None, "it ran"
-                    row = _row(suite.name, sample, text) | {
+                    row = sample_row(suite.name, sample, text) | {
                         "new_tokens": len(answer.tokens),
                         "read_tokens": answer.reuse.computed,
                         "seconds": round(clock.seconds[answer.request_id], 3),
@@ -58,6 +58,7 @@ def run(
                     results.add(row)
                     if done is not None:
                         done(row)
+            engine.forget_prefixes()  # no other group begins alike: memory stays what the longest one takes
 
 
 class _Clock:
@@ -73,7 +74,8 @@ class _Clock:
             self.seconds[event.request_id], self._last = now - self._last, now
 
 
-def _row(suite: str, sample: Sample, prediction: str) -> dict[str, Any]:
+def sample_row(suite: str, sample: Sample, prediction: str) -> dict[str, Any]:
+    """What is written down of a sample and its answer, beside what that cost."""
     return {
         "id": sample.id,
         "suite": suite,

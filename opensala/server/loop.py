@@ -297,7 +297,7 @@ class EngineLoop:
             sources = [t.jobs[index].source for t, index in self._running.values()]
             self._end_running(f"the engine failed: {type(error).__name__}")
             if isinstance(error, DamagedContext):  # nothing of it may be used again
-                self.engine.scheduler.tree.clear()
+                self.engine.forget_prefixes()
                 for source in filter(None, sources):
                     source.distrusted = True
             return

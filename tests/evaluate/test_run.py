@@ -68,6 +68,7 @@ def test_a_run_writes_what_it_did(engine, tmp_path):
         "fwe/1024/1/0",
     ]
     assert summary["read_tokens"] < 0.75 * summary["prompt_tokens"]
+    assert not list(engine.scheduler.tree.held_pages())  # no document stays in memory
     header = json.loads((tmp_path / "run.json").read_text())
     assert {"model", "tokenizer", "attention mode", "dtype"} <= set(header["identity"])
     assert header["suites"]["ruler"]["seed"] == 0 and header["runs"][0]["torch"] == version("torch")
