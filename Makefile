@@ -54,7 +54,7 @@ endef
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/opensala demo
+	$(BIN)/opensala demo --pull
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)

@@ -2,7 +2,8 @@
 
 With the small model: a fact hidden in the standard library's sources, and a full-attention twin of random
 weights. With a converted model: a number hidden in a real document, and the same document read by the
-original it was made from. The former is shown unless the other one is asked for, because it answers rightly.
+original it was made from. The former comes first and alone decides whether all went well, because it answers
+rightly.
 
 The converted model is asked for a number, in its chat format with the answer begun, because at this length it
 answers nothing else, and not every number either (docs/smollm2.md): what it shows is time and memory.
@@ -24,7 +25,7 @@ from ..data.prompts import PromptFormat
 from ..data.text import chapter, long_document, provenance
 from ..data.words import ADJECTIVES, NOUNS
 from ..engine import Engine, Generation, SamplingParams, generate, load_engine
-from ..hub import DELTAS, NotFetched, checkpoint_folder, installed
+from ..hub import DELTAS, NotFetched, checkpoint_folder
 from .twin import TwinTiming, build_dense, time_layers, twin_config
 
 SMALL_TOKENS, REAL_TOKENS = 32_768, 16_384
@@ -81,9 +82,9 @@ def run(
     Args:
         tokens: of the text; about as much as a demonstration of a minute or two takes by default.
         seed: of the fact and its place; drawn by default.
-        model: a converted model of the catalogue, or `small`, the default without `pull`.
-        pull: get the converted model first, unless it is here. Where no place that has it answers, this is
-            said and the small model is shown.
+        model: a converted model of the catalogue, or `small`; None for the small one.
+        pull: get the converted model, unless it is here. Without `model` it is shown after the small one,
+            whose answer alone decides about the exit code. Where no place that has it answers, this is said.
         full: run all layers of the original, not some of them with the rest counted as these.
 
     Raises:
@@ -93,23 +94,31 @@ def run(
     console = Console(stderr=True)
     if model not in (None, "small", *DELTAS):
         raise ValueError(f"model must be one of small, {', '.join(DELTAS)}, got {model!r}")
-    if pull and model != "small":
-        try:
-            published.pull(model or next(iter(DELTAS)))
-        except NotFetched as error:
-            if model is not None:  # asked for by name: no other will do
-                raise
-            console.print(str(error), highlight=False, soft_wrap=True)
-            console.print("the small model is shown instead", highlight=False)
-    pulled = [name for name in DELTAS if installed(name) and installed(DELTAS[name].base)]
-    chosen = model or (pulled[0] if pull and pulled else "small")
     seed = random.randrange(10**6) if seed is None else seed
-    if chosen == "small":
-        found = _run_small(console, tokens or SMALL_TOKENS, seed)
+    if model is not None and model != "small":
+        if pull:
+            published.pull(model)
+        found = _run_real(console, model, tokens or REAL_TOKENS, seed, full)
     else:
-        found = _run_real(console, chosen, tokens or REAL_TOKENS, seed, full)
+        found = _run_small(console, tokens or SMALL_TOKENS, seed)
+        if pull and model is None:
+            _pull_and_run(console, next(iter(DELTAS)), tokens or REAL_TOKENS, seed, full)
     if not found:
         sys.exit(1)
+
+
+def _pull_and_run(console: Console, name: str, tokens: int, seed: int, full: bool) -> None:
+    print()
+    try:
+        published.pull(name)
+    except NotFetched as error:
+        console.print(str(error), highlight=False, soft_wrap=True)
+        console.print(f"so {name}, a converted model, is not shown", highlight=False)
+        return
+    console.print(
+        f"{name}, a published model converted to MiniCPM-SALA, beside its original:", highlight=False
+    )
+    _run_real(console, name, tokens, seed, full)
 
 
 def _run_small(console: Console, tokens: int, seed: int) -> bool:

@@ -187,11 +187,11 @@ def demo(
     seed: Seed = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A pulled hybrid, or small. Default: small, the hybrid with --pull."),
+        typer.Option(help="A pulled hybrid, or small. Default: small; with --pull both."),
     ] = None,
     pull: Annotated[
         bool,
-        typer.Option("--pull", help="Show the hybrid and get it first; small where nothing answers."),
+        typer.Option("--pull", help="Get the hybrid and show it too, unless nothing that has it answers."),
     ] = False,
     full: Annotated[
         bool, typer.Option("--full", help="Run all layers of the original, not six that tell the rest.")

