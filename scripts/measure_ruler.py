@@ -24,7 +24,7 @@ from opensala.evaluate.results import read_header, read_samples
 from opensala.evaluate.tables import length_name, row
 
 ROOT = Path(__file__).parents[1]
-ROWS, IMAGES, PAGE = ROOT / "benchmarks", ROOT / "docs" / "images", ROOT / "docs" / "results.md"
+BENCHMARKS, IMAGES, PAGE = ROOT / "benchmarks", ROOT / "docs" / "images", ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- tables: scripts/measure_ruler.py{} -->", "<!-- end of tables -->"
 FIELDS = (
     "variant",
@@ -180,7 +180,9 @@ def main(
 ) -> None:
     """Write the rows, the pictures, and the tables of docs/results.md."""
     variants = {name: rows_of(name, folders) for name, _, folders in (entry.partition("=") for entry in runs)}
-    with (ROWS / ("real_ruler.csv" if real else "ruler.csv")).open("w", newline="", encoding="utf-8") as file:
+    with (BENCHMARKS / ("real_ruler.csv" if real else "ruler.csv")).open(
+        "w", newline="", encoding="utf-8"
+    ) as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for rows in variants.values():

@@ -88,12 +88,14 @@ def run(
         full: run all layers of the original, not some of them with the rest counted as these.
 
     Raises:
-        ValueError: a model that is not in the catalogue, or was not pulled; what `published.pull` raises but
-            for places that do not answer.
+        ValueError: a model that is not in the catalogue, or was not pulled; `pull` for the small one; what
+            `published.pull` raises, without `model` but for places that do not answer.
     """
     console = Console(stderr=True)
     if model not in (None, "small", *DELTAS):
         raise ValueError(f"model must be one of small, {', '.join(DELTAS)}, got {model!r}")
+    if pull and model == "small":
+        raise ValueError("pull gets a converted model, and model is small: leave one of them out")
     seed = random.randrange(10**6) if seed is None else seed
     if model is not None and model != "small":
         if pull:

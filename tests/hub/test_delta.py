@@ -101,6 +101,8 @@ def test_the_hybrid_is_assembled_and_runs_by_its_name(delta, home):
 def test_the_demonstration_of_a_converted_model(delta, home, capsys):
     with pytest.raises(ValueError, match="model must be one of small, smollm2-135m-sala, got 'x'"):
         demo.run(2048, model="x")
+    with pytest.raises(ValueError, match="pull gets a converted model, and model is small"):
+        demo.run(2048, model="small", pull=True)
     published.pull(NAME, str(delta[0]), quiet=True)
     with pytest.raises(SystemExit):  # a random model knows no number
         demo.run(2048, seed=1, model=NAME)

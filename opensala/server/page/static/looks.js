@@ -86,10 +86,11 @@ function useHolding(found, told, context, answer) {
   const [texts, setTexts] = useState(new Map());
   const best = told.ranked.slice(0, SEARCHED).map(([block]) => block);
   useEffect(() => {
+    if (answer.trim().length < 2) return; // `marks` takes no such words
     const stop = new AbortController();
     for (const block of best.filter((one) => !texts.has(one))) {
       passage(context, found, block, 0, stop.signal).then(
-        (told) => setTexts((known) => new Map(known).set(block, told.text)),
+        ({ text }) => setTexts((known) => new Map(known).set(block, text)),
         () => {}, // then the one selected most often is shown, and why there is no text of it
       );
     }
@@ -204,12 +205,13 @@ function Passage({ context, block, found, told, places, answer }) {
     </figure>`;
 }
 
-// Where the words of the answer stand in a passage, or -1.
+// Where the words of the answer stand in a passage, or -1; a single letter stands everywhere.
 function marks(text, answer) {
   const words = answer.trim();
   return words.length > 1 ? text.indexOf(words) : -1;
 }
 
+// A passage with the words of the answer in it made strong.
 function marked(text, answer) {
   const words = answer.trim();
   const at = marks(text, answer);
