@@ -5,10 +5,10 @@
 
 Every number stands in a sentence of its own ("The special magic number for the violet harbor is 4718203.")
 and is asked for in the chat format, with the answer begun. Together, all numbers of a text stand in it at
-spread depths, each with the others as distractors; alone, each has a copy of the text to itself. The engine
-reads once what prompts have in common. A model of another kind than ours is asked through transformers. The
-held-out file has a line for each document: {"text": ..., "group": ...}. Rows, a line for each number, go to
-benchmarks/needles.csv.
+spread depths, each with the others as distractors; alone, each has a copy of the text to itself. What
+prompts have in common is read once. A model of another kind than ours is asked through transformers, with
+`--stretch` beyond its own positions. The held-out file has a line for each document: {"text": ...,
+"group": ...}. Rows, a line for each number, go to benchmarks/needles.csv.
 """
 
 import json
@@ -21,12 +21,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 
 from opensala.bench.record import append_rows
 from opensala.data.prompts import PromptFormat
 from opensala.engine import EngineOptions, SamplingParams, load_engine
 from opensala.engine.progress import token_progress
+from opensala.evaluate.original import Original
 from opensala.hub import checkpoint_folder
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "needles.csv"
@@ -113,32 +114,29 @@ def prompts_of(
     return found
 
 
-def asker(model: str, kv_dtype: str) -> tuple[Any, Callable[[str, list[list[int]]], list[str]]]:
+def asker(
+    model: str, kv_dtype: str, stretch: float
+) -> tuple[Any, Callable[[str, list[list[int]]], list[str]]]:
     """The tokenizer of a model, and how to have prompts answered by it: a label and ids give texts."""
-    source = str(checkpoint_folder(model))
-    if AutoConfig.from_pretrained(source).model_type == "minicpm_sala":
-        engine = load_engine(model, options=EngineOptions(kv_dtype=kv_dtype))
+    if AutoConfig.from_pretrained(str(checkpoint_folder(model))).model_type != "minicpm_sala":
+        if kv_dtype != "auto":
+            raise typer.BadParameter(f"--kv-dtype is for hybrids: {model} is none")
+        original = Original(model, stretch=stretch)
 
-        def ask(label: str, prompts: list[list[int]]) -> list[str]:
-            with token_progress(label, sum(map(len, prompts))) as advance:
-                limits = SamplingParams(max_tokens=ANSWER_TOKENS)
-                return [done.text for done in engine.generate(prompts, limits, on_read=advance)]
+        def ask_original(label: str, prompts: list[list[int]]) -> list[str]:
+            return [one.text for one in original.answers(label, prompts, [ANSWER_TOKENS] * len(prompts))]
 
-        return engine.tokenizer, ask
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    other: Any = AutoModelForCausalLM.from_pretrained(source).eval()
+        return original.tokenizer, ask_original
+    if stretch != 1:
+        raise typer.BadParameter(f"--stretch is for models with rotary positions alone: {model} is a hybrid")
+    engine = load_engine(model, options=EngineOptions(kv_dtype=kv_dtype))
 
-    def ask_other(label: str, prompts: list[list[int]]) -> list[str]:
-        texts = []
-        for ids in prompts:
-            tokens = torch.tensor([ids])
-            out = other.generate(
-                tokens, attention_mask=tokens >= 0, max_new_tokens=ANSWER_TOKENS, do_sample=False
-            )
-            texts.append(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
-        return texts
+    def ask(label: str, prompts: list[list[int]]) -> list[str]:
+        with token_progress(label, sum(map(len, prompts))) as advance:
+            limits = SamplingParams(max_tokens=ANSWER_TOKENS)
+            return [done.text for done in engine.generate(prompts, limits, on_read=advance)]
 
-    return tokenizer, ask_other
+    return engine.tokenizer, ask
 
 
 def main(
@@ -149,13 +147,17 @@ def main(
     numbers: Annotated[int, typer.Option(min=1, max=len(THINGS), help="Numbers of each text.")] = 5,
     alone: Annotated[bool, typer.Option("--alone", help="Each in a copy of its text.")] = False,
     kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, bfloat16, int8.")] = "auto",
+    stretch: Annotated[
+        float, typer.Option(min=1, help="How many times longer an original's contexts become, by YaRN.")
+    ] = 1,
     rows: Annotated[Path, typer.Option(help="Rows are added here.")] = ROWS,
 ) -> None:
     torch.set_flush_denormal(True)
     sizes = [int(part.removesuffix("K")) * (1024 if part.endswith("K") else 1) for part in lengths.split(",")]
-    tokenizer, ask = asker(model, kv_dtype)
+    tokenizer, ask = asker(model, kv_dtype, stretch)
     form = PromptFormat(tokenizer, chat=True)
     prose = prose_of(tokenizer, heldout, max(sizes))
+    name = model if stretch == 1 else f"{model}, YaRN x {stretch:g}"
     for tokens in sizes:
         right = 0
         for text in range(texts):
@@ -168,10 +170,10 @@ def main(
                 found = int(number in answer.replace(",", ""))
                 hidden, today = 1 if alone else numbers, time.strftime("%Y-%m-%d")
                 found_in = (thing, number, answer.strip(), found, seconds, today)
-                made.append(asdict(Row(model, kv_dtype, len(ids), text, hidden, depth, *found_in)))
+                made.append(asdict(Row(name, kv_dtype, len(ids), text, hidden, depth, *found_in)))
                 right += found
             append_rows(rows, list(Row.__dataclass_fields__), made)
-        print(f"{model}, kv_dtype {kv_dtype}, {tokens:,} tokens: {right} of {texts * numbers}", flush=True)
+        print(f"{name}, kv_dtype {kv_dtype}, {tokens:,} tokens: {right} of {texts * numbers}", flush=True)
 
 
 if __name__ == "__main__":
