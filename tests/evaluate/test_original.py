@@ -52,6 +52,9 @@ def test_answers_are_those_of_each_prompt_alone(folder, monkeypatch):
     assert all(0 < one.new_tokens <= BUDGET for one in found)
     again = next(asked.answers("again", [prompts[4]], [BUDGET]))
     assert again.text == found[4].text and again.read_tokens == 1
+    continued = asked._ids + ids(5)
+    going_on = next(asked.answers("on", [continued], [BUDGET]))
+    assert going_on.text == alone(folder, continued) and going_on.read_tokens == 5
 
 
 def test_stretched_positions_are_yarn_of_the_factor(folder):
