@@ -110,8 +110,7 @@ class MiniCPMSALAPreTrainedModel(PreTrainedModel):
         used = [name for name, on in asked.items() if on]
         if used:
             logger.warning(
-                "%s uses %s: an extension that other servers of the MiniCPM-SALA format do not know",
-                save_directory,
+                "the model uses %s: an extension that other servers of the MiniCPM-SALA format do not know",
                 " and ".join(used),
             )
         return super().save_pretrained(save_directory, *args, **kwargs)
