@@ -90,6 +90,10 @@ def main(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Folder of the base, if it is another one.")] = None,
     method: Annotated[str, typer.Option(help="How it was trained, in a line.")] = METHOD,
+    attn_scale_base: Annotated[
+        float | None,
+        typer.Option(help="Scale of the sparse layers' logits, as scripts/choose_scale.py says."),
+    ] = None,
 ) -> None:
     base, named = base_of(name, teacher)
     start = read_json(run / "config.json").get("start")  # of a run that went on from another delta
@@ -101,6 +105,9 @@ def main(
         load_teacher(base), source, folder, limit_mib=limit_mb * 1e6 / 2**20, tokens=pieces(tokens)
     )
     record = read_json(folder / "outcome.json")
+    if attn_scale_base is not None:
+        record["config"]["attn_scale_base"] = attn_scale_base
+        write_json(folder / "outcome.json", record)
     kinds = record["config"]["mixer_types"]
     kept = [i for i, kind in enumerate(kinds) if kind == "minicpm4"]
     (folder / "NOTICE").write_text(NOTICE.format(name=name, kept=", ".join(map(str, kept))))
