@@ -23,6 +23,7 @@ from opensala.evaluate.original import Original
 from opensala.evaluate.results import Results
 from opensala.evaluate.ruler import RulerSuite
 from opensala.evaluate.runner import sample_row
+from opensala.hub import checkpoint_folder
 
 
 def main(
@@ -35,7 +36,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     stretch: Annotated[float, typer.Option(min=1, help="How many times longer its contexts become.")] = 1,
 ) -> None:
-    original = Original(model, dtype, stretch)
+    original = Original(checkpoint_folder(model), dtype, stretch)
     suite = RulerSuite(
         tuple(filter(None, tasks.split(","))),
         tuple(token_count(n, "--lengths") for n in lengths.split(",")),

@@ -118,10 +118,11 @@ def asker(
     model: str, kv_dtype: str, stretch: float
 ) -> tuple[Any, Callable[[str, list[list[int]]], list[str]]]:
     """The tokenizer of a model, and how to have prompts answered by it: a label and ids give texts."""
-    if AutoConfig.from_pretrained(str(checkpoint_folder(model))).model_type != "minicpm_sala":
+    folder = checkpoint_folder(model)
+    if AutoConfig.from_pretrained(str(folder)).model_type != "minicpm_sala":
         if kv_dtype != "auto":
             raise typer.BadParameter(f"--kv-dtype is for hybrids: {model} is none")
-        original = Original(model, stretch=stretch)
+        original = Original(folder, stretch=stretch)
 
         def ask_original(label: str, prompts: list[list[int]]) -> list[str]:
             return [one.text for one in original.answers(label, prompts, [ANSWER_TOKENS] * len(prompts))]

@@ -4,13 +4,13 @@ compared with."""
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ..engine.progress import token_progress
-from ..hub import checkpoint_folder
 from ..model.compat import CACHE_ARGUMENT
 
 PIECE = 2048  # tokens read at a time
@@ -28,8 +28,8 @@ class Answer:
 class Original:
     """A causal language model of transformers. Its keys and values are kept from one prompt to the next."""
 
-    def __init__(self, name: str, dtype: str = "float32", stretch: float = 1.0) -> None:
-        """Load a checkpoint folder, or a pulled model.
+    def __init__(self, folder: str | Path, dtype: str = "float32", stretch: float = 1.0) -> None:
+        """Load a checkpoint folder.
 
         Args:
             dtype: float32 or bfloat16.
@@ -39,13 +39,12 @@ class Original:
         Raises:
             ValueError: a model whose positions are no plain rotary ones is to be stretched.
         """
-        folder = str(checkpoint_folder(name))
         config = AutoConfig.from_pretrained(folder)
         if stretch != 1:
             rope = dict(getattr(config, "rope_parameters", None) or {})
             if rope.get("rope_type") != "default":
                 raise ValueError(
-                    f"{name} cannot be stretched: its rotary positions are {rope or 'not there'}"
+                    f"{folder} cannot be stretched: its rotary positions are {rope or 'not there'}"
                 )
             length = config.max_position_embeddings
             rope |= {"rope_type": "yarn", "factor": stretch, "original_max_position_embeddings": length}

@@ -45,7 +45,7 @@ def test_answers_are_those_of_each_prompt_alone(folder, monkeypatch):
     ids = lambda n: [rng.randrange(300, 1500) for _ in range(n)]  # noqa: E731
     document = ids(70)
     prompts = [document + ids(9), document + ids(20), document[:31], document[:31] + ids(50), ids(40)]
-    asked = Original(str(folder))
+    asked = Original(folder)
     found = list(asked.answers("five", prompts, [BUDGET] * 5))
     assert [one.text for one in found] == [alone(folder, prompt) for prompt in prompts]
     assert [one.read_tokens for one in found] == [79, 20, 1, 50, 40]
@@ -60,12 +60,12 @@ def test_answers_are_those_of_each_prompt_alone(folder, monkeypatch):
 def test_stretched_positions_are_yarn_of_the_factor(folder):
     ids = [random.Random(5).randrange(300, 1500) for _ in range(300)]
     with pytest.raises(ValueError, match="300 tokens and 9 of an answer .* 256 positions"):
-        next(Original(str(folder)).answers("long", [ids], [BUDGET]))
-    stretched = Original(str(folder), stretch=2)
+        next(Original(folder).answers("long", [ids], [BUDGET]))
+    stretched = Original(folder, stretch=2)
     assert stretched.max_tokens == 512
     rope = stretched._model.config.rope_parameters
     assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 2, 256)
-    plain = Original(str(folder))
+    plain = Original(folder)
     assert not torch.equal(stretched._model.model.rotary_emb.inv_freq, plain._model.model.rotary_emb.inv_freq)
     assert next(stretched.answers("long", [ids], [BUDGET])).read_tokens == 300
 
@@ -75,4 +75,4 @@ def test_positions_that_are_stretched_already_are_refused(folder, tmp_path):
     config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="cannot be stretched"):
-        Original(str(tmp_path), stretch=2)
+        Original(tmp_path, stretch=2)
