@@ -39,6 +39,10 @@ def windows(tokenizer: Any, heldout: Path, length: int) -> list[list[int]]:
         ids = tokenizer(text[: 8 * (length + SKIPPED)], add_special_tokens=False)["input_ids"]
         if len(ids) >= length + SKIPPED:
             found.append(ids[SKIPPED : SKIPPED + length])
+    if not found:
+        raise typer.BadParameter(
+            f"no document of {heldout} has {length + SKIPPED:,} tokens: take shorter --lengths"
+        )
     return found
 
 

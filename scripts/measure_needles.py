@@ -24,6 +24,7 @@ import typer
 from transformers import AutoConfig
 
 from opensala.bench.record import append_rows
+from opensala.cli.sizes import token_count
 from opensala.data.prompts import PromptFormat
 from opensala.engine import EngineOptions, SamplingParams, load_engine
 from opensala.engine.progress import token_progress
@@ -154,7 +155,7 @@ def main(
     rows: Annotated[Path, typer.Option(help="Rows are added here.")] = ROWS,
 ) -> None:
     torch.set_flush_denormal(True)
-    sizes = [int(part.removesuffix("K")) * (1024 if part.endswith("K") else 1) for part in lengths.split(",")]
+    sizes = [token_count(part, "--lengths") for part in lengths.split(",")]
     tokenizer, ask = asker(model, kv_dtype, stretch)
     form = PromptFormat(tokenizer, chat=True)
     prose = prose_of(tokenizer, heldout, max(sizes))
