@@ -1,13 +1,13 @@
 """Runs of RULER side by side: rows, plots and tables for docs/results.md.
 
     python scripts/measure_ruler.py "shipped model=runs/ruler/auto" "every key read=runs/ruler/dense"
-    python scripts/measure_ruler.py --real hybrid=runs/ruler/hybrid original=runs/ruler/original
+    python scripts/measure_ruler.py --real hybrid=runs/ruler/hybrid original
 
 Each argument is a name and the folder, or folders separated by commas, that `opensala eval -o` (or
-scripts/ask_original.py) wrote. Rows of benchmarks/ruler.csv are replaced as a whole, one for each question;
-the tables go into docs/results.md between their marks. `--real` is for the converted model: rows of
-benchmarks/real_ruler.csv, tables between marks of their own, no pictures. Questions about one document are
-not independent, so standard errors are taken over documents.
+scripts/ask_original.py) wrote; a name alone stands for its rows of last time. Rows of benchmarks/ruler.csv
+are replaced as a whole, one for each question; the tables go into docs/results.md between their marks.
+`--real` is for the converted model: rows of benchmarks/real_ruler.csv, tables between marks of their own, no
+pictures. Questions about one document are not independent, so standard errors are taken over documents.
 """
 
 import csv
@@ -54,6 +54,18 @@ def rows_of(variant: str, folders: str) -> list[dict[str, Any]]:
     found = []
     for folder in map(Path, folders.split(",")):
         found += _rows(variant, folder)
+    return found
+
+
+def rows_of_last_time(variant: str, path: Path) -> list[dict[str, Any]]:
+    """The rows of a variant in the CSV file."""
+    whole, fraction = ("length", "document", "question", "prompt_tokens", "read_tokens"), ("score",)
+    with path.open(newline="", encoding="utf-8") as file:
+        found: list[dict[str, Any]] = [r for r in csv.DictReader(file) if r["variant"] == variant]
+    if not found:
+        raise typer.BadParameter(f"{path} has no rows of {variant!r}: give {variant}=FOLDER")
+    for r in found:
+        r |= {name: int(r[name]) for name in whole} | {name: float(r[name]) for name in fraction}
     return found
 
 
@@ -174,15 +186,17 @@ def compare(variants: dict[str, list[dict[str, Any]]], path: Path) -> str:
 def main(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="NAME=FOLDER...", help="runs to show, the one to plot in full first"),
+        typer.Argument(metavar="NAME[=FOLDER]...", help="runs to show, the one to plot in full first"),
     ],
     real: Annotated[bool, typer.Option("--real", help="The converted model and its original.")] = False,
 ) -> None:
     """Write the rows, the pictures, and the tables of docs/results.md."""
-    variants = {name: rows_of(name, folders) for name, _, folders in (entry.partition("=") for entry in runs)}
-    with (BENCHMARKS / ("real_ruler.csv" if real else "ruler.csv")).open(
-        "w", newline="", encoding="utf-8"
-    ) as file:
+    path = BENCHMARKS / ("real_ruler.csv" if real else "ruler.csv")
+    variants = {
+        name: rows_of(name, folders) if folders else rows_of_last_time(name, path)
+        for name, _, folders in (entry.partition("=") for entry in runs)
+    }
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for rows in variants.values():

@@ -24,7 +24,6 @@ import typer
 HELD = ("requests_running", "requests_waiting")
 MEMORY, FILES = "resident_memory_bytes", "open_fds"  # of the process; Linux tells them
 GAUGES = (*HELD, "pages", "pages_free", "state_slots", "state_slots_free", "snapshots", MEMORY, FILES)
-REST = 25  # seconds after which a server that nobody asks has given memory back
 WORDS = ["north", "gate", "barn", "code", "owner", "unit", "mill", "captain", "heron", "nothing", "happened"]
 
 
@@ -48,6 +47,9 @@ def main(
         float, typer.Option(help="Seconds without a byte after which an answer failed.")
     ] = 120,
     rounds: Annotated[int, typer.Option(help="The first fills caches; the others may add nothing.")] = 1,
+    rest: Annotated[
+        float, typer.Option(help="Seconds without requests behind a round, before it is looked at.")
+    ] = 25,
     slack: Annotated[int, typer.Option(help="MiB that the others may add to resident memory.")] = 16,
 ) -> None:
     """Run the clients and say what became of their requests."""
@@ -57,7 +59,7 @@ def main(
     before, began, after = gauges(http), time.monotonic(), []
     for number in range(rounds):
         run_round(target, clients, seconds, seed + number * clients, outcomes)
-        after.append(settled(http))
+        after.append(settled(http, rest))
         print(f"round {number + 1}: {after[-1]}", file=sys.stderr)
     bad = [o for o in outcomes if not re.fullmatch(r"(whole|stream|cancelled|vanished) (200|429)", o)]
     held = {gauge: after[-1][gauge] for gauge in HELD if after[-1][gauge]}
@@ -128,14 +130,13 @@ def gauges(http: httpx2.Client) -> dict[str, float]:
     return {name: float(value) for name, value in found if name in GAUGES}
 
 
-def settled(http: httpx2.Client) -> dict[str, float]:
-    """What is held when nothing has run for a while, or after a minute."""
-    calm = 0.0
-    for _ in range(600):
-        time.sleep(0.1)
-        calm = 0.0 if any(gauges(http)[gauge] for gauge in HELD) else calm + 0.1
-        if calm >= REST:
-            break
+def settled(http: httpx2.Client, rest: float) -> dict[str, float]:
+    """What is held when nothing has run for `rest` seconds, or after a minute more."""
+    calm, until = time.monotonic(), time.monotonic() + rest + 60
+    while time.monotonic() < min(calm + rest, until):
+        time.sleep(0.5)
+        if any(gauges(http)[gauge] for gauge in HELD):
+            calm = time.monotonic()
     return gauges(http)
 
 

@@ -35,6 +35,11 @@ class Pool:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def free(self) -> list[int]:
+        """The places that nobody holds."""
+        return list(self._free)
+
     def references(self, place: int) -> int:
         """How many hold the place."""
         return self._references[place]

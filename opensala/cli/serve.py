@@ -77,6 +77,13 @@ def run(
     ] = 2.5,
     speculate: Annotated[int, typer.Option(help="Tokens to draft at most by prompt lookup; 0 for none.")] = 8,
     host_memory: HostMemory = None,
+    forget_after: Annotated[
+        float,
+        typer.Option(
+            help="Seconds without a request, after which what was read is forgotten and its memory free for "
+            "others; 0 for never."
+        ),
+    ] = 3600.0,
     stable_prefix: Annotated[
         bool,
         typer.Option(
@@ -108,6 +115,7 @@ def run(
         max_contexts_per_key=max_contexts_per_key,
         max_context_bytes_per_key=int(max_context_gib_per_key * 2**30),
         context_seconds=context_ttl,
+        forget_seconds=forget_after,
         stable_prefix=stable_prefix,
     )
     bounds = Bounds(

@@ -258,8 +258,10 @@ class Engine:
         return self._end(request, FinishReason.ABORT)
 
     def forget_prefixes(self) -> None:
-        """Keep nothing of what was read for later prompts; what running requests use stays theirs."""
+        """Keep nothing of what was read for later prompts, and let the system have its main memory; what
+        running requests and open contexts use stays theirs."""
         self.scheduler.tree.clear()
+        self.storage.give_back(self.scheduler.pages.free, self.scheduler.slots.free)
 
     @property
     def has_work(self) -> bool:

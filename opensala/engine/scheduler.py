@@ -493,7 +493,7 @@ def _why(sequence: Sequence, reused: int, paged: int) -> str:
             f"{paged} tokens were at hand as keys and values, but no states were kept behind token {reused}"
         )
     return (
-        "this text was not read before"
+        "this text was not read before, or is no longer at hand"
         if not reused
         else "the text differs from here on, or was not read further"
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..ops import KVPages, PageTable
 from ..ops.sparse import num_windows
 from ..ops.sparse.int8 import SCALE_BYTES
+from .advice import give_back
 from .config import MiniCPMSALAConfig
 
 if TYPE_CHECKING:
@@ -167,6 +168,16 @@ class CacheStorage:
             for tensor in pool:
                 for source, target in pairs:
                     tensor[target].copy_(tensor[source])
+
+    def give_back(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+        """Let the system have the memory of pages and slots that nobody holds, where it lies in main memory:
+        what they held is lost."""
+        for pools, places in ((self.kv.values(), pages), ([[s] for s in self.states.values()], slots)):
+            free = np.unique(np.array(places, np.int64))
+            runs = np.split(free, np.flatnonzero(np.diff(free) > 1) + 1) if len(free) else []
+            for tensor in (tensor for pool in pools for tensor in pool):
+                for run in runs:
+                    give_back(tensor[int(run[0]) : int(run[-1]) + 1])
 
     def grow(self, pages: int, slots: int) -> None:
         """Make room for more, keeping what there is: a copy of everything, where an engine never does

@@ -1,24 +1,42 @@
-"""What a server does when nobody asks: it gives memory back that requests have left free."""
+"""What a server does when nobody asks: it gives memory back, first what requests left free, then what it
+remembers of them."""
 
 import asyncio
-from collections.abc import Callable
+import gc
+from collections.abc import Awaitable, Callable
 
 from ..engine.memory import release_free_memory
 from .limits import Gate
 
 
 async def release_when_idle(
-    gate: Gate, seconds: float = 10.0, release: Callable[[], object] = release_free_memory
+    gate: Gate,
+    forget: Callable[[], Awaitable[None]],
+    forget_seconds: float,
+    seconds: float = 10.0,
+    release: Callable[[], object] = release_free_memory,
 ) -> None:
-    """Call `release` whenever requests came and none is left; look every `seconds`; it never returns.
+    """Call `release` whenever requests came and none is left, and `forget` (and `release` once more) when
+    none has come for `forget_seconds` after that; look every `seconds`; it never returns.
 
     A request leaves behind what the C library keeps of it (its body, its tokens, tensors of its steps), up
     to tens of megabytes after many at a time. Not right after each: the next one would have to ask anew.
+
+    Args:
+        forget_seconds: 0 for never.
     """
-    seen = 0
+    seen, idle, forgotten = 0, 0.0, True
     while True:
         await asyncio.sleep(seconds)
-        entered = gate.num_entered
-        if entered != seen and not gate.num_inside:
+        if gate.num_inside:
+            continue
+        if gate.num_entered != seen:
             await asyncio.to_thread(release)
-            seen = entered
+            seen, idle, forgotten = gate.num_entered, 0.0, False
+        elif not forgotten:
+            idle += seconds
+            if forget_seconds and idle >= forget_seconds:
+                await forget()
+                gc.collect()  # nodes of the prefix tree refer to one another
+                await asyncio.to_thread(release)
+                forgotten = True

@@ -31,6 +31,8 @@ class ServerOptions:
         max_contexts_per_key: kept for one key (see `Keeper`).
         max_context_bytes_per_key: on disk, of the kept contexts of one key.
         context_seconds: that a context is kept if its request does not say; 0 for until it is deleted.
+        forget_seconds: without a request, after which what was read is forgotten and its memory given back to
+            the system; 0 for never.
         stable_prefix: lines of a system prompt that change from call to call are left out or moved behind the
             documents (see `engine.chat`).
     """
@@ -51,6 +53,7 @@ class ServerOptions:
     max_contexts_per_key: int = 64
     max_context_bytes_per_key: int = 16 << 30
     context_seconds: int = 7 * 86_400
+    forget_seconds: float = 3600.0
     stable_prefix: bool = True
 
     def __post_init__(self) -> None:
@@ -60,6 +63,7 @@ class ServerOptions:
             ("grace_seconds", 0),
             ("stall", 0),
             ("context_seconds", 0),
+            ("forget_seconds", 0),
             ("max_contexts_per_key", 1),
             ("max_context_bytes_per_key", 1),
         ):

@@ -202,6 +202,14 @@ class EngineLoop:
             self._inbox.put(run)
         return await result
 
+    async def forget(self) -> None:
+        """Keep nothing of what was read, but on disk, and let the system have its memory.
+
+        Raises:
+            Closed: the engine is not running any more.
+        """
+        await self.call(self._forget)
+
     async def close(self, grace: float = 0.0) -> None:
         """Take no more jobs, let those under way go on for `grace` seconds, end the others with an error that
         says so, and stop the thread."""
@@ -260,6 +268,11 @@ class EngineLoop:
                 break
             self._note_stats()
         return self._inbox.get()
+
+    def _forget(self, engine: Engine) -> None:
+        while self.prefixes is not None and self.prefixes.write_next():
+            pass
+        engine.forget_prefixes()
 
     def _enqueue(self, ticket: Ticket) -> None:
         for index in range(len(ticket.jobs)):

@@ -1,6 +1,7 @@
 """What the routes of all APIs stand on: a model's engine, its limits, and the way of a request through it."""
 
 import asyncio
+import contextlib
 import copy
 import hashlib
 import logging
@@ -100,9 +101,13 @@ class Service:
 
     def start(self) -> None:
         self.loop.start()
-        self._idle = asyncio.get_running_loop().create_task(release_when_idle(self.gate))
+        self._idle = asyncio.get_running_loop().create_task(self._rest())
         if self.keeper is not None:
             self.keeper.start()
+
+    async def _rest(self) -> None:
+        with contextlib.suppress(Closed):  # the engine failed; requests say so
+            await release_when_idle(self.gate, self.loop.forget, self.options.forget_seconds)
 
     async def close(self) -> None:
         """End what is under way, after the grace that the options give it."""

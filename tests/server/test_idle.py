@@ -13,29 +13,69 @@ from opensala.server.idle import release_when_idle
 from opensala.server.limits import Gate, ServerOptions
 
 
+class Scene:
+    """A gate, and what is done when nobody is inside."""
+
+    def __init__(self, forget_seconds, seconds=0.0):
+        self.gate, self.did = Gate(ServerOptions()), []
+        self.task = asyncio.create_task(
+            release_when_idle(
+                self.gate, self.forget, forget_seconds, seconds, lambda: self.did.append("release")
+            )
+        )
+
+    async def forget(self):
+        self.did.append("forget")
+
+    async def until(self, expected):
+        async with asyncio.timeout(60):
+            while len(self.did) < len(expected):
+                await asyncio.sleep(0.001)
+        for _ in range(20):
+            await asyncio.sleep(self.seconds_of_looks)
+        assert self.did == expected
+
+    seconds_of_looks = 0.0
+
+    def visit(self):
+        self.gate.enter("a")
+        self.gate.leave("a")
+
+
 def test_memory_is_released_once_after_requests():
-    released = []
-
-    async def looks():
-        for _ in range(20):  # without a pause each of them lets the task look once
-            await asyncio.sleep(0)
-
     async def scenario():
-        gate = Gate(ServerOptions())
-        task = asyncio.create_task(release_when_idle(gate, 0, lambda: released.append(1)))
+        scene = Scene(forget_seconds=0)
         for expected in (0, 1, 2):
-            async with asyncio.timeout(60):
-                while len(released) < expected:
-                    await asyncio.sleep(0.001)
-            await looks()
-            assert len(released) == expected
-            gate.enter("a")
-            gate.enter("b")
-            gate.leave("a")
-            await looks()
-            assert len(released) == expected  # one is under way
-            gate.leave("b")
-        task.cancel()
+            await scene.until(["release"] * expected)
+            scene.gate.enter("a")
+            scene.visit()
+            await scene.until(["release"] * expected)  # one is under way
+            scene.gate.leave("a")
+        scene.task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_what_was_read_is_forgotten_once_nobody_came_for_long():
+    async def scenario():
+        scene = Scene(forget_seconds=0.02, seconds=0.001)
+        scene.seconds_of_looks = 0.005
+        await scene.until([])  # nothing was read yet
+        for rounds in (1, 2):
+            scene.visit()
+            await scene.until(["release", "forget", "release"] * rounds)
+        scene.task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_who_comes_in_time_finds_what_was_read():
+    async def scenario():
+        scene = Scene(forget_seconds=1e9)
+        for expected in (1, 2, 3):
+            scene.visit()
+            await scene.until(["release"] * expected)
+        scene.task.cancel()
 
     asyncio.run(scenario())
 

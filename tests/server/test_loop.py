@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from opensala.contexts.prefixes import PrefixFolder
 from opensala.engine import Engine, EngineOptions, FinishReason, SamplingParams
 from opensala.server.fairness import FairQueue
 from opensala.server.loop import Closed, EngineLoop, Job
@@ -361,3 +362,38 @@ def test_a_stream_goes_on_while_a_long_prompt_is_read():
         stream.cancel()
 
     run(scenario, max_batch_tokens=5000)
+
+
+def test_what_is_forgotten_is_read_again_and_runs_on_meanwhile():
+    further = Job(ids(900) + ids(9, 1), job().params)
+
+    async def scenario(loop):
+        for _ in range(3):  # the second time it is seen where the next one could continue
+            wanted = await loop.submit("a", [further]).completions()
+        assert wanted[0].reuse.reused == 896
+        running = loop.submit("b", [Job(ids(9), ENDLESS)])
+        await until(lambda: loop.stats.running)
+        await loop.forget()
+        again = await loop.submit("a", [further]).completions()
+        assert again[0].tokens == wanted[0].tokens and not again[0].reuse.reused
+        assert running.is_open
+        running.cancel()
+
+    run(scenario)
+
+
+def test_what_is_forgotten_is_on_disk_where_there_is_a_folder(tmp_path):
+    further = Job(ids(900) + ids(9, 1), job().params)
+
+    async def scenario():
+        loop = make()
+        loop.prefixes = loop.engine.prefixes = PrefixFolder(tmp_path, loop.engine, 1 << 30)
+        loop.start()
+        await loop.submit("a", [job(900)]).completions()
+        wanted = await loop.submit("a", [further]).completions()
+        await loop.forget()
+        again = await loop.submit("a", [further]).completions()
+        assert again[0].tokens == wanted[0].tokens and again[0].reuse.restored == 896
+        await loop.close()
+
+    asyncio.run(scenario())
