@@ -8,7 +8,6 @@ document of each kind that has enough tokens, read once for each length. The fil
 document: {"text": ..., "group": ...}. Rows, one for each base and length, go to benchmarks/scale.csv.
 """
 
-import json
 import time
 from pathlib import Path
 from statistics import mean
@@ -21,6 +20,7 @@ from transformers import AutoTokenizer
 from opensala import MiniCPMSALAForCausalLM
 from opensala.bench.record import append_rows
 from opensala.cli.sizes import token_count
+from opensala.data.heldout import texts_by_group
 from opensala.hub import checkpoint_folder
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "scale.csv"
@@ -30,12 +30,8 @@ QUARTERS = 4
 
 def windows(tokenizer: Any, heldout: Path, length: int) -> list[list[int]]:
     """So many tokens of the longest document of each kind, if it has them."""
-    longest: dict[str, str] = {}
-    for line in heldout.read_text(encoding="utf-8").splitlines():
-        document = json.loads(line)
-        longest[document["group"]] = max(longest.get(document["group"], ""), document["text"], key=len)
     found = []
-    for text in longest.values():
+    for text in (max(texts, key=len) for texts in texts_by_group(heldout).values()):
         ids = tokenizer(text[: 8 * (length + SKIPPED)], add_special_tokens=False)["input_ids"]
         if len(ids) >= length + SKIPPED:
             found.append(ids[SKIPPED : SKIPPED + length])

@@ -1,6 +1,7 @@
 """Measure the engine on this machine: decoding alone and together, one document asked often, drafts.
 
     python scripts/measure_engine.py [--tokens 65536] [--kv-dtype int8]
+    python scripts/measure_engine.py --model smollm2-135m-sala --tokens 0
 
 Each figure is a ratio of two things timed in one run, in turns. Rows are added to benchmarks/engine.csv; the
 last line on stdout is JSON.
@@ -68,7 +69,7 @@ def seconds_per_step(engine: Engine, sequences: int, context: int, rng: random.R
     return statistics.median(times)
 
 
-def together(notes: Notes, engine: Engine, context: int) -> None:
+def together(notes: Notes, engine: Engine, context: int, model: str | None) -> None:
     """Eight sequences in one step, against one alone."""
     rng = random.Random(0)
     found: dict[int, list[float]] = {1: [], 8: []}
@@ -77,7 +78,7 @@ def together(notes: Notes, engine: Engine, context: int) -> None:
             times.append(seconds_per_step(engine, count, context, rng))
     one, eight = (statistics.median(times) for times in found.values())
     kept = "" if engine.options.kv_dtype == "auto" else f", keys and values in {engine.options.kv_dtype}"
-    behind = f"{context:,} tokens of context{kept}"
+    behind = f"{context:,} tokens of context{kept}" + (f", {model}" if model else "")
     notes.add("decoding step, one sequence", 1e3 * one, "ms", behind, context=context)
     rates = f"{1 / one:.0f} and {8 / eight:.0f} tokens/s"
     notes.add(
@@ -140,7 +141,10 @@ def drafts(notes: Notes, engine: Engine) -> None:
 
 
 def main(
-    tokens: Annotated[int, typer.Option(help="Tokens of the document that is asked often.")] = 65536,
+    model: Annotated[str | None, typer.Option(help="Checkpoint; the shipped one by default.")] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of the document that is asked often; 0 for steps alone.")
+    ] = 65536,
     kv_dtype: Annotated[
         str, typer.Option(help="How keys and values are kept: auto, bfloat16, int8.")
     ] = "auto",
@@ -148,11 +152,12 @@ def main(
     rows: Annotated[Path, typer.Option(help="CSV file the figures are added to.")] = ROWS,
 ) -> None:
     options = EngineOptions(max_cached_tokens=3 * tokens + 100_000, kv_dtype=kv_dtype)
-    engine, notes = load_engine(options=options), Notes(rows)
+    engine, notes = load_engine(model, options=options), Notes(rows)
     for context in contexts.split(","):
-        together(notes, engine, int(context))
-    drafts(notes, engine)
-    asked_often(notes, engine, tokens)
+        together(notes, engine, int(context), model)
+    if tokens:
+        drafts(notes, engine)
+        asked_often(notes, engine, tokens)
     print_rows(notes.rows)
 
 

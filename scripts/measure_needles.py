@@ -11,7 +11,6 @@ prompts have in common is read once. A model of another kind than ours is asked 
 "group": ...}. Rows, a line for each number, go to benchmarks/needles.csv.
 """
 
-import json
 import random
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from transformers import AutoConfig
 
 from opensala.bench.record import append_rows
 from opensala.cli.sizes import token_count
+from opensala.data.heldout import texts_by_group
 from opensala.data.prompts import PromptFormat
 from opensala.engine import EngineOptions, SamplingParams, load_engine
 from opensala.engine.progress import token_progress
@@ -70,8 +70,7 @@ class Row:
 
 def prose_of(tokenizer: Any, heldout: Path, tokens: int) -> list[int]:
     """The held-out documents as tokens, the longest first, at most so many of each."""
-    lines = heldout.read_text(encoding="utf-8").splitlines()
-    texts = sorted((json.loads(line)["text"] for line in lines), key=len, reverse=True)
+    texts = sorted((t for group in texts_by_group(heldout).values() for t in group), key=len, reverse=True)
     pieces = (tokenizer(text[: 8 * tokens], add_special_tokens=False)["input_ids"] for text in texts)
     found: list[int] = []
     for piece in pieces:

@@ -7,12 +7,10 @@ The held-out file has a line for each document: {"text": ..., "group": ...}. Bot
 windows and are asked the same questions, in the teacher's chat format. Rows are added to benchmarks/real.csv.
 """
 
-import json
 import math
 import random
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opensala.bench.record import append_rows
+from opensala.cli.sizes import token_count
+from opensala.data.heldout import texts_by_group
 from opensala.engine import Engine, EngineOptions, SamplingParams
 
 ROWS = Path(__file__).parents[1] / "benchmarks" / "real.csv"
@@ -39,12 +39,8 @@ Prompt = tuple[list[int], str]  # token ids, the number that answers
 
 def windows(tokenizer: Any, heldout: Path, length: int, each: int) -> dict[str, list[list[int]]]:
     """Up to `each` pieces of `length` tokens for every kind of text, one per document, the longest first."""
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for line in heldout.read_text(encoding="utf-8").splitlines():
-        document = json.loads(line)
-        kinds[document["group"]].append(document["text"])
     pieces: dict[str, list[list[int]]] = {}
-    for kind, texts in sorted(kinds.items()):
+    for kind, texts in texts_by_group(heldout).items():
         texts.sort(key=len, reverse=True)
         ids = (tokenizer(text[: 8 * length], add_special_tokens=False)["input_ids"] for text in texts[:each])
         pieces[kind] = [x[:length] for x in ids if len(x) >= length]
@@ -162,7 +158,7 @@ def main(
         mean = sum(means.values()) / len(means)
         print(f"{name}: mean loss {mean:.4f}, perplexity {math.exp(mean):.2f}", flush=True)
         for text in lengths.split(","):
-            tokens = int(text[:-1]) * 1024 if text.endswith("K") else int(text)
+            tokens = token_count(text, "--lengths")
             if name == "teacher" and tokens > teacher_most:
                 continue
             prompts = [

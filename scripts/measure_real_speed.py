@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opensala.bench.record import append_rows, print_rows
 from opensala.bench.twin import TwinTiming, time_layers
+from opensala.cli.sizes import token_count
 from opensala.data.text import long_document
 from opensala.engine import Engine, EngineOptions, SamplingParams, generate, load_engine
 from opensala.hub import checkpoint_folder
@@ -118,7 +119,7 @@ def main(
     now = CLOCKS[clock]
     teacher = str(checkpoint_folder(teacher))
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    counts = [int(n[:-1]) * 1024 if n.endswith("K") else int(n) for n in lengths.split(",")]
+    counts = [token_count(n, "--lengths") for n in lengths.split(",")]
     long = text.read_text(encoding="utf-8") if text else long_document(8 * max(counts))
     all_ids = tokenizer(long, add_special_tokens=False)["input_ids"]
     models = {

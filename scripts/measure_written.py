@@ -27,8 +27,10 @@ import torch
 import typer
 
 from opensala.bench.record import append_rows
+from opensala.cli.sizes import token_count
 from opensala.data.conversations import insert
 from opensala.data.facts import Fact
+from opensala.data.heldout import texts_by_group
 from opensala.data.prompts import PromptFormat
 from opensala.engine import Engine, SamplingParams, load_engine
 from opensala.engine.progress import token_progress
@@ -51,11 +53,8 @@ def read_facts(path: Path = FACTS) -> dict[str, list[Fact]]:
 
 def read_groups(path: Path) -> dict[str, list[str]]:
     """Texts by kind, of kinds that have at least 50,000 characters."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        groups[entry["group"]].append(entry["text"])
-    return {name: texts for name, texts in sorted(groups.items()) if sum(map(len, texts)) >= 50_000}
+    groups = texts_by_group(path)
+    return {name: texts for name, texts in groups.items() if sum(map(len, texts)) >= 50_000}
 
 
 def taken(facts: list[Fact], count: int, turn: int) -> list[Fact]:
@@ -165,7 +164,7 @@ def main(
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    sizes = [int(part.removesuffix("K")) * (1024 if part.endswith("K") else 1) for part in lengths.split(",")]
+    sizes = [token_count(part, "--lengths") for part in lengths.split(",")]
     rows: list[dict[str, Any]] = []
     if rows_file.exists():
         with rows_file.open(newline="", encoding="utf-8") as file:
