@@ -1,7 +1,7 @@
 """Many clients that ask, cancel and vanish at random, and whether the server is afterwards as it was before.
 
-    opensala serve --port 8000 --max-cached-tokens 60000
-    python scripts/soak_server.py --url http://127.0.0.1:8000 --clients 64 --seconds 300
+    opensala serve --port 8000 --max-cached-tokens 60000 --forget-after 20
+    python scripts/soak_server.py --url http://127.0.0.1:8000 --clients 64 --seconds 300 --rounds 2 --rest 45
 
 Prints how often each outcome came and what /metrics says before and after; the last line on stdout is JSON.
 Exit code 1 if something failed but for stated limits (429), if something is still held, or if rounds after
