@@ -157,10 +157,9 @@ def main(
     sizes = [token_count(part, "--lengths") for part in lengths.split(",")]
     tokenizer, ask = asker(model, kv_dtype, stretch)
     form = PromptFormat(tokenizer, chat=True)
-    prose = prose_of(tokenizer, heldout, max(sizes))
     name = model if stretch == 1 else f"{model}, YaRN x {stretch:g}"
     for tokens in sizes:
-        right = 0
+        right, prose = 0, prose_of(tokenizer, heldout, tokens)  # the same whatever else is measured
         for text in range(texts):
             asked = prompts_of(form, prose, tokens, numbers, random.Random(f"{tokens} {text}"), alone)
             start = time.monotonic()
