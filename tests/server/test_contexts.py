@@ -1,5 +1,6 @@
 """Contexts over HTTP: uploaded once, kept, asked through every API, extended, forked, deleted."""
 
+import asyncio
 import base64
 import json
 import random
@@ -212,6 +213,19 @@ def test_a_context_of_another_key_is_not_there(start, tmp_path):
     for client, context in ((ada, made), (bob, own)):
         text, usage = client.ask(context["id"])
         assert text == "48213" and usage.prompt_tokens_details.cached_tokens == context["tokens"]
+
+
+def test_what_the_server_forgot_comes_from_the_folder(kept):
+    context = kept.create()["id"]
+    answer, usage = kept.ask(context)
+    assert "48213" in answer
+    loop = kept.live.service.loop
+    kept.live.wait_until_idle()
+    asyncio.run(loop.forget())
+    assert loop.stats.pages_free == loop.stats.pages and not loop.stats.snapshots
+    again, later = kept.ask(context)
+    assert again == answer
+    assert later.prompt_tokens_details.cached_tokens == usage.prompt_tokens_details.cached_tokens > 0
 
 
 def test_extending_makes_a_new_context(kept):
