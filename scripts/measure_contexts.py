@@ -124,7 +124,7 @@ def both(context: Context, memory: Engine, more: list[Document], disk_first: boo
 
     def in_memory() -> float:
         took, hold = used(lambda: read_tokens(memory, found[0]))
-        memory.scheduler.let_go(hold)
+        memory.scheduler.holds.let_go(hold)
         return took
 
     if disk_first:

@@ -62,14 +62,14 @@ def engine_behind(
         array("i", torch.randint(3, model.config.vocab_size, (context,), generator=draw).tolist())
         for _ in range(sequences)
     ]
-    holds = [engine.scheduler.place(text, model.config.attends_sparsely(context + 1)) for text in texts]
+    holds = [engine.scheduler.holds.place(text, model.config.attends_sparsely(context + 1)) for text in texts]
     for hold in holds:
         low, high = min(hold.pages), max(hold.pages) + 1
         for tensor in (tensor for pool in engine.storage.kv.values() for tensor in pool):
             tensor[low:high].normal_(generator=draw)
         for states in engine.storage.states.values():
             states[hold.slot].normal_(generator=draw)
-        engine.scheduler.settle(hold)
+        engine.scheduler.holds.settle(hold)
     for text in texts:
         engine.add([*text, 3], SamplingParams(max_tokens=steps, ignore_eos=True, selection=steps * noting))
     return engine

@@ -244,6 +244,14 @@ class PrefixTree:
             if parent is not None and self._is_evictable(parent):
                 heapq.heappush(heap, (parent.used, next(order), parent))
 
+    def make_room(self, pages: int, slots: int) -> bool:
+        """Forget until so many pages and slots are free; whether they are."""
+        if self.slots.num_free < slots:
+            self.evict_slots(slots)
+        if self.pages.num_free < pages:
+            self.evict_pages(pages)
+        return self.pages.num_free >= pages and self.slots.num_free >= slots
+
     def clear(self) -> None:
         """Forget everything."""
         for node in list(self._nodes()):

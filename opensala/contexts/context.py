@@ -17,9 +17,9 @@ from ..engine import Document, Engine, Generation, SamplingParams, TokenEvent
 from ..engine.ask import answer_prompt
 from ..engine.decode import check_text
 from ..engine.documents import join_documents
+from ..engine.holds import Hold, common_length
 from ..engine.progress import token_progress
 from ..engine.request import Sequence
-from ..engine.scheduler import Hold, common_length
 from .checks import DamagedContext
 from .folder import ContextFolder, link_files
 from .identity import check_identity, identity
@@ -165,7 +165,7 @@ class Context:
     def close(self) -> None:
         """Let its memory and its folder go; what was not saved is lost."""
         if self._hold is not None:
-            self.engine.scheduler.let_go(self._hold)
+            self.engine.scheduler.holds.let_go(self._hold)
             self._hold = None
         if self.folder is not None:
             self.folder.close()
@@ -369,9 +369,9 @@ class Context:
         del self.turns[-turns:]
         if self._hold is not None and len(self._hold.tokens) > len(self.tokens):
             sparse = self.engine.config.attends_sparsely(len(self.tokens))
-            kept = self.engine.scheduler.hold(self.tokens[:], sparse) if self.tokens else None
+            kept = self.engine.scheduler.holds.hold(self.tokens[:], sparse) if self.tokens else None
             kept = kept or self._hold_on_disk(sparse)
-            self.engine.scheduler.let_go(self._hold)
+            self.engine.scheduler.holds.let_go(self._hold)
             self._hold = kept  # without one, what is needed is read again
 
     def _hold_on_disk(self, sparse: bool) -> Hold | None:
@@ -480,7 +480,7 @@ class Context:
             hold = read_tokens(self.engine, tokens, on_step, self._write_part)
             advance(len(tokens) - start - done)
         if self._hold is not None:
-            self.engine.scheduler.let_go(self._hold)
+            self.engine.scheduler.holds.let_go(self._hold)
         self._hold, self.tokens = hold, tokens[:]
         if self.folder is not None:
             self._store()
@@ -516,7 +516,7 @@ class Context:
         if self._hold is None or len(self._hold.tokens) != len(self.tokens):
             hold = read_tokens(self.engine, self.tokens[:])
             if self._hold is not None:
-                self.engine.scheduler.let_go(self._hold)
+                self.engine.scheduler.holds.let_go(self._hold)
             self._hold = hold
         return self._hold
 

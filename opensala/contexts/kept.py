@@ -16,7 +16,7 @@ import numpy as np
 from ..data.prompts import PromptFormat
 from ..engine import Document, Engine
 from ..engine.chat import ChatPrompt, Message, OtherTokens, encode_chat
-from ..engine.scheduler import common_length
+from ..engine.holds import common_length
 from .folder import ContextFolder, link_files
 from .identity import check_identity, identity
 from .manifest import Manifest
@@ -112,7 +112,7 @@ class Kept:
         if scheduler.tree.match(tokens, sparse, len(tokens), namespace).length == len(tokens):
             return
         try:
-            scheduler.let_go(load(engine, self.folder, namespace))
+            scheduler.holds.let_go(load(engine, self.folder, namespace))
         except (ValueError, OSError) as error:
             _log.warning("a context is read again from its text: %s", error)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine, SamplingParams
+from ..engine.holds import Hold
 from ..engine.request import Sequence as Running
-from ..engine.scheduler import Hold
 from ..model.tiers import Tiers
 from .checks import damaged
 from .folder import ContextFolder
@@ -34,7 +34,7 @@ def read_tokens(
     if engine.num_requests:
         raise ValueError(f"{engine.num_requests} other requests are under way: call step() for them first")
     sparse = engine.config.attends_sparsely(len(tokens))
-    found = engine.scheduler.hold(tokens, sparse)
+    found = engine.scheduler.holds.hold(tokens, sparse)
     if found is not None:
         return found
     params = SamplingParams(max_tokens=1, ignore_eos=True, speculate=0)
@@ -57,7 +57,7 @@ def read_tokens(
         raise
     if error is not None:
         raise ValueError(error)
-    hold = engine.scheduler.hold(tokens, sparse)
+    hold = engine.scheduler.holds.hold(tokens, sparse)
     assert hold is not None, "a mark keeps what was read"
     return hold
 
@@ -100,18 +100,18 @@ def load(
     tokens = tokens_of(engine, files)
     if len(tokens) != manifest.tokens:
         raise damaged(folder.path, "tokens", f"{manifest.tokens:,}", f"{len(tokens):,}")
-    found = engine.scheduler.hold(tokens, manifest.sparse, namespace)
+    found = engine.scheduler.holds.hold(tokens, manifest.sparse, namespace)
     if found is not None:
         return found
-    hold = engine.scheduler.place(tokens, manifest.sparse, namespace)
+    hold = engine.scheduler.holds.place(tokens, manifest.sparse, namespace)
     try:
         _fill(engine, backing, files, hold)
-        engine.scheduler.settle(hold)
+        engine.scheduler.holds.settle(hold)
         # a device would wait for each choice of blocks, unless it does so anyway
         if engine.device.type != "cpu" and backing.device is None:
             backing.bring(hold.pages)
     except BaseException:
-        engine.scheduler.let_go(hold)
+        engine.scheduler.holds.let_go(hold)
         raise
     return hold
 
@@ -148,13 +148,13 @@ def restore(engine: Engine, files: Sequence[SegmentFile], sparse: bool, namespac
     backing, tokens = engine.tiers(), tokens_of(engine, files)
     if tokens != prompt[: len(tokens)]:
         raise damaged(files[-1].path, "tokens", "those that its name is the hash of", "others")
-    hold = engine.scheduler.place(tokens, sparse, namespace)
+    hold = engine.scheduler.holds.place(tokens, sparse, namespace)
     try:
         _fill(engine, backing, files, hold)
         backing.keep(hold.pages)
-        engine.scheduler.settle(hold, restored=True)
+        engine.scheduler.holds.settle(hold, restored=True)
     finally:
-        engine.scheduler.let_go(hold)  # the tree keeps it as long as there is room
+        engine.scheduler.holds.let_go(hold)  # the tree keeps it as long as there is room
     return len(tokens)
 
 

@@ -165,7 +165,7 @@ class Engine:
     def _check_room(self, ids: array, new_tokens: int, namespace: str) -> None:
         if not self.scheduler.holds:
             return
-        room = self.scheduler.room(ids, self.config.attends_sparsely(len(ids)), namespace)
+        room = self.scheduler.holds.room(ids, self.config.attends_sparsely(len(ids)), namespace)
         if len(ids) + new_tokens > room:
             raise ValueError(
                 f"a prompt of {len(ids):,} tokens and an answer of up to {new_tokens:,} do not fit beside "

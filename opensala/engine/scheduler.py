@@ -8,14 +8,12 @@ recently used first, and then the youngest running sequence is put back to wait:
 Integers only: no tensors, no model.
 """
 
-from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from ..cache import Match, Pool, PrefixTree
+from .holds import Holds, common_length
 from .request import FinishReason, Reuse, Sequence, Status
 
 
@@ -66,18 +64,6 @@ class Limits:
     max_read_tokens: int | None = None
 
 
-@dataclass(eq=False)
-class Hold:
-    """A text that stays at hand until it is let go: its tokens, the mode they were read in, the pages they
-    lie in, the slot of the states behind the last of them, and the namespace whose prompts may find it."""
-
-    tokens: array
-    sparse: bool
-    pages: list[int]
-    slot: int
-    namespace: str = ""
-
-
 class Scheduler:
     """Waiting and running sequences over pools of pages and slots.
 
@@ -92,7 +78,7 @@ class Scheduler:
         self.tree = PrefixTree(pages, slots, page_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of arrival
-        self.holds: list[Hold] = []
+        self.holds = Holds(pages, slots, self.tree, page_size, self.sequences)
         self._step: Step | None = None
 
     @property
@@ -150,85 +136,11 @@ class Scheduler:
                 self.pages.release([page])
                 sequence.pages[i] = swapped[page]
 
-    # --- texts that are kept at hand ---
-
-    def hold(self, tokens: array, sparse: bool, namespace: str = "") -> Hold | None:
-        """Keep a text that was read in this mode; None if it is not at hand to its end, with its states."""
-        match = self.tree.match(tokens, sparse, len(tokens), namespace)
-        if match.length < len(tokens) or match.slot is None:
-            return None
-        self._check_hold(match.pages)
-        self.pages.share(match.pages)
-        self.slots.share([match.slot])
-        self.holds.append(Hold(tokens, sparse, match.pages, match.slot, namespace))
-        return self.holds[-1]
-
-    def place(self, tokens: array, sparse: bool, namespace: str = "") -> Hold:
-        """Pages and a slot for a text that comes from elsewhere; `settle` makes it known once they are
-        filled.
-
-        Raises:
-            ValueError: there is not so much memory beside what is in use.
-        """
-        pages = -(-len(tokens) // self.page_size)
-        self._check_hold(range(-pages, 0))
-        if not self._room_without_preemption(pages, 1):
-            raise ValueError(
-                f"{len(tokens):,} tokens need {pages:,} pages and a state slot; {self.pages.num_free:,} of "
-                f"{self.pages.size:,} pages and {self.slots.num_free} of {self.slots.size} slots are free: "
-                "wait for running requests, close other contexts, give the engine more memory, or bound "
-                "what of a context is in memory (--host-memory)"
-            )
-        self.holds.append(Hold(tokens, sparse, self.pages.take(pages), self.slots.take()[0], namespace))
-        return self.holds[-1]
-
-    def settle(self, hold: Hold, restored: bool = False) -> None:
-        """Let prompts find a text whose pages and states have been filled; `restored`: with what an engine
-        of before a restart had computed."""
-        swapped = self.tree.insert(hold.tokens, hold.sparse, hold.pages, hold.slot, hold.namespace, restored)
-        self.pages.share(swapped.values())
-        self.pages.release(swapped)
-        hold.pages = [swapped.get(page, page) for page in hold.pages]
-
-    def let_go(self, hold: Hold) -> None:
-        """Hold a text no longer: it is remembered as long as there is room."""
-        self.holds.remove(hold)
-        self.pages.release(hold.pages)
-        self.slots.release([hold.slot])
-
     def wanted_length(self, sequence: Sequence) -> int:
         """How many of its first tokens need not be read if they are at hand: all of one mode but the last
         one."""
         limit = sequence.reuse_limit
         return sequence.mode_end(0, limit) if limit else 0
-
-    def room(self, tokens: array, sparse: bool, namespace: str = "") -> int:
-        """Tokens that a prompt which begins with these can come to, beside the texts that are held."""
-        held = {page for hold in self.holds for page in hold.pages}
-        shared = (
-            len(h.tokens) // self.page_size
-            for h in self.holds
-            if h.namespace == namespace
-            and h.sparse == sparse
-            and common_length(h.tokens, tokens) == len(h.tokens) < len(tokens)
-        )
-        return (self.pages.size - 1 - len(held) + max(shared, default=0)) * self.page_size
-
-    def _check_hold(self, pages: Iterable[int]) -> None:
-        """Refuse to hold one text more, in these pages, if slots or what runs and waits would not fit
-        beside."""
-        if len({h.slot for h in self.holds}) + 3 > self.slots.size:
-            raise ValueError(
-                f"{len(self.holds)} contexts are open, and the {self.slots.size} state slots hold no more: "
-                "close one, or give the engine more max_snapshots"
-            )
-        held = {page for hold in self.holds for page in hold.pages} | set(pages)
-        longest = max((s.room for s in self.sequences()), default=0)
-        if longest and -(-longest // self.page_size) > self.pages.size - 1 - len(held):
-            raise ValueError(
-                f"a request of up to {longest:,} tokens is under way, which would not fit beside the open "
-                "contexts: wait for its end, close other contexts, or give the engine more memory"
-            )
 
     # --- a step ---
 
@@ -384,7 +296,7 @@ class Scheduler:
         self.slots.share([match.slot] if match.slot is not None else [])
         first = min(sequence.num_tokens, match.length + self.limits.max_batch_tokens)
         needed = -(-first // self.page_size) - full
-        enough = self._room_without_preemption(needed, 2)
+        enough = self.tree.make_room(needed, 2)
         if enough:
             sequence.pages.extend(match.pages[:full])
             sequence.slot = match.slot if match.slot is not None else -1
@@ -401,13 +313,6 @@ class Scheduler:
             self.pages.release(match.pages)
             self.slots.release([match.slot] if match.slot is not None else [])
         return enough
-
-    def _room_without_preemption(self, pages: int, slots: int) -> bool:
-        if self.slots.num_free < slots:
-            self.tree.evict_slots(slots)
-        if self.pages.num_free < pages:
-            self.tree.evict_pages(pages)
-        return self.pages.num_free >= pages and self.slots.num_free >= slots
 
     def _start(self, sequence: Sequence, match: Match) -> None:
         reused, paged = match.length, match.paged
@@ -467,15 +372,6 @@ def _equal_parts(budget: int, sequences: Iterable[Sequence]) -> dict[str, int]:
 def _may_share(a: Sequence, b: Sequence) -> bool:
     """Whether one may continue from what the other reads."""
     return a.namespace == b.namespace and a.is_sparse(0) == b.is_sparse(0)
-
-
-def common_length(a: array, b: array) -> int:
-    """Tokens that two texts begin with alike."""
-    x, y = np.frombuffer(a, np.int32), np.frombuffer(b, np.int32)
-    short = min(len(x), len(y))
-    different = x[:short] != y[:short]
-    first = int(different.argmax()) if short else 0
-    return first if short and different[first] else short
 
 
 def _mark(sequence: Sequence, place: int) -> None:

@@ -222,7 +222,7 @@ def test_what_the_server_forgot_comes_from_the_folder(kept):
     loop = kept.live.service.loop
     kept.live.wait_until_idle()
     asyncio.run(loop.forget())
-    assert loop.stats.pages_free == loop.stats.pages and not loop.stats.snapshots
+    kept.live.wait(lambda: loop.stats.pages_free == loop.stats.pages and not loop.stats.snapshots)
     again, later = kept.ask(context)
     assert again == answer
     assert later.prompt_tokens_details.cached_tokens == usage.prompt_tokens_details.cached_tokens > 0
