@@ -107,7 +107,9 @@ class Service:
 
     async def _rest(self) -> None:
         with contextlib.suppress(Closed):  # the engine failed; requests say so
-            await release_when_idle(self.gate, self.loop.forget, self.options.forget_seconds)
+            await release_when_idle(
+                self.gate, lambda: self.loop.num_open, self.loop.forget, self.options.forget_seconds
+            )
 
     async def close(self) -> None:
         """End what is under way, after the grace that the options give it."""

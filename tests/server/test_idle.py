@@ -17,11 +17,10 @@ class Scene:
     """A gate, and what is done when nobody is inside."""
 
     def __init__(self, forget_seconds, seconds=0.0):
-        self.gate, self.did = Gate(ServerOptions()), []
+        self.gate, self.did, self.works = Gate(ServerOptions()), [], False
+        release = lambda: self.did.append("release")  # noqa: E731
         self.task = asyncio.create_task(
-            release_when_idle(
-                self.gate, self.forget, forget_seconds, seconds, lambda: self.did.append("release")
-            )
+            release_when_idle(self.gate, lambda: self.works, self.forget, forget_seconds, seconds, release)
         )
 
     async def forget(self):
@@ -64,6 +63,23 @@ def test_what_was_read_is_forgotten_once_nobody_came_for_long():
         for rounds in (1, 2):
             scene.visit()
             await scene.until(["release", "forget", "release"] * rounds)
+        scene.task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_computed_behind_a_request_is_not_forgotten_meanwhile():
+    """And its end counts as a request's."""
+
+    async def scenario():
+        scene = Scene(forget_seconds=0.02, seconds=0.001)
+        scene.seconds_of_looks = 0.005
+        scene.visit()
+        await scene.until(["release", "forget", "release"])
+        scene.works = True
+        await scene.until(["release", "forget", "release"])
+        scene.works = False
+        await scene.until(["release", "forget", "release"] * 2)
         scene.task.cancel()
 
     asyncio.run(scenario())
