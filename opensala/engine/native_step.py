@@ -116,6 +116,7 @@ class _Batch(ctypes.Structure):
         ("hidden", _POINTER),
         ("logits", _POINTER),
         ("kept", _POINTER),
+        ("chosen", _POINTER),
     ]
 
 
@@ -127,11 +128,14 @@ class NativeStep:
         hidden: normalised hidden states `[T, W]`.
         logits: `[T, V]`, if they were wanted.
         recorded: keys and values `[T, H, D]` of each Lightning layer, if they were wanted.
+        chosen: blocks `[T, Hkv, K]` of each sparse layer, if they were wanted; rows of dense sequences mean
+            nothing.
     """
 
     hidden: Tensor
     logits: Tensor | None
     recorded: dict[int, tuple[Tensor, Tensor]] | None
+    chosen: dict[int, Tensor] | None
 
 
 class _Described:
@@ -313,9 +317,9 @@ class NativeSteps:
             ids: `[T]` int32 tokens.
             keep: whether keys and values of the Lightning layers are wanted for a rollback.
             logits: whether those of every token are wanted.
-            chosen: whether the selected blocks are wanted, which are not kept.
+            chosen: whether the selected blocks are wanted.
         """
-        why = self.reason or ("selected blocks are asked for" if chosen else self._disturbed())
+        why = self.reason or self._disturbed()
         if why is not None:
             self._say(why)
             return None
@@ -334,7 +338,7 @@ class NativeSteps:
                 return None
             self._addresses = addresses
         self.num_steps += 1
-        return self._call(self._described, ids, rows, keep, logits)
+        return self._call(self._described, ids, rows, keep, logits, chosen)
 
     def _places(self) -> list[int]:
         """Where all weights lie."""
@@ -348,6 +352,7 @@ class NativeSteps:
         rows: Sequence[BatchRow],
         keep: bool,
         logits: bool,
+        chosen: bool,
     ) -> NativeStep:
         settings, tokens = self._settings, len(ids)
         now = BatchNumbers.of(rows, self._page_size)
@@ -372,9 +377,23 @@ class NativeSteps:
             width = (settings["lightning_nkv"] or 1) * (settings["lightning_head_dim"] or 1)
             kept = torch.empty(len(self._lightning), 2, tokens, width)
             batch.kept = kept.data_ptr()
+        blocks = self._blocks(tokens) if chosen and batch.any_sparse else None
+        batch.chosen = None if blocks is None else blocks.data_ptr()
         places = (ctypes.c_void_p(ctypes.addressof(x)) for x in (described.model, batch))
         library().call("opensala_step", *places, threads())
-        return NativeStep(hidden, scores, None if kept is None else self._recorded(kept))
+        return NativeStep(
+            hidden,
+            scores,
+            None if kept is None else self._recorded(kept),
+            None if blocks is None else dict(zip(self.storage.kv, blocks, strict=True)),
+        )
+
+    def _blocks(self, tokens: int) -> Tensor:
+        """Room for the blocks that each sparse layer selects."""
+        config = self.model.config
+        heads, most = config.num_key_value_heads, config.block_spec.num_blocks
+        assert heads, "filled by the configuration"
+        return torch.zeros(len(self.storage.kv), tokens, heads, most, dtype=torch.int32)
 
     def _recorded(self, kept: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """As `ForwardBatch.recorded`: keys and values `[T, H, D]` by layer."""

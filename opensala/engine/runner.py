@@ -40,7 +40,7 @@ class Runner:
         self.captured = CapturedSteps(model, storage, recorder)
         self.native = NativeSteps(model, storage)
         self.graphs = DecodeGraphs(model, storage)
-        self._batch: ForwardBatch | None = None  # of the last step, unless it was one call
+        self._chosen: dict[int, Tensor] | None = None  # of the last step, if they were kept
         self._recorded: dict[int, tuple[Tensor, Tensor]] | None = None  # of the last step
         self._scored: tuple[Tensor, Tensor] | None = None  # hidden states and logits of the last step
 
@@ -61,6 +61,7 @@ class Runner:
             rows.append(BatchRow(pages, cached, count, work.sparse, sequence.slot, work.slot))
         backed = self.storage.backing is not None and self.storage.backing.begin(rows)
         record = any(work.drafted for work in step.works)
+        chosen = any(work.completes and work.sequence.params.selection for work in step.works)
         numbers = np.frombuffer(ids, np.int32)
         model = self.model.model
         model.say_attention((work.sparse for work in step.works), model.embed_tokens.weight)
@@ -70,10 +71,9 @@ class Runner:
             return self._ran(*captured)
         if not backed and len(numbers) <= MOST_TOKENS:
             every = all(work.completes and work.count == work.drafted + 1 for work in step.works)
-            chosen = any(work.sequence.params.selection for work in step.works)
             done = self.native.run(numbers, rows, keep=record, logits=every, chosen=chosen)
             if done is not None:
-                self._recorded, self._batch = done.recorded, None
+                self._recorded, self._chosen = done.recorded, done.chosen
                 self._scored = None if done.logits is None else (done.hidden, done.logits)
                 return done.hidden
         if self.graphs.reason is None and not backed:
@@ -83,13 +83,13 @@ class Runner:
                 return self._ran(*replayed)
         batch = ForwardBatch.of(self.storage, rows, self.device, ids=numbers, record=record)
         assert batch.ids is not None, "sent along"
-        if any(work.completes and work.sequence.params.selection for work in step.works):
+        if chosen:
             batch.chosen = {}
         return self._ran(model.run_batch(self._embed(batch.ids), batch)[0], batch)
 
     def _ran(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """Keep what may be asked about the step afterwards."""
-        self._recorded, self._batch = batch.recorded, batch
+        self._recorded, self._chosen = batch.recorded, batch.chosen
         return hidden
 
     def _embed(self, ids: Tensor) -> Tensor:
@@ -99,11 +99,10 @@ class Runner:
     def selected(self, rows: SequenceOf[int]) -> dict[int, np.ndarray]:
         """Blocks `[N, Hkv, K]` that each sparse layer selected for rows of the last step, in which a request
         with `selection` got a token; waits for the device. There is no layer if all sequences are dense."""
-        batch = self._batch
-        assert batch is not None and batch.chosen is not None, "a step of such a request keeps them"
+        assert self._chosen is not None, "a step of such a request keeps them"
         return {
             layer: blocks[on_device(np.array(rows, np.int32), blocks.device)].cpu().numpy()
-            for layer, blocks in sorted(batch.chosen.items())
+            for layer, blocks in sorted(self._chosen.items())
         }
 
     @torch.inference_mode()

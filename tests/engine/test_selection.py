@@ -44,6 +44,8 @@ def by_the_ops(model, tokens, backend):
 
 def runs(model, how):
     running = engine(model, speculate=4 if how == "drafts" else 0)
+    if how in ("python", "replayed"):
+        running.runner.native.reason = "not wanted"
     if how == "python":
         running.runner.graphs.reason = "not wanted"
     if how == "captured":
@@ -51,7 +53,7 @@ def runs(model, how):
     return running
 
 
-@pytest.mark.parametrize("how", ["replayed", "python", "captured", "drafts"])
+@pytest.mark.parametrize("how", ["one call", "replayed", "python", "captured", "drafts"])
 def test_it_is_what_the_ops_select(how):
     """In a batch with a dense sequence and one that does not ask, and with a prompt read in chunks."""
     model = tiny_model()
@@ -75,6 +77,7 @@ def test_it_is_what_the_ops_select(how):
     assert len(different) > NEW // 2, "the layers and the tokens differ in what they select"
     modes = [chosen.blocks is None for chosen in dense.selection]
     assert modes == [len(PROMPTS[0]) + n < 64 for n in range(NEW)], "dense below dense_len"
+    assert (running.runner.native.num_steps > 0) == (how not in ("python", "replayed"))
     if how == "drafts":
         assert 0 < done.accepted < done.drafted
 
@@ -107,4 +110,4 @@ def test_layers_on_a_mixed_prefill_chunk_are_kept_only_where_an_answer_begins():
     while any(s.is_reading for s in running.scheduler.sequences()):
         running.step()
         last = not any(s.is_reading for s in running.scheduler.sequences())
-        assert (running.runner._batch.chosen is not None) == last
+        assert (running.runner._chosen is not None) == last

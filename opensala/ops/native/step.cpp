@@ -45,6 +45,7 @@ struct Batch {
   int64_t sequences, width, any_sparse;
   float *hidden, *logits;        // `[T, W]`; `[T, V]` or null
   float* kept;  // keys, then values `[T, Hkv * D]` of each Lightning layer, or null
+  int32_t* chosen;  // blocks `[T, Hkv, K]` of each sparse layer, or null; rows of dense sequences are left as they are
 };
 
 // What all threads see: `[T, width]` each.
@@ -92,11 +93,11 @@ class Worker {
   void run() {
     float *x = x_.data, *next = next_.data;
     for (int64_t t = 0; t < tokens_; ++t) embed(b_.ids[t], x + t * m_.hidden);
-    for (int64_t i = 0, lightning = 0; i < m_.count; ++i) {
+    for (int64_t i = 0, lightning = 0, sparse = 0; i < m_.count; ++i) {
       const Layer& layer = m_.layers[i];
       const float* h = normalised(x, layer.input_norm);
       project(layer, h);
-      if (layer.sparse) attend(layer);
+      if (layer.sparse) attend(layer, blocks(layer, sparse++));
       else recur(layer, lightning++);
       multiply({{layer.o, gated(layer), s_.out.data}});
       std::swap(x, next), add(next, x);
@@ -295,10 +296,15 @@ class Worker {
     for (int64_t i = 0; i < count; ++i) out[i] = narrowed<BFloat16>(x[i]);
   }
 
-  void attend(const Layer& l) {
+  // Where the blocks of a sparse layer go: to the caller, or to where those of the layer before were.
+  int32_t* blocks(const Layer& l, int64_t number) {
+    return b_.chosen ? b_.chosen + number * tokens_ * l.kv_heads * m_.num_blocks : s_.blocks.data();
+  }
+
+  void attend(const Layer& l, int32_t* all) {
     store(l);
     const float* q = rotates(l) ? s_.q_rotated.data : s_.q.data;
-    if (b_.any_sparse) choose(l, q);
+    if (b_.any_sparse) choose(l, q, all);
     // As many slices of a kv head's query heads as it takes to give every thread one.
     int64_t group = l.heads / l.kv_heads, slices = 1;
     while (slices < group && (b_.sequences * l.kv_heads * slices < threads_ || group % slices)) ++slices;
@@ -307,7 +313,7 @@ class Worker {
       int64_t n = i / units, begin = b_.bounds[n];
       if (!table_.tokens(n)) return;
       Place keys = place(l.keys, 0), values = place(l.values, 1);
-      const int32_t* blocks = b_.any_sparse && b_.sparse[n] ? s_.blocks.data() + begin * l.kv_heads * m_.num_blocks : nullptr;
+      const int32_t* blocks = b_.any_sparse && b_.sparse[n] ? all + begin * l.kv_heads * m_.num_blocks : nullptr;
       Attention one{q + begin * l.heads * l.dim, table_.rows(n, keys.data, m_.kind, keys.page, keys.row, m_.block),
                     table_.rows(n, values.data, m_.kind, values.page, values.row, m_.block), blocks, table_.tokens(n),
                     b_.lengths[n], l.heads, l.kv_heads, l.dim, l.dim, m_.num_blocks, m_.block, keys.head, values.head,
@@ -319,11 +325,11 @@ class Worker {
 
   // Blocks of the sparse sequences. Everything is cut as a call of the selection alone cuts it; only block scores, each
   // of which stands for itself, are shared out in stripes where one (sequence, kv head) a unit would leave threads idle.
-  void choose(const Layer& l, const float* q) {
+  void choose(const Layer& l, const float* q, int32_t* all) {
     Place k1 = place(l.k1, 2), k2 = place(l.k2, 3);
     Selection like{q, {k1.data, m_.level_kind, k1.row}, {k2.data, m_.level_kind, k2.row}, k1.head, k2.head, 0, 0, l.heads, l.kv_heads, l.dim,
                    m_.block, m_.stride, m_.kernel, m_.init, m_.window_blocks, m_.num_blocks, m_.coarse != 0, float(m_.factor),
-                   s_.blocks.data()};
+                   all};
     auto selection = [&](int64_t i) { return paged_selection(table_, like, i / l.kv_heads, k1.page, k2.page); };
     int64_t units = b_.sequences * l.kv_heads, stripes = (s_.row + STRIPE - 1) / STRIPE;
     team_.share(units, [&](int64_t i) {
@@ -385,7 +391,7 @@ extern "C" void opensala_step(const void* model, const void* batch, int64_t thre
   Shared shared{Scratch(tokens * wide), Scratch(tokens * kv), Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * q),
                 Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * m.inner), Scratch(tokens * m.inner),
                 Scratch(tokens * m.hidden), Scratch(tokens * std::max(m.hidden, q)),
-                std::vector<int32_t>(b.any_sparse ? tokens * kv_heads * m.num_blocks : 0),
+                std::vector<int32_t>(b.any_sparse && !b.chosen ? tokens * kv_heads * m.num_blocks : 0),
                 std::vector<BFloat16>(narrow ? tokens * kv : 0), std::vector<BFloat16>(narrow ? tokens * kv : 0),
                 row, Scratch(row ? tokens * heads : 0), Scratch(tokens * kv_heads * row)};
   Team* team = nullptr;
