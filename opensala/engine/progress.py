@@ -8,10 +8,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+_PERIOD = 300.0  # seconds that count as of late: a step of a long text may take a minute
+
 
 class _Rate(ProgressColumn):
+    """Of late while it runs; of the whole when it is done: a last step of one token takes no time."""
+
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
+        speed = task.completed / task.finished_time if task.finished_time else task.speed
         return Text("" if not speed else f"{speed:,.0f} tokens/s")
 
 
@@ -26,7 +30,7 @@ def token_progress(label: str, total: int, quiet: bool = False) -> Iterator["Adv
         _Rate(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, disable=quiet, transient=False) as bar:
+    with Progress(*columns, console=console, disable=quiet, speed_estimate_period=_PERIOD) as bar:
         task = bar.add_task(label, total=total)
         yield Advance(bar, task)
 
