@@ -29,7 +29,7 @@ from opensala.engine.precision import Precision, apply_precision
 from opensala.model import MiniCPMSALAForCausalLM
 
 WARM_UP = 3  # steps of a context that do not count: the first ones make what later ones reuse
-# `noting` is `recorded` with the selected blocks noted for a client that asks where the model looked.
+# `noting` is `one call` with the selected blocks noted for a client that asks where the model looked.
 FORMS = ("one call", "recorded", "layer by layer", "noting")
 
 
@@ -94,12 +94,12 @@ def measure(
         engines[form] = engine = engine_behind(
             model, kv_dtype, context, sequences, 8 * rounds + WARM_UP, form == "noting"
         )
-        if form != "one call":
+        if form in ("recorded", "layer by layer"):
             engine.runner.native.reason = "timed beside the step in one call"
         if form == "layer by layer":
             engine.runner.graphs.reason = "timed beside the step in one call"
         timed_steps(engine, WARM_UP)
-        if form == "one call" and not engine.runner.native.num_steps:
+        if form in ("one call", "noting") and not engine.runner.native.num_steps:
             raise ValueError(f"a step of this model does not run in one call: {engine.runner.native.reason}")
     seconds: dict[str, list[float]] = {form: [] for form in forms}
     for _ in range(rounds):

@@ -79,6 +79,7 @@ def _kernels(folder: Path) -> list[Measurement]:
     ops = ("bench", "ops", "--device", "cpu", "--rows", folder / "results.csv")
     engine = ("--rows", folder / "engine.csv")
     tiny = (*engine, "--tokens", 500, "--contexts", "100,1000")
+    hybrid = ("--model", HYBRID, "--tokens", 0)
     return [
         Measurement(
             "ops",
@@ -92,6 +93,13 @@ def _kernels(folder: Path) -> list[Measurement]:
             _script("measure_engine.py", *engine, "--kv-dtype", "int8"),
             _script("measure_engine.py", *tiny, "--kv-dtype", "int8"),
             3,
+        ),
+        Measurement(
+            "engine-hybrid",
+            _script("measure_engine.py", *engine, *hybrid, "--kv-dtype", "bfloat16"),
+            _script("measure_engine.py", *engine, *hybrid, "--contexts", 100),
+            6,
+            needs=("hybrid",),
         ),
     ]
 
@@ -118,8 +126,8 @@ def _steps() -> list[Measurement]:
         ),
         Measurement(
             "steps-noting",
-            _script("measure_steps.py", "--contexts", 8000, "--forms", "recorded,noting", "--rounds", 30),
-            _script("measure_steps.py", "--contexts", 4500, "--forms", "recorded,noting", "--rounds", 1),
+            _script("measure_steps.py", "--contexts", 8000, "--forms", "one call,noting", "--rounds", 30),
+            _script("measure_steps.py", "--contexts", 4500, "--forms", "one call,noting", "--rounds", 1),
             1,
         ),
         Measurement(
