@@ -17,9 +17,9 @@ from ..engine import Document, Engine, Generation, SamplingParams, TokenEvent
 from ..engine.ask import answer_prompt
 from ..engine.decode import check_text
 from ..engine.documents import join_documents
-from ..engine.holds import Hold, common_length
+from ..engine.holds import Hold
 from ..engine.progress import token_progress
-from ..engine.request import Sequence
+from ..engine.request import Sequence, common_length
 from .checks import DamagedContext
 from .folder import ContextFolder, link_files
 from .identity import check_identity, identity

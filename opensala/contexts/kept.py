@@ -16,7 +16,7 @@ import numpy as np
 from ..data.prompts import PromptFormat
 from ..engine import Document, Engine
 from ..engine.chat import ChatPrompt, Message, OtherTokens, encode_chat
-from ..engine.holds import common_length
+from ..engine.request import common_length
 from .folder import ContextFolder, link_files
 from .identity import check_identity, identity
 from .manifest import Manifest

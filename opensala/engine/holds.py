@@ -8,10 +8,8 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..cache import Pool, PrefixTree
-from .request import Sequence
+from .request import Sequence, common_length
 
 
 @dataclass(eq=False)
@@ -123,12 +121,3 @@ class Holds:
                 f"a request of up to {longest:,} tokens is under way, which would not fit beside the open "
                 "contexts: wait for its end, close other contexts, or give the engine more memory"
             )
-
-
-def common_length(a: array, b: array) -> int:
-    """Tokens that two texts begin with alike."""
-    x, y = np.frombuffer(a, np.int32), np.frombuffer(b, np.int32)
-    short = min(len(x), len(y))
-    different = x[:short] != y[:short]
-    first = int(different.argmax()) if short else 0
-    return first if short and different[first] else short

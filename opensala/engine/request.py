@@ -318,6 +318,15 @@ class Sequence:
         return self.mode_end(0, self.num_cached) if self.num_cached else 0
 
 
+def common_length(a: array, b: array) -> int:
+    """Tokens that two texts begin with alike."""
+    x, y = np.frombuffer(a, np.int32), np.frombuffer(b, np.int32)
+    short = min(len(x), len(y))
+    different = x[:short] != y[:short]
+    first = int(different.argmax()) if short else 0
+    return first if short and different[first] else short
+
+
 def as_token_ids(prompt: SequenceOf[int], vocab_size: int) -> array:
     """Token ids as the engine keeps them.
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..cache import Match, Pool, PrefixTree
-from .holds import Holds, common_length
-from .request import FinishReason, Reuse, Sequence, Status
+from .holds import Holds
+from .request import FinishReason, Reuse, Sequence, Status, common_length
 
 
 @dataclass(eq=False, slots=True)

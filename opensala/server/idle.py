@@ -11,7 +11,7 @@ from .limits import Gate
 
 async def release_when_idle(
     gate: Gate,
-    works: Callable[[], object],
+    is_busy: Callable[[], bool],
     forget: Callable[[], Awaitable[None]],
     forget_seconds: float,
     seconds: float = 10.0,
@@ -24,14 +24,14 @@ async def release_when_idle(
     to tens of megabytes after many at a time. Not right after each: the next one would have to ask anew.
 
     Args:
-        works: whether the engine computes something; not only for requests that are under way (a context is
-            read behind the one that made it).
+        is_busy: whether the engine computes something; not only for requests that are under way (a context
+            is read behind the one that made it).
         forget_seconds: 0 for never.
     """
     seen, was_busy, idle, forgotten = 0, False, 0.0, True
     while True:
         await asyncio.sleep(seconds)
-        if gate.num_inside or works():
+        if gate.num_inside or is_busy():
             was_busy = True
         elif was_busy or gate.num_entered != seen:
             await asyncio.to_thread(release)

@@ -108,7 +108,7 @@ class Service:
     async def _rest(self) -> None:
         with contextlib.suppress(Closed):  # the engine failed; requests say so
             await release_when_idle(
-                self.gate, lambda: self.loop.num_open, self.loop.forget, self.options.forget_seconds
+                self.gate, lambda: self.loop.num_open > 0, self.loop.forget, self.options.forget_seconds
             )
 
     async def close(self) -> None:

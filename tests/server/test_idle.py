@@ -17,10 +17,10 @@ class Scene:
     """A gate, and what is done when nobody is inside."""
 
     def __init__(self, forget_seconds, seconds=0.0):
-        self.gate, self.did, self.works = Gate(ServerOptions()), [], False
+        self.gate, self.did, self.busy, self.seconds = Gate(ServerOptions()), [], False, seconds
         release = lambda: self.did.append("release")  # noqa: E731
         self.task = asyncio.create_task(
-            release_when_idle(self.gate, lambda: self.works, self.forget, forget_seconds, seconds, release)
+            release_when_idle(self.gate, lambda: self.busy, self.forget, forget_seconds, seconds, release)
         )
 
     async def forget(self):
@@ -31,10 +31,8 @@ class Scene:
             while len(self.did) < len(expected):
                 await asyncio.sleep(0.001)
         for _ in range(20):
-            await asyncio.sleep(self.seconds_of_looks)
+            await asyncio.sleep(5 * self.seconds)
         assert self.did == expected
-
-    seconds_of_looks = 0.0
 
     def visit(self):
         self.gate.enter("a")
@@ -58,7 +56,6 @@ def test_memory_is_released_once_after_requests():
 def test_what_was_read_is_forgotten_once_nobody_came_for_long():
     async def scenario():
         scene = Scene(forget_seconds=0.02, seconds=0.001)
-        scene.seconds_of_looks = 0.005
         await scene.until([])  # nothing was read yet
         for rounds in (1, 2):
             scene.visit()
@@ -73,12 +70,11 @@ def test_what_is_computed_behind_a_request_is_not_forgotten_meanwhile():
 
     async def scenario():
         scene = Scene(forget_seconds=0.02, seconds=0.001)
-        scene.seconds_of_looks = 0.005
         scene.visit()
         await scene.until(["release", "forget", "release"])
-        scene.works = True
+        scene.busy = True
         await scene.until(["release", "forget", "release"])
-        scene.works = False
+        scene.busy = False
         await scene.until(["release", "forget", "release"] * 2)
         scene.task.cancel()
 
