@@ -85,12 +85,13 @@ void hide(float* row, int64_t seen, int64_t padded) {
   for (int64_t j = seen; j < padded; ++j) row[j] = -INF;
 }
 
-// Rows of a tile up to which values in float32 are multiplied where they lie: a copy would be read too seldom to pay.
+// Rows of a tile up to which values are multiplied where they lie: a copy would be read too seldom to pay. With values in 16
+// bits, which have to be widened each time, up to ROWS.
 constexpr int64_t FEW = 2 * ROWS;
 
-// Whether the values of a block lie so that a product can read them: full vectors of float32, one step apart.
+// Whether the values of a block lie so that a product can read them: full vectors, one step apart.
 bool readable(const Rows& v, const Attention& p) {
-  return v.kind == 0 && p.value_dim % W == 0 && (!v.pages || (v.page_size == p.block_size && v.step == 1));
+  return v.kind != INT8 && p.value_dim % W == 0 && (!v.pages || (v.page_size == p.block_size && v.step == 1));
 }
 
 // T: the type of keys that are not int8.
@@ -108,11 +109,11 @@ void tile_forward_of(const Attention& p, int64_t first, int64_t last, int64_t he
   Rows k = p.k.head(p.kv_head(head) * p.k_head), v = p.v.head(p.kv_head(head) * p.v_head);
   const float* queries = p.q + (first * p.heads + head * group) * p.dim;
   auto query = [&](int32_t i) { return queries + ((i / group) * p.heads + i % group) * p.dim; };
-  bool in_place = rows_in_tile <= FEW && readable(v, p);
   // One token: what is read next is asked for bit by bit, keys among keys and values among values.
   bool few = last - first == 1 && group <= ROWS && k.kind != INT8;
   // By pairs, rows of keys, of values and of queries hold two numbers where they hold one otherwise.
   bool by_pairs = p.narrow && !few && k.pairs(p.dim) && v.kind == BFLOAT16;
+  bool in_place = !by_pairs && rows_in_tile <= (v.kind ? ROWS : FEW) && readable(v, p);
   int64_t depth = by_pairs ? p.dim / 2 : p.dim;
   Rows packable = by_pairs ? k.as_pairs() : k;
   Scratch narrowed(by_pairs ? rows_in_tile * depth : 0), weights(by_pairs ? BATCH * padded / 2 : 0);
@@ -136,11 +137,9 @@ void tile_forward_of(const Attention& p, int64_t first, int64_t last, int64_t he
       walk.advance(next * p.block_size, k_ahead.count);
       product_few(turned.data, int(group), p.dim, walk, W, 1, scores.data);
     } else pack_transposed(packable, source.base, 1, int(source.keys), int(padded), depth, keys.data, padded, k_ahead);
-    const float* value_rows = in_place ? v.at<float>(source.base) : values.data;
     if (in_place && !few) v_ahead.fetch(0, v_ahead.count);
     if (by_pairs) pack_row_pairs(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
     else if (!in_place) pack_rows(v, source.base, int(source.keys), p.value_dim, values.data, width, v_ahead);
-    int64_t value_step = in_place ? v.stride : width;
     for_each_batch(p, asking, block, first, [&](const Batch& rows) {
       const float* a[BATCH];
       float* o[BATCH];
@@ -181,9 +180,13 @@ void tile_forward_of(const Attention& p, int64_t first, int64_t last, int64_t he
         return;
       }
       for (int64_t j = 0, step = few ? W : source.keys; j < source.keys; j += step) {
-        if (few && in_place) v_ahead.fetch<3>(j, step);
-        product<true>([&](int r, int64_t k) { return scores.data[r * padded + j + k]; }, rows.count,
-                      std::min(step, source.keys - j), value_rows + j * value_step, value_step, out_row, int(width));
+        if (few && in_place) v_ahead.fetch(j, step);
+        auto add = [&](const auto* values, int64_t value_step) {
+          product<true>([&](int r, int64_t k) { return scores.data[r * padded + j + k]; }, rows.count,
+                        std::min(step, source.keys - j), values + j * value_step, value_step, out_row, int(width));
+        };
+        if (in_place) with_type(v.kind, [&](auto type) { add(v.at<decltype(type)>(source.base), v.stride); });
+        else add(values.data, width);
       }
     });
   }

@@ -49,7 +49,7 @@ static void product_turned(const float* a, int64_t depth, const T* const* b, int
   int64_t k = 0, asked = 0;
   auto ask = [&](int64_t done) __attribute__((always_inline)) {
     for (int64_t end = many * done / depth; asked < end; ++asked)
-      for (int64_t at = 0; at < depth; at += 64 / sizeof(T)) __builtin_prefetch(soon[asked] + at, 0, 3);
+      for (int64_t at = 0; at < depth; at += 64 / sizeof(T)) __builtin_prefetch(soon[asked] + at, 0, 2);
   };
   auto add = [&](int s, int64_t k, Vec x) __attribute__((always_inline)) {
 #pragma GCC unroll 8

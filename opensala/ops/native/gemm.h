@@ -17,8 +17,8 @@ struct OfPairs {
   INLINE Vec add(Vec sum, Vec a, Vec b) { return add_pairs(sum, a, b); }
 };
 
-template <int R, int C, bool ADD, typename Of, typename A, typename Out>
-INLINE void product_tile(const A& a, int64_t depth, const float* b, int64_t ldb, const Out& out, int row, int column) {
+template <int R, int C, bool ADD, typename Of, typename A, typename B, typename Out>
+INLINE void product_tile(const A& a, int64_t depth, const B* b, int64_t ldb, const Out& out, int row, int column) {
   Vec acc[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -28,7 +28,7 @@ INLINE void product_tile(const A& a, int64_t depth, const float* b, int64_t ldb,
   for (int64_t k = 0; k < depth; ++k, b += ldb) {
     Vec x[C];
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) x[c] = load(b + c * W);
+    for (int c = 0; c < C; ++c) x[c] = load_wide(b + c * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       Vec y = splat(a(row + r, k));
@@ -42,18 +42,18 @@ INLINE void product_tile(const A& a, int64_t depth, const float* b, int64_t ldb,
     for (int c = 0; c < C; ++c) store(out(row + r) + column + c * W, acc[r][c]);
 }
 
-template <int R, bool ADD, typename Of, typename A, typename Out>
-INLINE void product_rows(const A& a, int64_t depth, const float* b, int64_t ldb, const Out& out, int row, int columns) {
+template <int R, bool ADD, typename Of, typename A, typename B, typename Out>
+INLINE void product_rows(const A& a, int64_t depth, const B* b, int64_t ldb, const Out& out, int row, int columns) {
   int column = 0;
   for (; column + COLS * W <= columns; column += COLS * W)
     product_tile<R, COLS, ADD, Of>(a, depth, b, ldb, out, row, column);
   for (; column < columns; column += W) product_tile<R, 1, ADD, Of>(a, depth, b, ldb, out, row, column);
 }
 
-// out(r)[0 .. columns) (+)= sum over k < depth of a(r, k) * b[k * ldb ...]; columns is a multiple of W. Of pairs, a and b
-// hold two numbers each.
-template <bool ADD, typename Of = OfFloats, typename A, typename Out>
-static void product(const A& a, int rows, int64_t depth, const float* b, int64_t ldb, const Out& out, int columns) {
+// out(r)[0 .. columns) (+)= sum over k < depth of a(r, k) * b[k * ldb ...]; columns is a multiple of W. b is widened as it is
+// read. Of pairs, a and b hold two numbers each.
+template <bool ADD, typename Of = OfFloats, typename A, typename B, typename Out>
+static void product(const A& a, int rows, int64_t depth, const B* b, int64_t ldb, const Out& out, int columns) {
   int row = 0;
   for (; row + ROWS <= rows; row += ROWS) product_rows<ROWS, ADD, Of>(a, depth, b, ldb, out, row, columns);
   // Three together (the query heads of a small group) keep enough sums under way; one row alone waits for its own.
@@ -61,6 +61,8 @@ static void product(const A& a, int rows, int64_t depth, const float* b, int64_t
   for (; row + 2 <= rows; row += 2) product_rows<2, ADD, Of>(a, depth, b, ldb, out, row, columns);
   if (row < rows) product_rows<1, ADD, Of>(a, depth, b, ldb, out, row, columns);
 }
+
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Element types of keys and values: 0 float32, 1 bfloat16, 2 float16, 3 int8 with a float32 scale behind each row.
 constexpr int64_t BFLOAT16 = 1, INT8 = 3, SCALE_BYTES = 4;
@@ -196,15 +198,48 @@ static void pack_rows(const Row& row, int count, int padded, int64_t depth, floa
   }
 }
 
-static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// Blocks of memory that were used before, by the power of two that is their size: a thread keeps some of each. The system
+// takes longer to give a block, and to take it back, than a small piece of work takes to use it.
+class Blocks {
+ public:
+  ~Blocks() {
+    for (int power = 0; power < POWERS; ++power)
+      for (int i = 0; i < count_[power]; ++i) std::free(kept_[power][i]);
+  }
+  void* take(int64_t bytes) {
+    int power = power_of(bytes);
+    if (power < POWERS && count_[power]) return kept_[power][--count_[power]];
+    return std::aligned_alloc(64, power < POWERS ? LEAST << power : round_up(bytes, 64));
+  }
+  void put_back(void* block, int64_t bytes) {
+    int power = power_of(bytes);
+    if (power < POWERS && count_[power] < MOST) kept_[power][count_[power]++] = block;
+    else std::free(block);
+  }
+
+ private:
+  static constexpr int64_t LEAST = 256;
+  static constexpr int POWERS = 11, MOST = 8;  // up to 256 KB; blocks of each
+  static int power_of(int64_t bytes) {
+    int power = 0;
+    while ((LEAST << power) < bytes) ++power;
+    return power;
+  }
+  void* kept_[POWERS][MOST];
+  int count_[POWERS] = {};
+};
+inline thread_local Blocks blocks_of_thread;
 
 // Scratch memory of one thread, aligned to cache lines.
 struct Scratch {
   float* data;
-  explicit Scratch(int64_t floats) : data(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4 + 64, 64)))) {}
-  ~Scratch() { std::free(data); }
+  explicit Scratch(int64_t floats) : data(static_cast<float*>(blocks_of_thread.take(floats * 4 + 64))), bytes_(floats * 4 + 64) {}
+  ~Scratch() { blocks_of_thread.put_back(data, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+
+ private:
+  int64_t bytes_;
 };
 
 // The same for rows first, first + step, ... of a tensor of any element type.

@@ -13,16 +13,17 @@ constexpr int ROWS_HELD = W == 16 ? 8 : 4;  // state rows in registers at once
 constexpr int TOKENS = 64;                  // of a block
 constexpr int64_t SINGLE_WORK = 1 << 16;    // multiplications below which a second thread costs more than it saves
 
-// R rows of the state from `row` on, C vectors wide, walk over `count` tokens: state <- keep state + k v, out += q state.
+// R rows of the state, C vectors wide, walk from `state` over `count` tokens to `to`, rows `width` apart:
+// state <- keep state + k v, out += q state.
 template <int R, int C>
 INLINE void walk(const float* q, const float* k, const float* v, int64_t token, int64_t key_token, int64_t value_token, int count, float keep,
-                 float* state, int64_t width, float* out) {
+                 const float* state, float* to, int64_t width, float* out) {
   Vec held[R][C];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) held[r][c] = load(state + r * width + c * W);
-  for (int t = 0; t < count; ++t, q += token, k += key_token, v += value_token, out += width) {
+  for (int t = 0; t < count; ++t, q += token, k += key_token, v += value_token, out += C * W) {
     Vec value[C], sum[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) value[c] = load(v + c * W), sum[c] = load(out + c * W);
@@ -41,22 +42,29 @@ INLINE void walk(const float* q, const float* k, const float* v, int64_t token, 
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(state + r * width + c * W, held[r][c]);
+    for (int c = 0; c < C; ++c) store(to + r * width + c * W, held[r][c]);
 }
 
-// One sequence and head, columns first ... first + width - 1 of values and state; width is a multiple of W, padded.
+// One sequence and head, columns first ... first + width - 1 of values and state; width is a multiple of W, padded. Where
+// there are so many columns, states are read from their slot and written to theirs, else in `state` between.
 template <int C>
 void run(const Slots& s, int64_t n, int64_t head, int64_t first, float* state, float* values, float* sums) {
   constexpr int64_t width = C * W;
   int64_t columns = std::min(width, s.value_dim - first), size = s.heads * s.dim * s.value_dim;
   int64_t offset = head * s.dim * s.value_dim + first, token = s.heads * s.dim, value_token = s.heads * s.value_dim;
   int64_t kv_head = head / s.repeats, key_token = token / s.repeats, from_token = value_token / s.repeats;
-  std::fill_n(state, s.dim * width, 0.0f);
-  if (s.read[n] >= 0)
-    for (int64_t d = 0; d < s.dim; ++d)
-      std::copy_n(s.states + s.read[n] * size + offset + d * s.value_dim, columns, state + d * width);
+  bool in_place = columns == width && s.bounds[n] < s.bounds[n + 1];
+  float* to = in_place ? s.states + s.write[n] * size + offset : state;
+  const float* from = s.read[n] >= 0 ? s.states + s.read[n] * size + offset : nullptr;
+  int64_t step = in_place ? s.value_dim : width;
+  for (int64_t d = 0; !(in_place && from) && d < s.dim; ++d) {
+    float* row = to + d * step;
+    if (from) std::copy_n(from + d * s.value_dim, columns, row), std::fill(row + columns, row + width, 0.0f);
+    else std::fill_n(row, width, 0.0f);
+  }
+  if (!(in_place && from)) from = to;
   float keep = std::exp(-s.decay[head]);
-  for (int64_t t = s.bounds[n]; t < s.bounds[n + 1]; t += TOKENS) {
+  for (int64_t t = s.bounds[n]; t < s.bounds[n + 1]; t += TOKENS, from = to) {
     int count = int(std::min<int64_t>(TOKENS, s.bounds[n + 1] - t));
     const float *q = s.q + t * token + head * s.dim, *k = s.k + t * key_token + kv_head * s.dim;
     const float* v = s.v + t * from_token + kv_head * s.value_dim + first;
@@ -65,12 +73,14 @@ void run(const Slots& s, int64_t n, int64_t head, int64_t first, float* state, f
     std::fill_n(sums, count * width, 0.0f);
     int64_t d = 0;
     for (; d + ROWS_HELD <= s.dim; d += ROWS_HELD)
-      walk<ROWS_HELD, C>(q + d, k + d, values, token, key_token, width, count, keep, state + d * width, width, sums);
-    for (; d < s.dim; ++d) walk<1, C>(q + d, k + d, values, token, key_token, width, count, keep, state + d * width, width, sums);
+      walk<ROWS_HELD, C>(q + d, k + d, values, token, key_token, width, count, keep, from + d * step, to + d * step, step, sums);
+    for (; d < s.dim; ++d)
+      walk<1, C>(q + d, k + d, values, token, key_token, width, count, keep, from + d * step, to + d * step, step, sums);
     float* out = s.out + t * value_token + head * s.value_dim + first;
     for (int i = 0; i < count; ++i)
       for (int64_t c = 0; c < columns; ++c) out[i * value_token + c] = sums[i * width + c] * s.scale;
   }
+  if (in_place) return;
   for (int64_t d = 0; d < s.dim; ++d)
     std::copy_n(state + d * width, columns, s.states + s.write[n] * size + offset + d * s.value_dim);
 }
