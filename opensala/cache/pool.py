@@ -25,7 +25,8 @@ class Pool:
         self.what = what
         self.freed: Callable[[int], None] | None = None  # told of each place that nobody holds any longer
         self._references = [0] * size
-        self._free = list(range(size - 1, -1, -1))  # the last one given back is the next one taken
+        # In order: the last one given back is the next one taken.
+        self._free = dict.fromkeys(range(size - 1, -1, -1))
 
     @property
     def size(self) -> int:
@@ -52,10 +53,23 @@ class Pool:
         """
         if count > len(self._free):
             raise PoolExhausted(f"{count} {self.what} are needed, {len(self._free)} of {self.size} are free")
-        taken = [self._free.pop() for _ in range(count)]
+        taken = [self._free.popitem()[0] for _ in range(count)]
         for place in taken:
             self._references[place] = 1
         return taken
+
+    def take_again(self, place: int) -> int:
+        """`place` if it is free, else another free one, held once from now on: what was there not long ago
+        may still lie in a near cache.
+
+        Raises:
+            PoolExhausted: none is free.
+        """
+        if place not in self._free:
+            return self.take()[0]
+        del self._free[place]
+        self._references[place] = 1
+        return place
 
     def share(self, places: Iterable[int]) -> None:
         """Hold places once more that someone holds already."""
@@ -69,13 +83,13 @@ class Pool:
             assert self._references[place] > 0, f"{self.what} {place} is free already"
             self._references[place] -= 1
             if not self._references[place]:
-                self._free.append(place)
+                self._free[place] = None
                 if self.freed is not None:
                     self.freed(place)
 
     def grow(self, size: int) -> None:
         """Add free places until there are `size`."""
-        self._free[:0] = range(size - 1, self.size - 1, -1)
+        self._free = dict.fromkeys(range(size - 1, self.size - 1, -1)) | self._free
         self._references += [0] * (size - self.size)
 
     def check_integrity(self, holders: Iterable[Iterable[int]]) -> None:
@@ -85,6 +99,4 @@ class Pool:
         for place, count in enumerate(self._references):
             assert count == held[place], f"{self.what} {place}: {count} references, {held[place]} holders"
         free = {place for place, count in enumerate(self._references) if not count}
-        assert len(self._free) == len(free) and set(self._free) == free, (
-            f"the free list of {self.what} is wrong"
-        )
+        assert set(self._free) == free, f"the free list of {self.what} is wrong"

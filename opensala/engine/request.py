@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -207,8 +207,7 @@ class Completion:
     accepted: int = 0
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """What a step of the engine has to say about a request.
 
     Attributes:
@@ -245,6 +244,7 @@ class Sequence:
         num_cached: tokens whose keys, values and states stand.
         pages: pages of the cached tokens, in order (the last one in part), and of those being computed.
         slot: slot of the states behind the cached tokens; -1 for none.
+        last_slot: the one before, where the next states go if it is still free: a core has it at hand.
         marks: places, ascending, at which a snapshot is to be kept.
         draft: tokens guessed for the next step.
         arrival: number of its arrival, for order.
@@ -261,6 +261,7 @@ class Sequence:
     num_cached: int = 0
     pages: array = field(default_factory=lambda: array("i"))
     slot: int = -1
+    last_slot: int = -1
     marks: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     status: Status = Status.WAITING

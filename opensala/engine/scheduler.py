@@ -196,7 +196,7 @@ class Scheduler:
         self._step.works.remove(work)
         if sequence.slot >= 0:
             self.slots.release([sequence.slot])
-        sequence.slot = work.slot
+        sequence.slot, sequence.last_slot = work.slot, sequence.slot
         sequence.num_cached += kept
         if sequence.num_cached in sequence.marks:
             sequence.marks.remove(sequence.num_cached)
@@ -240,23 +240,32 @@ class Scheduler:
         drafted = max(0, count - pending)
         completes = count - drafted == pending
         step.works.append(
-            Work(sequence, count, sparse, self.slots.take()[0], drafted, pending > 1, completes)
+            Work(
+                sequence,
+                count,
+                sparse,
+                self.slots.take_again(sequence.last_slot),
+                drafted,
+                pending > 1,
+                completes,
+            )
         )
         return count
 
     def _make_room(self, sequence: Sequence, step: Step, pages: int, slots: int) -> bool:
         """See that so many pages and slots are free; False if the sequence itself is the one to give way."""
-        while True:
+        while self.pages.num_free < pages or self.slots.num_free < slots:
             if self.slots.num_free < slots:
                 self.tree.evict_slots(slots)
             if self.pages.num_free < pages:
                 self.tree.evict_pages(max(pages, self.pages.size // 64))
             if self.pages.num_free >= pages and self.slots.num_free >= slots:
-                return True
+                break
             youngest = max(self.running, key=lambda s: s.arrival)
             self._preempt(youngest, step)
             if youngest is sequence:
                 return False
+        return True
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         """Take a sequence's memory; it waits, first in line, to be computed again."""

@@ -47,11 +47,29 @@ def test_growth_adds_free_places():
     assert pool.size == 5 and pool.num_free == 4 and sorted(pool.take(4)) == [1, 2, 3, 4]
 
 
+def test_a_place_is_taken_again():
+    pool = Pool(3, "slots")
+    a, b, c = pool.take(3)
+    pool.release([a, c])
+    assert pool.take_again(b) == c, "held: the one given back last"
+    assert pool.take_again(a) == a and not pool.num_free
+    with pytest.raises(PoolExhausted):
+        pool.take_again(-1)
+    pool.release([c, a, b])
+    assert [pool.take_again(place) for place in (a, c, -1)] == [a, c, b]
+    pool.check_integrity([[a, b, c]])
+
+
 def test_ten_thousand_random_operations():
     rng, pool, holders = random.Random(0), Pool(50, "pages"), []
     for _ in range(10_000):
         action = rng.random()
-        if action < 0.4 and pool.num_free:
+        if action < 0.2 and pool.num_free:
+            wanted = rng.randrange(-1, 50)
+            free = wanted in pool.free
+            holders.append([pool.take_again(wanted)])
+            assert (holders[-1] == [wanted]) == free
+        elif action < 0.4 and pool.num_free:
             holders.append(pool.take(rng.randint(1, min(4, pool.num_free))))
         elif action < 0.6 and holders:
             twin = list(rng.choice(holders))

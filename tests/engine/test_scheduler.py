@@ -39,6 +39,22 @@ def finish_works(planned, step, rng=None, token=5):
         work.sequence.draft = []
 
 
+def test_the_states_of_a_sequence_alternate_between_two_slots():
+    """Whatever the others do: the core that has computed a sequence has both in its cache."""
+    planned, used = scheduler(running=3), {}
+    running = [sequence([3 + n] * 5, n, 100) for n in range(3)]
+    for one in running:
+        planned.add(one)
+    for step in range(30):
+        if step == 20:
+            planned.finish(running.pop(1), FinishReason.ABORT)
+        finish_works(planned, planned.schedule())
+        for one in running:
+            used.setdefault(one.request_id, []).append(one.slot)
+    for slots in used.values():
+        assert len(set(slots[3:])) == 2 and all(a != b for a, b in zip(slots, slots[1:], strict=False))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_ten_thousand_random_operations(seed):
     rng = random.Random(seed)

@@ -1,52 +1,17 @@
 // A decoding step of a whole model in one call: embeddings in, hidden states and logits out.
 //
 // One team of threads goes through all layers. Between two parts of a layer that need each other's results it waits at a
-// barrier of its own, spinning, for what a part takes is less than what it costs to put a thread to sleep. Every part is
-// made of the pieces that calls of whole layers are made of (`parts.h`), so the bits are those of the layers run one by
-// one, however many tokens, sequences and threads there are.
+// barrier of its own, spinning, for what a part takes is less than what it costs to put a thread to sleep. Where the weights
+// of a model are few and the sequences many, each thread takes some of the sequences through all layers by itself instead
+// (`step.h`). Every part is made of the pieces that calls of whole layers are made of (`parts.h`), so the bits are those of
+// the layers run one by one, however many tokens, sequences and threads there are.
 #include <vector>
 
 #include "parts.h"
+#include "step.h"
 #include "team.h"
 
 namespace {
-
-// --- what Python hands over (`engine/native_step.py` has the same structures; every field is 8 bytes) ---
-
-struct Layer {
-  int64_t sparse;  // else Lightning
-  const float *input_norm, *post_norm;
-  Weights q, k, v, gate, o;     // gate.data is null if there is none
-  Weights mlp_gate, mlp_up, down;
-  const float *q_norm, *k_norm, *o_norm;  // null for none
-  int64_t heads, kv_heads, dim, rotates;
-  // sparse layers: the pool
-  void *keys, *values, *k1, *k2;
-  // Lightning layers
-  float* states;
-  const float* decay;
-};
-
-struct Model {
-  const Layer* layers;
-  int64_t count, hidden, inner;  // inner: of the feed-forward
-  Weights embedding, head;       // head.data is null if no logits are wanted from it
-  const float* norm;
-  double eps, residual_scale, embedding_scale, logit_divisor, lightning_scale, factor;  // factor: scale * log2(e)
-  // the pool of the sparse layers: element types of keys and values and of k1 and k2, and elements from page to page, row to row, head to head
-  int64_t kind, level_kind, kv[4][3];
-  int64_t block, stride, kernel, init, window_blocks, num_blocks, coarse;
-};
-
-struct Batch {
-  const int32_t *ids, *bounds, *lengths, *pages, *sparse, *read, *write;
-  const float *cos[2], *sin[2];  // of Lightning and of sparse layers: `[T, dim / 2]`, or null
-  const float* growth;           // [T], on the queries of sparse layers, or null
-  int64_t sequences, width, any_sparse;
-  float *hidden, *logits;        // `[T, W]`; `[T, V]` or null
-  float* kept;  // keys, then values `[T, Hkv * D]` of each Lightning layer, or null
-  int32_t* chosen;  // blocks `[T, Hkv, K]` of each sparse layer, or null; rows of dense sequences are left as they are
-};
 
 // What all threads see: `[T, width]` each.
 struct Shared {
@@ -84,8 +49,9 @@ int64_t widest(const Model& m, int64_t (*of)(const Layer&)) {
 
 class Worker {
  public:
-  Worker(const Model& m, const Batch& b, Shared& shared, Team& team, int64_t threads)
-      : m_(m), b_(b), s_(shared), team_(team), threads_(threads), tokens_(b.bounds[b.sequences]),
+  // `tokens_of_call`: those of all parts of a step, which what is kept and chosen lies in.
+  Worker(const Model& m, const Batch& b, Shared& shared, Team& team, int64_t threads, int64_t tokens_of_call)
+      : m_(m), b_(b), s_(shared), team_(team), threads_(threads), tokens_(b.bounds[b.sequences]), tokens_of_call_(tokens_of_call),
         table_{b.bounds, b.lengths, b.pages, b.sparse, b.sequences, b.width}, inner_(widest(m, [](const Layer& l) { return l.q.outer; })),
         x_(tokens_ * m.hidden), next_(tokens_ * m.hidden), normal_(tokens_ * std::max(m.hidden, inner_)),
         widened_(needs_widened() ? WIDENED : 0) {}
@@ -113,7 +79,7 @@ class Worker {
   const Batch& b_;
   Shared& s_;
   Team& team_;
-  int64_t threads_, tokens_;
+  int64_t threads_, tokens_, tokens_of_call_;
   PageTable table_;
   int64_t inner_;
   // Every thread keeps the residual stream for itself: what all would have to wait for takes less time than waiting.
@@ -123,8 +89,7 @@ class Worker {
   bool needs_widened() const {
     bool codes = has_codes(m_.head);
     for (int64_t i = 0; i < m_.count && !codes; ++i) {
-      const Layer& l = m_.layers[i];
-      for (const Weights* w : {&l.q, &l.k, &l.v, &l.gate, &l.o, &l.mlp_gate, &l.mlp_up, &l.down}) codes |= has_codes(*w);
+      for (const Weights* w : weights_of(m_.layers[i])) codes |= has_codes(*w);
     }
     return codes && tokens_ >= 4;
   }
@@ -256,11 +221,11 @@ class Worker {
 
   void keep(const Layer& l, int64_t n, int64_t head, int64_t number, const float* k) {
     int64_t width = l.kv_heads * l.dim;
-    float* to = b_.kept + 2 * number * tokens_ * width;
+    float* to = b_.kept + 2 * number * tokens_of_call_ * width;
     for (int64_t t = b_.bounds[n]; t < b_.bounds[n + 1]; ++t) {
       int64_t at = t * width + head * l.dim;
       std::copy_n(k + at, l.dim, to + at);
-      std::copy_n(s_.v.data + at, l.dim, to + tokens_ * width + at);
+      std::copy_n(s_.v.data + at, l.dim, to + tokens_of_call_ * width + at);
     }
   }
 
@@ -298,7 +263,7 @@ class Worker {
 
   // Where the blocks of a sparse layer go: to the caller, or to where those of the layer before were.
   int32_t* blocks(const Layer& l, int64_t number) {
-    return b_.chosen ? b_.chosen + number * tokens_ * l.kv_heads * m_.num_blocks : s_.blocks.data();
+    return b_.chosen ? b_.chosen + number * tokens_of_call_ * l.kv_heads * m_.num_blocks : s_.blocks.data();
   }
 
   void attend(const Layer& l, int32_t* all) {
@@ -377,6 +342,21 @@ class Worker {
   }
 };
 
+// Room for what the threads of a step or of a part of it see.
+Shared room_for(const Model& m, const Batch& b) {
+  int64_t tokens = b.bounds[b.sequences];
+  int64_t q = widest(m, [](const Layer& l) { return l.q.outer; }), kv = widest(m, [](const Layer& l) { return l.k.outer; });
+  int64_t wide = std::max(q, m.inner), kv_heads = widest(m, [](const Layer& l) { return l.kv_heads; });
+  bool narrow = m.kind == BFLOAT16;
+  int64_t row = row_of_scores(m, b), heads = widest(m, [](const Layer& l) { return l.heads; });
+  return Shared{Scratch(tokens * wide), Scratch(tokens * kv), Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * q),
+                Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * m.inner), Scratch(tokens * m.inner),
+                Scratch(tokens * m.hidden), Scratch(tokens * std::max(m.hidden, q)),
+                std::vector<int32_t>(b.any_sparse && !b.chosen ? tokens * kv_heads * m.num_blocks : 0),
+                std::vector<BFloat16>(narrow ? tokens * kv : 0), std::vector<BFloat16>(narrow ? tokens * kv : 0),
+                row, Scratch(row ? tokens * heads : 0), Scratch(tokens * kv_heads * row)};
+}
+
 }  // namespace
 
 // `model` and `batch` point to the structures above.
@@ -384,22 +364,23 @@ extern "C" void opensala_step(const void* model, const void* batch, int64_t thre
   const Model& m = *static_cast<const Model*>(model);
   const Batch& b = *static_cast<const Batch*>(batch);
   int64_t tokens = b.bounds[b.sequences];
-  int64_t q = widest(m, [](const Layer& l) { return l.q.outer; }), kv = widest(m, [](const Layer& l) { return l.k.outer; });
-  int64_t wide = std::max(q, m.inner), kv_heads = widest(m, [](const Layer& l) { return l.kv_heads; });
-  bool narrow = m.kind == BFLOAT16;
-  int64_t row = row_of_scores(m, b), heads = widest(m, [](const Layer& l) { return l.heads; });
-  Shared shared{Scratch(tokens * wide), Scratch(tokens * kv), Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * q),
-                Scratch(tokens * kv), Scratch(tokens * q), Scratch(tokens * m.inner), Scratch(tokens * m.inner),
-                Scratch(tokens * m.hidden), Scratch(tokens * std::max(m.hidden, q)),
-                std::vector<int32_t>(b.any_sparse && !b.chosen ? tokens * kv_heads * m.num_blocks : 0),
-                std::vector<BFloat16>(narrow ? tokens * kv : 0), std::vector<BFloat16>(narrow ? tokens * kv : 0),
-                row, Scratch(row ? tokens * heads : 0), Scratch(tokens * kv_heads * row)};
+  if (std::vector<int64_t> ends = ends_of_parts(m, b, threads); !ends.empty()) {
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+    for (size_t i = 0; i < ends.size(); ++i) {
+      Part part(m, b, i ? ends[i - 1] : 0, ends[i]);
+      Shared shared = room_for(m, part.batch());
+      Team alone(1);
+      Worker(m, part.batch(), shared, alone, 1, tokens).run();
+    }
+    return;
+  }
+  Shared shared = room_for(m, b);
   Team* team = nullptr;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp single
     team = new Team(omp_get_num_threads());
-    Worker(m, b, shared, *team, omp_get_num_threads()).run();
+    Worker(m, b, shared, *team, omp_get_num_threads(), tokens).run();
   }
   delete team;
 }
