@@ -1,21 +1,22 @@
 """What each sequence of a step gets: from hidden states to tokens, scores of prompts, and errors."""
 
-import math
 from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from math import isfinite
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..model.batch import on_device
+from ..ops import Likeliest, likeliest
 from .detokenize import Detokenizer
 from .grammar import GrammarTooComplex, Guide
 from .request import Completion, Sequence
 from .runner import Runner
-from .sampler import Choice, check_finite, choose, greedy, log_probabilities
+from .sampler import Choice, choose
 from .scheduler import Step, Work
 from .speculate import Drafter
 
@@ -93,34 +94,29 @@ class Chooser:
     def _choose_tokens(self, wanted: list[tuple[Work, Outcome]], logits: Tensor) -> None:
         """Tokens of the works that complete, from logits `[R, V]` of the places behind which one is
         wanted."""
-        logprobs, best = log_probabilities(logits), greedy(logits)
-        # One copy from the device; no vocabulary has more tokens than float32 counts exactly (2^24).
-        of_best = logprobs.gather(1, best[:, None])[:, 0]
-        answers = torch.stack(
-            [best.float(), of_best, *(x.float() for x in logits.aminmax(dim=1))], 1
-        ).tolist()
-        first = 0
+        answers, first = likeliest(logits), 0
         for work, found in wanted:
             sequence = work.sequence
             request = self._requests[sequence.request_id]
             text = list(sequence.tokens) if sequence.params.has_penalties else []
             for i in range(work.drafted + 1):
                 row = first + i
-                token, logprob, lowest, highest = answers[row]
-                if not (math.isfinite(lowest) and math.isfinite(highest)):
+                best = answers[row]
+                if not _finite(best):
                     place = f"behind token {sequence.num_tokens + i}"
                     found.error = _not_finite(place, "; try dtype float32")
                     break
-                likeliest = token = int(token)
+                token, logit = best.token, best.highest
                 if not request.takes_likeliest:
                     try:
                         token = self._choose_token(request, i, logits[row], text)
                     except GrammarTooComplex as error:
                         found.error, found.by_request = str(error), True
                         break
-                    logprob = logprob if token == likeliest else float(logprobs[row, token])
-                top = _most_likely(logprobs[row], n) if (n := sequence.params.logprobs) else ()
-                found.choices.append(Choice(token, logprob, top))
+                    if token != best.token:
+                        logit = float(logits[row, token])
+                top = _most_likely(logits[row], best.lse, n) if (n := sequence.params.logprobs) else ()
+                found.choices.append(Choice(token, logit - best.lse, top))
                 text.append(token)
                 if self._ends(sequence, token, len(found.choices)):
                     break
@@ -161,15 +157,16 @@ class Chooser:
         for start in range(begin, work.count, self.runner.rows_at_a_time):
             end = min(work.count, start + self.runner.rows_at_a_time)
             logits = self.runner.logits(hidden[start:end])
-            if not bool(check_finite(logits).all()):
+            rows = likeliest(logits)
+            if not all(map(_finite, rows)):
                 place = f"between tokens {sequence.num_cached + start} and {sequence.num_cached + end}"
                 found.error = _not_finite(place)
                 return
-            targets = torch.tensor(known[sequence.num_cached + start : sequence.num_cached + end])
-            every = log_probabilities(logits)
-            logprobs = every.gather(1, targets.to(logits.device, torch.long)[:, None])[:, 0]
-            right = logits.argmax(-1).cpu() == targets
-            found.scores += zip(logprobs.tolist(), right.tolist(), strict=True)
+            targets = known[sequence.num_cached + start : sequence.num_cached + end]
+            places = torch.tensor(targets, dtype=torch.long, device=logits.device)[:, None]
+            of_targets = logits.gather(1, places)[:, 0].tolist()
+            for row, target, logit in zip(rows, targets, of_targets, strict=True):
+                found.scores.append((logit - row.lse, row.token == target))
 
 
 def _rows(step: Step) -> np.ndarray:
@@ -182,6 +179,11 @@ def _rows(step: Step) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def _finite(row: Likeliest) -> bool:
+    """Whether all logits of a row are."""
+    return isfinite(row.lse) and isfinite(row.lowest) and isfinite(row.highest)
+
+
 def _not_finite(place: str, advice: str = "") -> str:
     return (
         f"the model's output {place} is not finite (NaN or infinity): its weights are damaged, or its dtype "
@@ -189,7 +191,9 @@ def _not_finite(place: str, advice: str = "") -> str:
     )
 
 
-def _most_likely(logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+def _most_likely(logits: Tensor, lse: float, count: int) -> tuple[tuple[int, float], ...]:
     """The `count` most likely tokens of all `[V]` and their log-probabilities."""
-    best = logprobs.topk(count)
-    return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    best = logits.topk(count)
+    return tuple(
+        (i, logit - lse) for i, logit in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )

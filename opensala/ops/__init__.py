@@ -4,6 +4,7 @@ from .backends import use_backend
 from .divergence import TokenWeights, divergence
 from .fused import add_rms_norm, add_scaled, norm_gate, norm_rope, rms_norm, silu_mul, split_heads
 from .lightning import alibi_slopes, lightning_attention, lightning_attention_slots
+from .likeliest import Likeliest, likeliest
 from .linear import linear
 from .sparse import (
     BlockSpec,
@@ -23,6 +24,7 @@ from .sparse import (
 __all__ = [
     "BlockSpec",
     "KVPages",
+    "Likeliest",
     "PageTable",
     "TokenWeights",
     "add_rms_norm",
@@ -35,6 +37,7 @@ __all__ = [
     "extend_compressed",
     "lightning_attention",
     "lightning_attention_slots",
+    "likeliest",
     "linear",
     "norm_gate",
     "norm_rope",

@@ -12,6 +12,7 @@ import torch
 
 from opensala import SALACache
 from opensala.engine import Engine, EngineOptions, FinishReason, SamplingParams, load_engine
+from opensala.ops import likeliest
 
 from ..conftest import tiny_model
 
@@ -37,8 +38,9 @@ def by_hand(model, prompt, count):
     cache.begin_prompt([len(prompt)])
     logits = model(torch.tensor([prompt]), past_key_values=cache).logits[0, -1]
     for _ in range(count):
-        tokens.append(int(logits.argmax()))
-        logprobs.append(float(torch.log_softmax(logits, -1)[tokens[-1]]))
+        (best,) = likeliest(logits[None])
+        tokens.append(best.token)
+        logprobs.append(best.highest - best.lse)
         logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1]
     return tokens, logprobs
 
@@ -314,8 +316,9 @@ def test_scores_are_those_of_the_model(length):
     model, text = tiny_model(), ids(length)
     with torch.no_grad():
         logits = model(torch.tensor([text[:-1]]), use_cache=False).logits[0]
-    logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist()
-    likely = (logits.argmax(-1) == torch.tensor(text[1:])).tolist()
+    rows = likeliest(logits)
+    logprobs = [float(x[token]) - row.lse for x, token, row in zip(logits, text[1:], rows, strict=True)]
+    likely = [row.token == token for row, token in zip(rows, text[1:], strict=True)]
     for start in {1, length // 2, length - 1} - {0}:
         (done,) = engine(model).generate([text], SamplingParams(max_tokens=0, score_from=start))
         assert done.scores == list(zip(logprobs[start - 1 :], likely[start - 1 :], strict=True))
