@@ -17,9 +17,17 @@ class Detokenizer:
         tokenizer: of transformers; None for an engine without one, whose texts are empty.
         stop: texts at which the answer ends; the first one found is cut off, with what is behind it.
         keep_special: special tokens are part of the text.
+        lengths: of single tokens in characters, as far as they are known: for others of the same tokenizer
+            and `keep_special`.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), keep_special: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        keep_special: bool = False,
+        lengths: dict[int, int] | None = None,
+    ) -> None:
         self._tokenizer, self._stop, self._keep_special = tokenizer, tuple(stop), keep_special
         # Twice a token, what transformers does around its backend takes longer than the decoding. It adds
         # nothing where no spaces are cleaned up.
@@ -27,6 +35,7 @@ class Detokenizer:
         cleans_up = getattr(tokenizer, "clean_up_tokenization_spaces", True)
         self._decoder = tokenizer if backend is None or cleans_up else backend
         self._tokens: list[int] = []
+        self._lengths = {} if lengths is None else lengths
         self._start = self._read = 0  # tokens before `start` are decoded for good; up to `read`, as context
         self.text = ""  # decoded so far
         self._given = 0  # characters of it that were handed out
@@ -43,22 +52,30 @@ class Detokenizer:
         if self._tokenizer is None or self.stopped:
             return ""
         self._tokens.append(token)
-        before = self._decode(self._tokens[self._start : self._read])
         now = self._decode(self._tokens[self._start :])
         if now.endswith(_CUT):
             return ""
-        self.text += now[len(before) :]
+        self.text += now[self._before() :]
         self._start, self._read = self._read, len(self._tokens)
         return self._certain()
 
     def finish(self) -> str:
         """The rest of the text, an unfinished character at its end included."""
         if self._tokenizer is not None and not self.stopped:
-            before = self._decode(self._tokens[self._start : self._read])
-            self.text += self._decode(self._tokens[self._start :])[len(before) :]
+            self.text += self._decode(self._tokens[self._start :])[self._before() :]
             self._start = self._read = len(self._tokens)
             self._cut_at_stop()
         return self._hand_out(len(self.text))
+
+    def _before(self) -> int:
+        """Characters of the tokens that are decoded already; of most texts one, of which each is decoded
+        once."""
+        tokens = self._tokens[self._start : self._read]
+        if len(tokens) != 1:
+            return len(self._decode(tokens))
+        if tokens[0] not in self._lengths:
+            self._lengths[tokens[0]] = len(self._decode(tokens))
+        return self._lengths[tokens[0]]
 
     def _decode(self, tokens: list[int]) -> str:
         return self._decoder.decode(tokens, skip_special_tokens=not self._keep_special) if tokens else ""

@@ -112,6 +112,7 @@ class Engine:
         self.prefixes: KeptPrefixes | None = None  # asked for each prompt
         self.last_read = 0  # tokens of prompts that the last step computed
         self._requests: dict[str, ActiveRequest] = {}
+        self._text_lengths: dict[bool, dict[int, int]] = {False: {}, True: {}}  # see Detokenizer
         self.chooser = Chooser(self.runner, self._requests, self.end_ids)
         self._numbers = itertools.count()
         if self.options.host_memory is not None or self.options.device_memory is not None:
@@ -233,7 +234,9 @@ class Engine:
         drafts = self.options.speculate if params.speculate is None else params.speculate
         self._requests[request_id] = ActiveRequest(
             sequence,
-            Detokenizer(self.tokenizer, params.stop, params.keep_special),
+            Detokenizer(
+                self.tokenizer, params.stop, params.keep_special, self._text_lengths[params.keep_special]
+            ),
             Completion(request_id),
             None if params.is_greedy else _generator(params.seed),
             Drafter(drafts) if drafts and params.max_tokens else None,
@@ -244,6 +247,7 @@ class Engine:
             wanted = sequence.tokens[: self.scheduler.wanted_length(sequence)]
             self.prefixes.bring(self, wanted, sequence.is_sparse(0), namespace)
         self.scheduler.add(sequence)
+        self.runner.native.look_again()
         return request_id
 
     def abort(self, request_id: str) -> TokenEvent:

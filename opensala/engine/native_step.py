@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..model import MiniCPMSALAForCausalLM
 from ..model.attention import LightningMixer, SparseMixer, log_growth
@@ -36,6 +37,7 @@ from ..ops.native.tensors import KINDS, threads
 logger = logging.getLogger("opensala")
 
 MOST_TOKENS = 64  # of a step: beyond, arithmetic outweighs Python
+LOOK_EVERY = 16  # steps: looking at all modules takes as long as the Python of a sequence or two
 _LIKE = torch.empty(0)  # activations: float32 on a CPU
 _said: set[str] = set()
 
@@ -261,6 +263,10 @@ class _Angles:
 class NativeSteps:
     """The steps of a model over a storage, in one call each.
 
+    Whether the model is still as it was (its modules, and where its weights lie) is looked at when a request
+    has come and every `LOOK_EVERY` steps; a hook is seen at once. Weights that change in place are read anew
+    by every step.
+
     Attributes:
         reason: why no step of this model runs so, or None.
         num_steps: how many did.
@@ -272,6 +278,7 @@ class NativeSteps:
         self.reason = self._unsuited(modules)
         self._described: _Described | None = None
         self._addresses: list[int] = []
+        self._steps_left, self._hooks_made = 0, 0  # until the next look; hooks that there ever were
         self._watch = ModuleWatch(modules)
         self._quantised = [m for m in modules if isinstance(m, QuantisedLinear)]
         config = model.config
@@ -319,12 +326,29 @@ class NativeSteps:
             logits: whether those of every token are wanted.
             chosen: whether the selected blocks are wanted.
         """
-        why = self.reason or self._disturbed()
+        why = self.reason or self._elsewhere() or self._look()
         if why is not None:
             self._say(why)
             return None
         if len(ids) > MOST_TOKENS:
             return None
+        self._steps_left -= 1
+        assert self._described is not None, "made by the look"
+        self.num_steps += 1
+        return self._call(self._described, ids, rows, keep, logits, chosen)
+
+    def look_again(self) -> None:
+        """See whatever has changed about the model before the next step."""
+        self._steps_left = 0
+
+    def _look(self) -> str | None:
+        """Why the layers have to run one by one, or None: then the model is described as it is."""
+        if self._steps_left > 0 and self._hooks_made == RemovableHandle.next_id:
+            return None
+        self._steps_left, self._hooks_made = 0, RemovableHandle.next_id
+        why = self._watch.disturbed()
+        if why is not None:
+            return why
         base = self.model.model
         if base._merged is not None:  # drops merged weights that parameters are no longer part of
             base.merged_layers(base.embed_tokens.weight)
@@ -334,11 +358,10 @@ class NativeSteps:
                 self._described = _Described(self.model, self.storage)
             except NotNative as error:
                 self.reason = str(error)
-                self._say(self.reason)
-                return None
+                return self.reason
             self._addresses = addresses
-        self.num_steps += 1
-        return self._call(self._described, ids, rows, keep, logits, chosen)
+        self._steps_left = LOOK_EVERY
+        return None
 
     def _places(self) -> list[int]:
         """Where all weights lie."""
@@ -401,11 +424,8 @@ class NativeSteps:
         heads = heads.repeat_interleave(self._repeats, 3) if self._repeats > 1 else heads
         return {layer: (k, v) for layer, (k, v) in zip(self._lightning, heads, strict=True)}
 
-    def _disturbed(self) -> str | None:
-        """Why the layers have to run one by one at the moment, or None."""
-        why = self._watch.disturbed()
-        if why is not None:
-            return why
+    def _elsewhere(self) -> str | None:
+        """What else was asked for at the moment, or None."""
         search = self._settings["block_search"]
         if search != "exact":
             return f"block_search is {search}"

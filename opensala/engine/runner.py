@@ -44,7 +44,6 @@ class Runner:
         self._recorded: dict[int, tuple[Tensor, Tensor]] | None = None  # of the last step
         self._scored: tuple[Tensor, Tensor] | None = None  # hidden states and logits of the last step
 
-    @torch.inference_mode()
     def run(self, step: Step) -> Tensor:
         """Compute a step: normalised hidden states `[T, W]` of its tokens, work behind work."""
         self.storage.copy_pages(step.copies)
@@ -66,9 +65,11 @@ class Runner:
         model = self.model.model
         model.say_attention((work.sparse for work in step.works), model.embed_tokens.weight)
         self._scored = None
-        captured = None if backed else self.captured.run(numbers, rows, record)
-        if captured is not None:
-            return self._ran(*captured)
+        if self.captured.reason is None and not backed:
+            with torch.inference_mode():
+                captured = self.captured.run(numbers, rows, record)
+            if captured is not None:
+                return self._ran(*captured)
         if not backed and len(numbers) <= MOST_TOKENS:
             every = all(work.completes and work.count == work.drafted + 1 for work in step.works)
             done = self.native.run(numbers, rows, keep=record, logits=every, chosen=chosen)
@@ -76,6 +77,14 @@ class Runner:
                 self._recorded, self._chosen = done.recorded, done.chosen
                 self._scored = None if done.logits is None else (done.hidden, done.logits)
                 return done.hidden
+        return self._run_layers(numbers, rows, record=record, chosen=chosen, backed=backed)
+
+    @torch.inference_mode()
+    def _run_layers(
+        self, numbers: np.ndarray, rows: SequenceOf[BatchRow], *, record: bool, chosen: bool, backed: bool
+    ) -> Tensor:
+        """The step in calls for each layer, recorded ones if possible."""
+        model = self.model.model
         if self.graphs.reason is None and not backed:
             x = self._embed(on_device(numbers, self.device))
             replayed = self.graphs.run(x, rows, record)
@@ -105,12 +114,12 @@ class Runner:
             for layer, blocks in sorted(self._chosen.items())
         }
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """`[N, V]` from normalised hidden states `[N, W]`."""
         if self._scored is not None and hidden is self._scored[0]:  # the step made them too
             return self._scored[1]
-        return self.model.lm_head(hidden / self.model.config.logit_divisor)
+        with torch.inference_mode():
+            return self.model.lm_head(hidden / self.model.config.logit_divisor)
 
     @property
     def rows_at_a_time(self) -> int:

@@ -65,8 +65,8 @@ def test_an_answer_ends_where_an_invented_question_begins(engine, monkeypatch):
     class Scripted(Detokenizer):
         """Says the same whatever the model generates."""
 
-        def __init__(self, tokenizer, stop, keep_special):
-            super().__init__(Bytes(), stop, keep_special)
+        def __init__(self, tokenizer, stop, keep_special, lengths):
+            super().__init__(Bytes(), stop, keep_special, {})
 
         def add(self, token):
             return super().add(next(script))

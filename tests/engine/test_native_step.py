@@ -185,6 +185,60 @@ def test_a_number_of_threads_changes_no_bit():
     assert all(other == found[0] for other in found)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 4])
+@pytest.mark.parametrize("together", [4, 7, 12])
+def test_sequences_that_threads_share_out(threads, together):
+    """Equal lengths, so that each thread computes some sequences by itself: as layer by layer, with what is
+    kept for drafts, the blocks selected, a scale that grows, and keys and values in 16 bits."""
+    length = WINDOW + 5 * BLOCK - 3
+    prompts = [ids(length, n)[: length // 2] * 2 for n in range(together)]  # drafts, many of them wrong
+    params = SamplingParams(max_tokens=30, ignore_eos=True, selection=30)
+    sizes = {"max_running": 12, "max_cached_tokens": 12 * 2 * length, "speculate": 3, "kv_dtype": "bfloat16"}
+    model, before, found = tiny_model(attn_scale_base=300, lightning_nkv=2), torch.get_num_threads(), []
+    for count, make in ((threads, engine), (1, engine), (1, one_by_one)):
+        torch.set_num_threads(count)
+        running = make(model, **sizes)
+        done = running.generate(prompts, params)
+        assert all(c.accepted for c in done[:2]) and any(c.drafted > c.accepted for c in done[-2:])
+        blocks = [[{k: v.tolist() for k, v in s.blocks.items()} for s in c.selection] for c in done]
+        found.append([(c.tokens, c.logprobs, b) for c, b in zip(done, blocks, strict=True)])
+        assert (running.runner.native.num_steps > 5) == (make is engine)
+    torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
+def advance(running, steps):
+    """So many steps; how many of them ran in one call."""
+    before = running.runner.native.num_steps
+    for _ in range(steps):
+        running.step()
+    return running.runner.native.num_steps - before
+
+
+def test_what_changes_in_the_middle_of_an_answer():
+    """A hook is seen at once, a module that was replaced after `LOOK_EVERY` steps at the latest, both at once
+    when the next request comes."""
+    model = tiny_model()
+    running = engine(model)
+    running.add(ids(20), SamplingParams(max_tokens=1000, ignore_eos=True))
+    running.step()
+    assert advance(running, 5) == 5
+    seen = []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    assert advance(running, 3) == 0 and len(seen) == 3
+    handle.remove()
+    assert advance(running, 5) == 5
+    layer = model.model.layers[0].mlp
+    layer.up_proj, kept = nn.Sequential(layer.up_proj), layer.up_proj
+    assert advance(running, native_step.LOOK_EVERY + 3) <= native_step.LOOK_EVERY
+    assert advance(running, 2) == 0
+    layer.up_proj = kept
+    assert advance(running, 2) == 2
+    layer.up_proj = nn.Sequential(kept)
+    running.add(ids(3), PARAMS)
+    assert advance(running, 2) == 0
+
+
 def test_changed_weights_are_seen():
     model = tiny_model()
     running = engine(model)
