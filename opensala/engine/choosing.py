@@ -118,9 +118,8 @@ class Chooser:
                 top = _most_likely(logits[row], best.lse, n) if (n := sequence.params.logprobs) else ()
                 found.choices.append(Choice(token, logit - best.lse, top))
                 text.append(token)
-                if self._ends(sequence, token, len(found.choices)):
-                    break
-                if i < work.drafted and sequence.draft[i] != token:
+                wrong = i == work.drafted or sequence.draft[i] != token  # what is behind it, if anything
+                if wrong or self._ends(sequence, token, len(found.choices)):
                     break
             found.kept += max(0, len(found.choices) - 1)
             first += work.drafted + 1

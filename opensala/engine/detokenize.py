@@ -81,6 +81,8 @@ class Detokenizer:
         return self._decoder.decode(tokens, skip_special_tokens=not self._keep_special) if tokens else ""
 
     def _certain(self) -> str:
+        if not self._stop:
+            return self._hand_out(len(self.text))
         self._cut_at_stop()
         return self._hand_out(len(self.text) - (0 if self.stopped else self._held_back()))
 

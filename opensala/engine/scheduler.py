@@ -152,8 +152,11 @@ class Scheduler:
         """
         self._step = step = Step()
         budget = self.limits.max_batch_tokens
-        decoding = [s for s in self.running if s.num_pending == 1]
-        reading = [s for s in self.running if s.num_pending > 1]
+        decoding: list[Sequence] = []
+        reading: list[Sequence] = []
+        for sequence in self.running:
+            if pending := sequence.num_pending:
+                (decoding if pending == 1 else reading).append(sequence)
         for sequence in decoding:
             if sequence.status is Status.RUNNING and budget > 0:  # it may have given way to an earlier one
                 budget -= self._plan(sequence, step, budget)
