@@ -68,8 +68,8 @@ class Detokenizer:
         return self._hand_out(len(self.text))
 
     def _before(self) -> int:
-        """Characters of the tokens that are decoded already; of most texts one, of which each is decoded
-        once."""
+        """Characters of the tokens that are decoded already: mostly a single token, and each of those is
+        decoded once for all requests."""
         tokens = self._tokens[self._start : self._read]
         if len(tokens) != 1:
             return len(self._decode(tokens))

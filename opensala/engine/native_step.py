@@ -326,7 +326,7 @@ class NativeSteps:
             logits: whether those of every token are wanted.
             chosen: whether the selected blocks are wanted.
         """
-        why = self.reason or self._elsewhere() or self._look()
+        why = self.reason or self._asked_otherwise() or self._look()
         if why is not None:
             self._say(why)
             return None
@@ -424,7 +424,7 @@ class NativeSteps:
         heads = heads.repeat_interleave(self._repeats, 3) if self._repeats > 1 else heads
         return {layer: (k, v) for layer, (k, v) in zip(self._lightning, heads, strict=True)}
 
-    def _elsewhere(self) -> str | None:
+    def _asked_otherwise(self) -> str | None:
         """What else was asked for at the moment, or None."""
         search = self._settings["block_search"]
         if search != "exact":

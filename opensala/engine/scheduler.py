@@ -257,18 +257,17 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, step: Step, pages: int, slots: int) -> bool:
         """See that so many pages and slots are free; False if the sequence itself is the one to give way."""
-        while self.pages.num_free < pages or self.slots.num_free < slots:
+        while True:
             if self.slots.num_free < slots:
                 self.tree.evict_slots(slots)
             if self.pages.num_free < pages:
                 self.tree.evict_pages(max(pages, self.pages.size // 64))
             if self.pages.num_free >= pages and self.slots.num_free >= slots:
-                break
+                return True
             youngest = max(self.running, key=lambda s: s.arrival)
             self._preempt(youngest, step)
             if youngest is sequence:
                 return False
-        return True
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         """Take a sequence's memory; it waits, first in line, to be computed again."""

@@ -199,7 +199,7 @@ INLINE void dot_products(const float* const* x, int64_t depth, Vec* sums, const 
     if (k % 16 == 0) begin();
     // A few rows are as fast as weights come from memory. Rows of a few KB are too short for the processor to foresee the
     // next ones. A product of 0.9 M weights, two threads: one row in float32 26 -> 31 GB/s, in bfloat16 18 -> 27 by asking for
-    // the second-level cache and not the first; eight rows 12.5 -> 8.9 us.
+    // the second-level cache and not the first; eight rows in float32 0.21 -> 0.15 ms.
     if constexpr (FRESH) {
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) w[c].ahead(k, Weight::AHEAD * depth);
