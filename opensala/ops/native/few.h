@@ -35,6 +35,27 @@ class Walk {
 };
 
 constexpr int STRIPS = W == 16 ? 2 : 1;  // vectors of sums a row that grow side by side: one chain alone waits for itself
+constexpr int SLIM = W == 16 ? 8 : W;    // pairs of a row of bfloat16 that are turned at a time
+
+// v[i], lane j = pair i, from column k on, of row b[j * by].
+static inline void turn_pairs(const BFloat16* const* b, int64_t by, int64_t k, Vec* v) {
+#if defined(__AVX512F__)
+  auto half = [&](int row) { return _mm256_loadu_si256((const __m256i*)(b[row * by] + k)); };
+  auto halves = [&](int a, int b) { return (Vec)_mm512_inserti64x4(_mm512_castsi256_si512(half(a)), half(b), 1); };
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) v[i] = halves(i, 4 + i), v[4 + i] = halves(8 + i, 12 + i);
+  transpose_quarters(v), transpose_quarters(v + 4);
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    __m512 x = (__m512)v[c], y = (__m512)v[4 + c];
+    v[c] = (Vec)_mm512_shuffle_f32x4(x, y, 0x88), v[4 + c] = (Vec)_mm512_shuffle_f32x4(x, y, 0xdd);
+  }
+#else
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) v[i] = load_pairs(b[i * by] + k);
+  transpose_square(v);
+#endif
+}
 
 // out[r * ldo + s * W + i] = sum over k < depth of a[k * R + r] * b[s * shift + i * by][k] for r < R, s < S, i < W. Asks for the
 // `many` rows `soon` meanwhile, some with each step: all at once they would have to wait for each other.
@@ -47,33 +68,33 @@ static void product_turned(const float* a, int64_t depth, const T* const* b, int
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[s][r] = Vec{};
   int64_t k = 0, asked = 0;
-  auto ask = [&](int64_t done) __attribute__((always_inline)) {
-    for (int64_t end = many * done / depth; asked < end; ++asked)
+  // After each strip: the more at once, the longer they keep what is read now from coming.
+  auto ask = [&](int s, int64_t columns) __attribute__((always_inline)) {
+    for (int64_t end = many * (k * S + (s + 1) * columns) / (depth * S); asked < end; ++asked)
       for (int64_t at = 0; at < depth; at += 64 / sizeof(T)) __builtin_prefetch(soon[asked] + at, 0, 2);
   };
   auto add = [&](int s, int64_t k, Vec x) __attribute__((always_inline)) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) acc[s][r] += splat(a[k * R + r]) * x;
   };
-  if constexpr (std::is_same_v<T, BFloat16>)  // turned in pairs, in half as many moves
-    for (; k + 2 * W <= depth; k += 2 * W) {
-      ask(k + 2 * W);
+  // Pairs of bfloat16 are turned as they are, in half as many moves. Few at a time, so that the strips' chains of sums, each
+  // of which waits for itself, overlap.
+  if constexpr (std::is_same_v<T, BFloat16>)
+    for (; k + 2 * SLIM <= depth; k += 2 * SLIM) {
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s) {
-        Vec v[W];
+        Vec v[SLIM];
+        turn_pairs(b + s * shift, by, k, v);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) v[i] = load_pairs(b[s * shift + i * by] + k);
-        transpose_square(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) {
+        for (int i = 0; i < SLIM; ++i) {
           add(s, k + 2 * i, first_of(v[i]));
           add(s, k + 2 * i + 1, second_of(v[i]));
         }
+        ask(s, 2 * SLIM);
         asm volatile("" ::: "memory");  // as below
       }
     }
   for (; k + W <= depth; k += W) {
-    ask(k + W);
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s) {
       Vec v[W];
@@ -82,6 +103,7 @@ static void product_turned(const float* a, int64_t depth, const T* const* b, int
       transpose_square(v);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) add(s, k + i, v[i]);
+      ask(s, W);
       asm volatile("" ::: "memory");  // the next strip's vectors would not fit beside these
     }
   }

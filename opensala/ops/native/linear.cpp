@@ -21,6 +21,8 @@ constexpr int64_t SINGLE_WORK = 1 << 17;   // multiplications below which a seco
 constexpr int64_t WIDEN_FROM = 2 * TILE;   // rows of x from which widening a block of codes once pays
 constexpr int64_t CHUNK = 128;             // columns whose 4-bit codes lie together: 16 words of 8
 constexpr int WORDS = 16;
+constexpr int64_t NEAR_BYTES = 1 << 14;    // of the rows of x of a tile, to stay in the first-level cache beside all else
+constexpr int64_t GROUP = 16;              // columns that are multiplied with a part of such rows before the next part
 
 #if defined(__AVX512F__)
 INLINE Vec wide(const BFloat16* p) {
@@ -68,7 +70,7 @@ INLINE Vec add_lanes(Vec* sums) {
 // first one has too few places for what is under way. AHEAD: rows after which that is.
 template <typename T>
 struct Plain {
-  static constexpr int64_t STEP = 1 << 30, AHEAD = 8;  // STEP: columns between two calls of `begin`
+  static constexpr int64_t STEP = 1 << 30, AHEAD = 8, BYTES = sizeof(T);  // STEP: columns between two calls of `begin`
   const T* data;
   void begin(int64_t) {}
   void ahead(int64_t k, int64_t elements) const {
@@ -103,7 +105,7 @@ INLINE Vec first_lanes(Vec v, int64_t n) {
 }
 
 struct Code8 {
-  static constexpr int64_t STEP = 16, AHEAD = 8;
+  static constexpr int64_t STEP = 16, AHEAD = 8, BYTES = 1;
   const int8_t* data;
   Groups groups;
   Vec scale{}, zero{};
@@ -130,7 +132,7 @@ struct Code8 {
 };
 
 struct Code4 {
-  static constexpr int64_t STEP = 16, AHEAD = 32;
+  static constexpr int64_t STEP = 16, AHEAD = 32, BYTES = 1;
   const int32_t* data;
   Groups groups;
   void ahead(int64_t k, int64_t elements) const {
@@ -164,38 +166,43 @@ struct Code4 {
   Vec part(int64_t k, int64_t n) const { return first_lanes(all(k), n); }
 };
 
-// sums[r * C + c] = products of row x[r] and weight row w[c], lane by lane. FRESH: no cache is thought to hold the weights.
-template <int R, bool FRESH, typename Row, int... I>
-INLINE void dot_products(const float* const* x, int64_t depth, Vec* sums, const Row& row, std::integer_sequence<int, I...>) {
+// Adds columns from ... to - 1 of the products of row x[r] and weight row w[c] to sums[r * C + c], lane by lane. FIRST: the
+// sums begin here. FRESH: no cache is thought to hold the weights.
+template <int R, bool FIRST, bool FRESH, typename Row, int... I, int... J>
+INLINE void dot_products(const float* const* x, int64_t from, int64_t to, int64_t depth, Vec* sums, const Row& row,
+                         std::integer_sequence<int, I...>, std::integer_sequence<int, J...>) {
   constexpr int C = sizeof...(I);
   decltype(row(0)) w[C] = {row(I)...};
   using Weight = decltype(row(0));
+  // Where multiplications take longer than weights from memory, x is loaded once for all columns. Where they wait for
+  // memory, more loads do no harm, and running further ahead of it does: two rows of float32 got 21 GB/s for 25.
+  constexpr bool HELD = !FRESH || R >= 2 * Weight::BYTES;
   Vec acc[R * C];
   const float* a[R];
 #pragma GCC unroll 16
-  for (int i = 0; i < R * C; ++i) acc[i] = Vec{};
+  for (int i = 0; i < R * C; ++i) acc[i] = FIRST ? Vec{} : sums[i];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) a[r] = x[r];
   auto step = [&](auto load_x, auto load_w) __attribute__((always_inline)) {
-    Vec left[R];
+    auto columns = [&](auto... left) __attribute__((always_inline)) {
+      if constexpr (HELD) (keep_in_register(left), ...);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) left[r] = load_x(a[r]);
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      Vec right = load_w(w[c]);
-      keep_in_register(right);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r * C + c] += left[r] * right;
-    }
+      for (int c = 0; c < C; ++c) {
+        Vec right = load_w(w[c]);
+        keep_in_register(right);
+        ((acc[J * C + c] += left * right), ...);
+      }
+    };
+    columns(load_x(a[J])...);
   };
-  int64_t k = 0;
+  int64_t k = from;
   auto begin = [&] __attribute__((always_inline)) {
     if constexpr (Weight::STEP == 16) {
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) w[c].begin(k);
     }
   };
-  for (; k + W <= depth; k += W) {
+  for (; k + W <= to; k += W) {
     if (k % 16 == 0) begin();
     // A few rows are as fast as weights come from memory. Rows of a few KB are too short for the processor to foresee the
     // next ones. A product of 0.9 M weights, two threads: one row in float32 26 -> 31 GB/s, in bfloat16 18 -> 27 by asking for
@@ -206,9 +213,9 @@ INLINE void dot_products(const float* const* x, int64_t depth, Vec* sums, const 
     }
     step([k](const float* p) { return load(p + k); }, [k](const Weight& p) { return p.all(k); });
   }
-  if (k < depth) {
+  if (k < to) {
     if (k % 16 == 0) begin();
-    step([=](const float* p) { return wide_part(p + k, depth - k); }, [=](const Weight& p) { return p.part(k, depth - k); });
+    step([=](const float* p) { return wide_part(p + k, to - k); }, [=](const Weight& p) { return p.part(k, to - k); });
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; ++i) sums[i] = acc[i];
@@ -240,39 +247,83 @@ struct Columns {
   int64_t first, count, from;
 };
 
-// W outputs: R rows from `row` on, W / R columns from `column` on. What lies beyond the last row or column is computed from
-// the last one and thrown away, so that edges run the same code.
+// W outputs: R rows from `row` on, COLUMNS columns from `column` on, C of them side by side. What lies beyond the last row or
+// column is computed from the last one and thrown away, so that edges run the same code.
 template <int R, bool FRESH, typename Block>
-INLINE void outputs(const Linear& p, const Block& block, const Columns& columns, int64_t row, int64_t column) {
-  constexpr int COLUMNS = W / R, C = R == 1 && COLUMNS > 8 ? 8 : std::min(COLUMNS, 4);
-  const float* x[R];
-  for (int r = 0; r < R; ++r) x[r] = p.x + std::min(row + r, p.rows - 1) * p.x_stride;
-  Vec sums[W], in_order[W];
+struct Tile {
+  static constexpr int COLUMNS = W / R, C = R == 1 && COLUMNS > 8 ? 8 : std::min(COLUMNS, 4);
+  const Linear& p;
+  const Block& block;
+  const Columns& columns;
+  int64_t row;
+
+  // Adds what columns from ... to - 1 of x give.
+  template <bool FIRST>
+  __attribute__((always_inline)) void add(int64_t column, int64_t from, int64_t to, Vec* sums) const {
+    const float* x[R];
+    for (int r = 0; r < R; ++r) x[r] = p.x + std::min(row + r, p.rows - 1) * p.x_stride;
 #pragma GCC unroll 4
-  for (int part = 0; part < COLUMNS; part += C) {
-    auto row = [&](int c) { return block.row(columns.from + std::min(column + part + c, columns.count - 1)); };
-    dot_products<R, FRESH>(x, p.weights.inner, sums + part * R, row, std::make_integer_sequence<int, C>());
+    for (int part = 0; part < COLUMNS; part += C) {
+      auto weights = [&](int c) { return block.row(columns.from + std::min(column + part + c, columns.count - 1)); };
+      dot_products<R, FIRST, FRESH>(x, from, to, p.weights.inner, sums + part * R, weights, std::make_integer_sequence<int, C>(),
+                                    std::make_integer_sequence<int, R>());
+    }
   }
+
+  // The outputs behind their sums.
+  __attribute__((always_inline)) void finish(int64_t column, const Vec* sums) const {
+    Vec in_order[W];
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    int r = i / COLUMNS, c = i % COLUMNS;
-    in_order[i] = sums[c / C * C * R + r * C + c % C];
+    for (int i = 0; i < W; ++i) {
+      int r = i / COLUMNS, c = i % COLUMNS;
+      in_order[i] = sums[c / C * C * R + r * C + c % C];
+    }
+    float result[W];
+    store(result, add_lanes(in_order));
+    int64_t left = std::min<int64_t>(COLUMNS, columns.count - column), first = columns.first + column;
+    for (int r = 0; r < R && row + r < p.rows; ++r) {
+      float *from = result + r * COLUMNS, *to = p.out + (row + r) * p.out_stride + first;
+      if (p.weights.bias)
+        for (int64_t c = 0; c < left; ++c) from[c] += p.weights.bias[first + c];
+      if (left == COLUMNS) std::memcpy(to, from, COLUMNS * sizeof(float));
+      else std::copy_n(from, left, to);
+    }
   }
-  float result[W];
-  store(result, add_lanes(in_order));
-  int64_t left = std::min<int64_t>(COLUMNS, columns.count - column), first = columns.first + column;
-  for (int r = 0; r < R && row + r < p.rows; ++r) {
-    float *from = result + r * COLUMNS, *to = p.out + (row + r) * p.out_stride + first;
-    if (p.weights.bias)
-      for (int64_t c = 0; c < left; ++c) from[c] += p.weights.bias[first + c];
-    if (left == COLUMNS) std::memcpy(to, from, COLUMNS * sizeof(float));
-    else std::copy_n(from, left, to);
+
+  __attribute__((always_inline)) void run(int64_t column) const {
+    Vec sums[W];
+    add<true>(column, 0, p.weights.inner, sums);
+    finish(column, sums);
   }
-}
+
+  // Columns first ... end - 1, for rows of x that are longer than the first-level cache holds: part after part of them.
+  void run_in_parts(int64_t first, int64_t end, int64_t length) const {
+    Vec sums[GROUP * R];
+    int64_t inner = p.weights.inner;
+    for (int64_t from = 0; from < inner; from += length) {
+      int64_t to = std::min(inner, from + length);
+      for (int64_t column = first; column < end; column += COLUMNS) {
+        Vec* part = sums + (column - first) * R;
+        if (from) add<false>(column, from, to, part);
+        else add<true>(column, from, to, part);
+      }
+    }
+    for (int64_t column = first; column < end; column += COLUMNS) finish(column, sums + (column - first) * R);
+  }
+};
 
 template <int R, bool FRESH, typename Block>
 void rows_by_block(const Linear& p, const Block& block, const Columns& columns, int64_t row) {
-  for (int64_t column = 0; column < columns.count; column += W / R) outputs<R, FRESH>(p, block, columns, row, column);
+  Tile<R, FRESH, Block> tile{p, block, columns, row};
+  constexpr int64_t FITS = NEAR_BYTES / sizeof(float) / R;
+  constexpr bool PLAIN = decltype(block.row(0))::STEP > 16;  // codes are read from their row's beginning on
+  int64_t inner = p.weights.inner;
+  if (PLAIN && R > 2 && 2 * inner > 3 * FITS) {
+    int64_t parts = (inner + FITS - 1) / FITS, length = round_up((inner + parts - 1) / parts, W);
+    for (int64_t c = 0; c < columns.count; c += GROUP) tile.run_in_parts(c, std::min(columns.count, c + GROUP), length);
+    return;
+  }
+  for (int64_t column = 0; column < columns.count; column += tile.COLUMNS) tile.run(column);
 }
 
 // Rows of x from `row` on; the first tile of them brings the block into the core's cache.
