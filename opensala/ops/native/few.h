@@ -41,7 +41,7 @@ constexpr int SLIM = W == 16 ? 8 : W;    // pairs of a row of bfloat16 that are 
 static inline void turn_pairs(const BFloat16* const* b, int64_t by, int64_t k, Vec* v) {
 #if defined(__AVX512F__)
   auto half = [&](int row) { return _mm256_loadu_si256((const __m256i*)(b[row * by] + k)); };
-  auto halves = [&](int a, int b) { return (Vec)_mm512_inserti64x4(_mm512_castsi256_si512(half(a)), half(b), 1); };
+  auto halves = [&](int low, int high) { return (Vec)_mm512_inserti64x4(_mm512_castsi256_si512(half(low)), half(high), 1); };
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) v[i] = halves(i, 4 + i), v[4 + i] = halves(8 + i, 12 + i);
   transpose_quarters(v), transpose_quarters(v + 4);

@@ -22,7 +22,7 @@ constexpr int64_t WIDEN_FROM = 2 * TILE;   // rows of x from which widening a bl
 constexpr int64_t CHUNK = 128;             // columns whose 4-bit codes lie together: 16 words of 8
 constexpr int WORDS = 16;
 constexpr int64_t NEAR_BYTES = 1 << 14;    // of the rows of x of a tile, to stay in the first-level cache beside all else
-constexpr int64_t GROUP = 16;              // columns that are multiplied with a part of such rows before the next part
+constexpr int64_t TOGETHER = 16;           // columns that are multiplied with a part of such rows before the next part
 
 #if defined(__AVX512F__)
 INLINE Vec wide(const BFloat16* p) {
@@ -298,7 +298,7 @@ struct Tile {
 
   // Columns first ... end - 1, for rows of x that are longer than the first-level cache holds: part after part of them.
   void run_in_parts(int64_t first, int64_t end, int64_t length) const {
-    Vec sums[GROUP * R];
+    Vec sums[TOGETHER * R];
     int64_t inner = p.weights.inner;
     for (int64_t from = 0; from < inner; from += length) {
       int64_t to = std::min(inner, from + length);
@@ -320,7 +320,7 @@ void rows_by_block(const Linear& p, const Block& block, const Columns& columns, 
   int64_t inner = p.weights.inner;
   if (PLAIN && R > 2 && 2 * inner > 3 * FITS) {
     int64_t parts = (inner + FITS - 1) / FITS, length = round_up((inner + parts - 1) / parts, W);
-    for (int64_t c = 0; c < columns.count; c += GROUP) tile.run_in_parts(c, std::min(columns.count, c + GROUP), length);
+    for (int64_t c = 0; c < columns.count; c += TOGETHER) tile.run_in_parts(c, std::min(columns.count, c + TOGETHER), length);
     return;
   }
   for (int64_t column = 0; column < columns.count; column += tile.COLUMNS) tile.run(column);
