@@ -155,32 +155,26 @@ def chosen_variants(only: set[str], each: int) -> list[Variant]:
 def variants() -> list[Variant]:
     """All variants, the most telling of each kernel first."""
     found = [Variant(kernel, {}) for kernel in (*CONFIGS, "op")]
-    merges: list[dict[str, Any]] = []
-    for r, together, warps in ((4, 8, 4), (1, 32, 4), (2, 16, 4), (1, 16, 2), (4, 4, 2)):
-        for form in ({"FORM": "late"}, {"FORM": "ahead"}, {"FORM": "late", "STAGES": 3}):
-            merges.append({"R": r, "TOGETHER": together, "num_warps": warps, **form})
-    for r, warps in ((1, 4), (1, 8), (2, 8)):  # the whole list at once, where it has 65 to 128 blocks
-        merges.append({"R": r, "TOGETHER": 128, "num_warps": warps, "FORM": "late"})
-    merges = [m | {"POLICY": "evict_first"} for m in merges]
-    merges[3:3] = [{k: v for k, v in m.items() if k != "POLICY"} for m in (merges[0], merges[-3])]
-    for r, together, warps in (
-        (2, 8, 2),
-        (1, 8, 1),
-        (2, 16, 4),
-        (1, 16, 2),
-        (1, 32, 4),
-        (4, 16, 8),
-        (8, 8, 8),
-    ):
-        merges.append({"R": r, "TOGETHER": together, "num_warps": warps})
-    bands: list[dict[str, Any]] = [{"num_stages": 2}, {"CARRIED": False}, {"CARRIED": False, "num_stages": 2}]
-    bands += [{"num_stages": 2, "maxnreg": 128}, {"num_stages": 4}, {"BN": 32}, {"BN": 32, "maxnreg": 128}]
-    pairs: list[dict[str, Any]] = [{"POLICY": "evict_first"}, {"num_stages": 2}, {"PQ": 8, "num_warps": 8}]
+    merges: list[dict[str, Any]] = [
+        {"R": r, "TOGETHER": together, "num_warps": warps}
+        for r, together, warps in (
+            (2, 16, 4),
+            (1, 32, 4),
+            (2, 8, 2),
+            (1, 8, 1),
+            (1, 16, 2),
+            (4, 16, 8),
+            (8, 8, 8),
+        )
+    ]
+    bands: list[dict[str, Any]] = [{"num_stages": 2}, {"num_stages": 2, "maxnreg": 128}, {"BN": 32}]
+    bands += [{"BN": 32, "maxnreg": 128}, {"num_stages": 4}]
+    pairs: list[dict[str, Any]] = [{"num_stages": 2}, {"PQ": 8, "num_warps": 8}]
     pairs += [{"num_stages": 1}, {"num_stages": 4}, {"num_warps": 8}, {"PQ": 8}]
     ops: list[dict[str, Any]] = [{"PART_BYTES": n * MIB} for n in (256, 512, 2048)]
     ops += [{"PORTION": 3}, {"PORTION": 4}, {"band": {"BQ": 16, "num_warps": 16, "num_stages": 2}}]
     ops += [{"band": {"BQ": 4, "num_warps": 4, "num_stages": n}} for n in (2, 3)]
-    for kernel, changes in (("merge", merges[:9]), ("band", bands), ("pair", pairs), ("merge", merges[9:])):
+    for kernel, changes in (("merge", merges), ("band", bands), ("pair", pairs)):
         found += [Variant(kernel, {kernel: c}) for c in changes]
     return found + [Variant("op", c) for c in ops]
 

@@ -34,7 +34,5 @@ def test_variants_are_timed_and_right(tmp_path):
     assert len(rows) >= 4 + 4 * 3 + 1  # the last: the best of each together
     for r in rows:
         assert not r["note"] and float(r["ms"]) > 0 and float(r["error"]) < 1e-5, r
-    forms = {r["variant"] for r in rows if r["kernel"] == "merge"}
-    assert {"FORM=late", "FORM=ahead"} <= {w for v in forms for w in v.split()}
     parts = int(done.stdout.split("merge: ")[1].split()[0])
     assert parts > 0  # otherwise nothing would be compared

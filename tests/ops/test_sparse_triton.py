@@ -314,9 +314,8 @@ def test_compressed_keys_grow_as_keys_come(starts):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")  # -inf - -inf, not used
-@pytest.mark.parametrize("form", ["each", "late", "ahead"])
 @pytest.mark.parametrize(("together", "more"), [(4, True), (8, False), (32, True)])
-def test_forms_of_merging_agree(monkeypatch, form, together, more):
+def test_merging_parts(monkeypatch, together, more):
     """Several steps, a last one that is not full, and all parts at once; parts that were never written are
     NaN, one row has no part at all."""
     rows, count, width = 6, 21, 20
@@ -334,7 +333,7 @@ def test_forms_of_merging_agree(monkeypatch, form, together, more):
     config = triton_attend.merge_config
 
     def changed(*sizes):
-        return {**config(*sizes), "R": 4, "TOGETHER": together, "FORM": form, "POLICY": "evict_first"}
+        return {**config(*sizes), "R": 4, "TOGETHER": together}
 
     monkeypatch.setattr(triton_attend, "merge_config", changed)
     parts, lse, out, out_lse = on_device(parts, lse, out, out_lse)

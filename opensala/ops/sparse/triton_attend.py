@@ -141,8 +141,7 @@ def part_shares(part_lse, base, there, first, count, step, TOGETHER: tl.constexp
 
 @triton.jit
 def part_rows(
-    parts, share, base, first, step, TOGETHER: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    POLICY: tl.constexpr,
+    parts, share, base, first, step, TOGETHER: tl.constexpr, E: tl.constexpr, EP: tl.constexpr
 ):  # fmt: skip
     """Those parts `[R, TOGETHER, EP]` themselves. What was never written may be NaN, so it is not read: no
     weight would cancel it."""
@@ -152,7 +151,6 @@ def part_rows(
         parts + place[:, :, None] * E + e[None, None, :],
         mask=(share > float("-inf"))[:, :, None] & (e < E)[None, None, :],
         other=0.0,
-        eviction_policy=POLICY,
     )
 
 
@@ -162,52 +160,15 @@ def part_weights(share, total):
     return tl.where(share > float("-inf"), tl.exp2(share - total[:, None]), 0.0)[:, :, None]
 
 
-@triton.jit
-def part_sums(
-    parts, part_lse, all_lse, total, base, there, count, step, E: tl.constexpr, EP: tl.constexpr,
-    R: tl.constexpr, MANY: tl.constexpr, TOGETHER: tl.constexpr, FORM: tl.constexpr, STAGES: tl.constexpr,
-    POLICY: tl.constexpr,
-):  # fmt: skip
-    """The weighted sum `[R, EP]` of all parts, by way of TOGETHER sums a row: threads meet once, at the end,
-    and not at every step.
-
-    FORM "late" leaves it to the compiler to fetch ahead (STAGES); "ahead" has the parts of the next step
-    and the log-sum-exps of the one after it under way by itself.
-    """
-    sums = tl.zeros((R, TOGETHER, EP), tl.float32)
-    if TOGETHER == MANY:
-        x = part_rows(parts, all_lse, base, 0, step, TOGETHER, E, EP, POLICY)
-        sums += x.to(tl.float32) * part_weights(all_lse, total)
-    elif FORM == "late":
-        for first in tl.range(0, count, TOGETHER, num_stages=STAGES):
-            share = part_shares(part_lse, base, there, first, count, step, TOGETHER)
-            x = part_rows(parts, share, base, first, step, TOGETHER, E, EP, POLICY)
-            sums += x.to(tl.float32) * part_weights(share, total)
-    else:
-        share = part_shares(part_lse, base, there, 0, count, step, TOGETHER)
-        next_share = part_shares(part_lse, base, there, TOGETHER, count, step, TOGETHER)
-        x = part_rows(parts, share, base, 0, step, TOGETHER, E, EP, POLICY)
-        for first in range(0, count, TOGETHER):
-            later = part_shares(part_lse, base, there, first + 2 * TOGETHER, count, step, TOGETHER)
-            next_x = part_rows(parts, next_share, base, first + TOGETHER, step, TOGETHER, E, EP, POLICY)
-            sums += x.to(tl.float32) * part_weights(share, total)
-            x = next_x
-            share = next_share
-            next_share = later
-    return tl.sum(sums, axis=1)
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def merge_kernel(
     parts, part_lse, out, lse, rows, count, outer, inner, step, E: tl.constexpr, EP: tl.constexpr,
-    R: tl.constexpr, MANY: tl.constexpr, TOGETHER: tl.constexpr, MORE: tl.constexpr, FORM: tl.constexpr,
-    STAGES: tl.constexpr, POLICY: tl.constexpr,
+    R: tl.constexpr, MANY: tl.constexpr, TOGETHER: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """Join `count` partial attentions of R rows each: a weighted mean, weights exp2(lse - total lse).
 
     Part p of row r stands at row (r // inner) * outer + r % inner + p * step of `parts`; parts whose lse is
-    -inf were never written. With MORE, `out` and `lse` hold one more part of each row. FORM "each" adds up
-    the parts of a step at once; for the other forms see `part_sums`.
+    -inf were never written. With MORE, `out` and `lse` hold one more part of each row.
     """
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     base = (r // inner) * outer + r % inner
@@ -228,16 +189,10 @@ def merge_kernel(
         cells = r[:, None] * E + e[None, :]
         x_here = tl.load(out + cells, mask=known[:, None] & (e < E)[None, :], other=0.0)
         result += x_here.to(tl.float32) * tl.where(known, tl.exp2(here - total), 0.0)[:, None]
-    if FORM == "each":
-        for first in range(0, count, TOGETHER):
-            share = part_shares(part_lse, base, r < rows, first, count, step, TOGETHER)
-            x = part_rows(parts, share, base, first, step, TOGETHER, E, EP, POLICY)
-            result += tl.sum(x.to(tl.float32) * part_weights(share, total), axis=1)
-    else:
-        result += part_sums(
-            parts, part_lse, all_lse, total, base, r < rows, count, step, E, EP, R, MANY, TOGETHER, FORM,
-            STAGES, POLICY,
-        )  # fmt: skip
+    for first in range(0, count, TOGETHER):
+        share = part_shares(part_lse, base, r < rows, first, count, step, TOGETHER)
+        x = part_rows(parts, share, base, first, step, TOGETHER, E, EP)
+        result += tl.sum(x.to(tl.float32) * part_weights(share, total), axis=1)
     if MORE:
         tl.debug_barrier()  # another thread may have read what this one is about to write
     tl.store(
@@ -271,9 +226,6 @@ def merge_config(rows: int, count: int, width: int) -> dict[str, Any]:
         "TOGETHER": together,
         "MANY": 1 << (count - 1).bit_length(),
         "EP": wide,
-        "FORM": "each",
-        "STAGES": 1,
-        "POLICY": "",
         "num_warps": 4,
     }
 

@@ -41,7 +41,7 @@ def rows_at(x, at, inside, x_t, SIZE: tl.constexpr, BN: tl.constexpr, DIM: tl.co
 def add_shared(
     peak, mass, total, query, keys, values, k_s, k_t, v_s, v_t, numbers, members, count, i_of, factor,
     SIZE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BN: tl.constexpr, CARRIED: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over `count` whole blocks, `k_s` and `v_s` apart; a row sees those whose member is its
     query, number `i_of`."""
@@ -49,13 +49,9 @@ def add_shared(
     number = tl.load(numbers, mask=count > 0, other=0)
     listed = tl.load(members, mask=count > 0, other=0)
     for i in range(0, count * PARTS):
-        if CARRIED:
-            following = (i + 1) // PARTS  # its number is on its way while this block is attended
-            next_number = tl.load(numbers + following, mask=following < count, other=0)
-            next_listed = tl.load(members + following, mask=following < count, other=0)
-        else:  # the compiler may fetch it as far ahead as it fetches keys
-            number = tl.load(numbers + i // PARTS)
-            listed = tl.load(members + i // PARTS)
+        following = (i + 1) // PARTS  # its number is on its way while this block is attended
+        next_number = tl.load(numbers + following, mask=following < count, other=0)
+        next_listed = tl.load(members + following, mask=following < count, other=0)
         inside = i % PARTS * BN + tl.arange(0, BN)
         x = rows_at(keys, number.to(tl.int64) * k_s, inside, k_t, SIZE, BN, D, DP).to(query.dtype)
         s = tl.dot(query, tl.trans(x), input_precision="ieee")
@@ -69,9 +65,8 @@ def add_shared(
         y = rows_at(values, number.to(tl.int64) * v_s, inside, v_t, SIZE, BN, E, EP).to(query.dtype)
         total = tl.dot(p.to(y.dtype), y, total * shrink[:, None], input_precision="ieee")
         peak = higher
-        if CARRIED:
-            number = next_number
-            listed = next_listed
+        number = next_number
+        listed = next_listed
     return peak, mass, total
 
 
@@ -108,7 +103,7 @@ def band_kernel(
     k_h, v_b, v_t, v_h, tokens, length, begin, end, documents, per_row, words, room, factor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     STEPS: tl.constexpr, GP: tl.constexpr, BQ: tl.constexpr, DP: tl.constexpr, EP: tl.constexpr,
-    BN: tl.constexpr, CARRIED: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """out `[B, end - begin, Hq, E]` and lse: attention of one tile and kv head over the blocks its queries
     share."""
@@ -146,7 +141,6 @@ def band_kernel(
     peak, mass, total = add_shared(
         peak, mass, total, query, keys, values, k_s, k_t, v_s, v_t, numbers + tile * room,
         members + tile * room, tl.load(limits + tile * LIMITS), i_of, factor, SIZE, D, DP, E, EP, BN,
-        CARRIED,
     )  # fmt: skip
     peak, mass, total = add_near(
         peak, mass, total, query, keys, values, k_s, k_t, v_s, v_t, pages, marks + tile * words,
@@ -197,7 +191,6 @@ def band_config(
         **tile,
         "BQ": min(tile["BQ"], MOST_QUERIES),
         "BN": min(padded(size), 256 if triton_interpreted() else tile["BN"]),
-        "CARRIED": True,
     }
 
 

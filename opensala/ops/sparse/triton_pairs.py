@@ -49,7 +49,7 @@ def pair_kernel(
     k_h, v_b, v_t, v_h, tokens, length, begin, count, documents, slots, bins, factor, HEADS: tl.constexpr,
     GROUP: tl.constexpr, LIST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     LENGTH: tl.constexpr, STEPS: tl.constexpr, GP: tl.constexpr, PQ: tl.constexpr, DP: tl.constexpr,
-    EP: tl.constexpr, SP: tl.constexpr, POLICY: tl.constexpr,
+    EP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """parts `[B, count, Hkv, LIST, G, E]` and part_lse: a block against a segment of the queries that chose
     it, in the past of all of which it lies."""
@@ -103,7 +103,6 @@ def pair_kernel(
             parts + (place * E)[:, None, None] + out_cells[None, :, :],
             tl.reshape(result.to(parts.dtype.element_ty), (PQ, GP, EP)),
             mask=used[:, :, None] & (e < E)[None, None, :],
-            eviction_policy=POLICY,
         )
 
 
@@ -126,7 +125,6 @@ def pair_config(group: int, size: int, dim: int, value_dim: int, itemsize: int, 
         "DP": wide,
         "EP": deep,
         "SP": padded(size),
-        "POLICY": "",
         "num_warps": warps,
         "num_stages": stages,
     }
