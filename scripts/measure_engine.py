@@ -146,7 +146,7 @@ def main(
         int, typer.Option(help="Tokens of the document that is asked often; 0 for steps alone.")
     ] = 65536,
     kv_dtype: Annotated[
-        str, typer.Option(help="How keys and values are kept: auto, bfloat16, int8.")
+        str, typer.Option(help="How keys and values are kept: auto, float32, bfloat16, int8.")
     ] = "auto",
     contexts: Annotated[str, typer.Option(help="Tokens behind which steps are timed.")] = CONTEXTS,
     rows: Annotated[Path, typer.Option(help="CSV file the figures are added to.")] = ROWS,

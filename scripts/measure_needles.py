@@ -116,8 +116,9 @@ def prompts_of(
 
 def asker(
     model: str, kv_dtype: str, stretch: float
-) -> tuple[Any, Callable[[str, list[list[int]]], list[str]]]:
-    """The tokenizer of a model, and how to have prompts answered by it: a label and ids give texts."""
+) -> tuple[Any, str, Callable[[str, list[list[int]]], list[str]]]:
+    """The tokenizer of a model, how its keys and values are kept, and how to have prompts answered by it: a
+    label and ids give texts."""
     folder = checkpoint_folder(model)
     if AutoConfig.from_pretrained(str(folder)).model_type != "minicpm_sala":
         if kv_dtype != "auto":
@@ -127,7 +128,7 @@ def asker(
         def ask_original(label: str, prompts: list[list[int]]) -> list[str]:
             return [one.text for one in original.answers(label, prompts, [ANSWER_TOKENS] * len(prompts))]
 
-        return original.tokenizer, ask_original
+        return original.tokenizer, kv_dtype, ask_original
     if stretch != 1:
         raise typer.BadParameter(f"--stretch is for models with rotary positions alone: {model} is a hybrid")
     engine = load_engine(model, options=EngineOptions(kv_dtype=kv_dtype))
@@ -137,7 +138,7 @@ def asker(
             limits = SamplingParams(max_tokens=ANSWER_TOKENS)
             return [done.text for done in engine.generate(prompts, limits, on_read=advance)]
 
-    return engine.tokenizer, ask
+    return engine.tokenizer, engine.options.kv_dtype, ask
 
 
 def main(
@@ -147,7 +148,9 @@ def main(
     texts: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 2,
     numbers: Annotated[int, typer.Option(min=1, max=len(THINGS), help="Numbers of each text.")] = 5,
     alone: Annotated[bool, typer.Option("--alone", help="Each in a copy of its text.")] = False,
-    kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, bfloat16, int8.")] = "auto",
+    kv_dtype: Annotated[
+        str, typer.Option(help="Of keys and values: auto, float32, bfloat16, int8.")
+    ] = "auto",
     stretch: Annotated[
         float, typer.Option(min=1, help="How many times longer an original's contexts become, by YaRN.")
     ] = 1,
@@ -155,7 +158,7 @@ def main(
 ) -> None:
     torch.set_flush_denormal(True)
     sizes = [token_count(part, "--lengths") for part in lengths.split(",")]
-    tokenizer, ask = asker(model, kv_dtype, stretch)
+    tokenizer, kept, ask = asker(model, kv_dtype, stretch)
     form = PromptFormat(tokenizer, chat=True)
     name = model if stretch == 1 else f"{model}, YaRN x {stretch:g}"
     for tokens in sizes:
@@ -170,10 +173,10 @@ def main(
                 found = int(number in answer.replace(",", ""))
                 hidden, today = 1 if alone else numbers, time.strftime("%Y-%m-%d")
                 found_in = (thing, number, answer.strip(), found, seconds, today)
-                made.append(asdict(Row(name, kv_dtype, len(ids), text, hidden, depth, *found_in)))
+                made.append(asdict(Row(name, kept, len(ids), text, hidden, depth, *found_in)))
                 right += found
             append_rows(rows, list(Row.__dataclass_fields__), made)
-        print(f"{name}, kv_dtype {kv_dtype}, {tokens:,} tokens: {right} of {texts * numbers}", flush=True)
+        print(f"{name}, kv_dtype {kept}, {tokens:,} tokens: {right} of {texts * numbers}", flush=True)
 
 
 if __name__ == "__main__":

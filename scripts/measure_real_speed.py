@@ -3,14 +3,14 @@
     python scripts/measure_real_speed.py STUDENT --teacher TEACHER --text novel.txt --lengths 2K,4K,8K
     python scripts/measure_real_speed.py STUDENT --teacher TEACHER --text novel.txt --lengths 32K --layers 6
 
-Both read the same text in one process, one after the other, each in every precision that is asked for:
-`auto` of the hybrid is what `opensala ask` takes on this machine (16-bit products where they are faster), and
-`+int8` keeps its keys and values in eight bits. The teacher reads in one call with torch's
-scaled_dot_product_attention, the fastest way there is for it here. Its layers cost the same, so with
-`--layers N` only one and then N of them are run, and each further layer counts as much as the mean of those
-between. Seconds are of processor time with `--clock processor`, for machines that do other work too: run it
-with one thread then. Without --text the sources of the Python installation are read: what a text says changes
-no time. Rows go to benchmarks/real_speed.csv; the last line on stdout is JSON.
+Both read the same text in one process, one after the other, each in every precision that is asked for: `auto`
+of the hybrid is what `opensala ask` takes on this machine (16-bit products where they are faster, keys and
+values as the checkpoint is), and `+float32`, `+bfloat16` and `+int8` say how keys and values are kept. The
+teacher reads in one call with torch's scaled_dot_product_attention, the fastest way there is for it here. Its
+layers cost the same, so with `--layers N` only one and then N of them are run, and each further layer counts
+as much as the mean of those between. Seconds are of processor time with `--clock processor`, for machines
+that do other work too: run it with one thread then. Without --text the sources of the Python installation are
+read: what a text says changes no time. Rows go to benchmarks/real_speed.csv; the last line on stdout is JSON.
 """
 
 import sys
@@ -44,7 +44,8 @@ class Row:
     Attributes:
         model: `hybrid` or `teacher`; `hybrid, first` is the one that shipped until 2026-11-27.
         layers: how many of the teacher's were run; 0 means all of a hybrid's.
-        dtype: of the teacher; of a hybrid as `--hybrids` names it.
+        dtype: of the teacher; of a hybrid as `--hybrids` names it (`auto` alone kept keys and values in
+            float32 until 2026-11-27).
     """
 
     model: str

@@ -112,7 +112,9 @@ def main(
     preset: Annotated[str, typer.Option(help="Random weights of a shape of `bench speed`.")] = "",
     model: Annotated[str, typer.Option(help="A checkpoint; default: the shipped model.")] = "",
     weights: Annotated[str, typer.Option(help="float32, bfloat16, int8, int4.")] = "float32",
-    kv_dtype: Annotated[str, typer.Option(help="Of keys and values: auto, bfloat16, int8.")] = "auto",
+    kv_dtype: Annotated[
+        str, typer.Option(help="Of keys and values: auto, float32, bfloat16, int8.")
+    ] = "auto",
     contexts: Annotated[str, typer.Option(help="Tokens behind which a step is timed.")] = "4K,32K,256K",
     sequences: Annotated[str, typer.Option(help="How many decode together.")] = "1",
     forms: Annotated[str, typer.Option(help=f"Some of: {', '.join(FORMS)}.")] = "one call",

@@ -135,8 +135,8 @@ def _ask_context(
     from ..contexts.room import with_room
 
     budget = host_bytes(host_memory)
-    tokens = read_manifest(path).tokens  # before seconds of loading
-    loaded = with_room(engine.load(model, quiet), tokens, budget)
+    kept = read_manifest(path)  # before seconds of loading
+    loaded = with_room(engine.load(model, quiet, context=kept), kept.tokens, budget)
     with Context.open(loaded, path, host_memory=budget) as context:
         result = context.ask(question, params, quiet=quiet)
         result.notes += [] if budget is None else [context.traffic()]

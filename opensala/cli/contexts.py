@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -65,13 +66,15 @@ def ingest(
     quiet: Quiet = False,
 ) -> None:
     """Read documents once and keep them as a context, to be asked at any time."""
-    from ..contexts import Context
+    from ..contexts import Context, read_manifest
+    from ..contexts.manifest import MANIFEST
 
     budget = host_bytes(host_memory)
     if not output.strip():
         raise ValueError("--output is empty: name a folder for the context")
+    begun = read_manifest(output) if (Path(output) / MANIFEST).exists() else None
     found = _read(documents, quiet)
-    loaded = _with_room(engine.load(model, quiet), found, 0, budget)
+    loaded = _with_room(engine.load(model, quiet, context=begun), found, 0, budget)
     with Context.ingest(loaded, found, output, quiet=quiet, host_memory=budget) as context:
         print(f"{output}: {context.describe()}")
 
@@ -94,8 +97,8 @@ def chat(
 
     chosen = sampling.checked()
     budget = host_bytes(host_memory)
-    tokens = 0 if context is None else read_manifest(context).tokens  # before seconds of loading
-    loaded = with_room(engine.load(model, quiet), tokens, budget)
+    kept = None if context is None else read_manifest(context)  # before seconds of loading
+    loaded = with_room(engine.load(model, quiet, context=kept), kept.tokens if kept else 0, budget)
     opened = Context.empty(loaded) if context is None else Context.open(loaded, context, host_memory=budget)
     with opened:
         Chat(opened, chosen, quiet).run()
@@ -144,8 +147,9 @@ def info(context: Context, as_json: Json = False) -> None:
         return
     print(_line(record))
     print(
-        f"read in {record['attention']} attention and {record['dtype']} by a model of {record['layers']} "
-        f"layers, {record['hidden_size']} wide; {record['segments']} segments"
+        f"read in {record['attention']} attention and {record['dtype']}, keys and values in "
+        f"{record['kv_dtype']}, by a model of {record['layers']} layers, {record['hidden_size']} wide; "
+        f"{record['segments']} segments"
     )
     for turn in record["turns"]:
         print(f"Q: {turn['question']}\nA: {turn['answer']}")
@@ -220,9 +224,9 @@ def extend(
     from ..contexts import Context as Kept
     from ..contexts import read_manifest
 
-    budget, before = host_bytes(host_memory), read_manifest(context).tokens
+    budget, there = host_bytes(host_memory), read_manifest(context)
     found = _read(documents, quiet)
-    loaded = _with_room(engine.load(model, quiet), found, before, budget)
+    loaded = _with_room(engine.load(model, quiet, context=there), found, there.tokens, budget)
     with Kept.open(loaded, context, write=True, host_memory=budget) as kept:
         kept.extend(found, quiet=quiet)
         print(f"{context}: {kept.describe()}")
@@ -276,18 +280,18 @@ def plan(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     kv_dtype: Annotated[
-        str, typer.Option(help="Of keys and values: auto (as --dtype), bfloat16 or int8.")
+        str, typer.Option(help="Of keys and values: auto (as --dtype), float32, bfloat16 or int8.")
     ] = "auto",
 ) -> None:
     """What a context takes, part by part, and where it fits, before anything runs."""
     from ..engine.load import DTYPES, checkpoint_config
-    from ..engine.options import kv_dtype_of
+    from ..engine.options import kept_dtype
     from ..engine.plan import CARDS, plan_context
 
     tokens = token_count(context, "--context")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r}")
-    kept = kv_dtype_of(kv_dtype, "--kv-dtype")
+    kept = kept_dtype(kv_dtype, DTYPES[dtype], "--kv-dtype")
     cards = (
         [byte_count(device_memory, "--device-memory")]
         if device_memory is not None

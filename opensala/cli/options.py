@@ -17,6 +17,7 @@ import typer
 from .sizes import byte_count
 
 if TYPE_CHECKING:
+    from ..contexts.manifest import Manifest
     from ..contexts.prefixes import PrefixFolder
     from ..engine import Engine, SamplingParams
     from ..engine import EngineOptions as Bounds
@@ -90,8 +91,9 @@ class EngineOptions:
     kv_dtype: Annotated[
         str,
         typer.Option(
-            help="Keys and values that are kept: auto (as they are computed), or on a CPU bfloat16, half of "
-            "float32, or int8, about a quarter."
+            help="Keys and values that are kept: auto, or on a CPU float32, bfloat16, half of it, or int8, "
+            "about a quarter. auto: what a context was made with; else on a CPU with --dtype auto bfloat16 "
+            "for a bfloat16 checkpoint; else as they are computed."
         ),
     ] = "auto"
     device: Device = "auto"
@@ -103,9 +105,15 @@ class EngineOptions:
         ),
     ] = None
 
-    def load(self, model: str | None, quiet: bool, options: "Bounds | None" = None) -> "Engine":
-        """The engine of a checkpoint (None: the small one) with these bounds; without progress bars and notes
-        if `quiet`."""
+    def load(
+        self,
+        model: str | None,
+        quiet: bool,
+        options: "Bounds | None" = None,
+        context: "Manifest | None" = None,
+    ) -> "Engine":
+        """The engine of a checkpoint (None: the small one) with these bounds, to open a context if there is
+        one; without progress bars and notes if `quiet`."""
         from huggingface_hub.utils import disable_progress_bars
 
         from ..engine import EngineOptions as Bounds
@@ -125,6 +133,7 @@ class EngineOptions:
             attention_mode=self.attention_mode,
             block_search=self.block_search,
             options=bounds,
+            context_kv_dtype=None if context is None else context.kv_dtype,
         )
 
 

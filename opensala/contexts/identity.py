@@ -115,8 +115,8 @@ def check_identity(
         if there.get(name) != here[name]:
             found.append(f"{name} is {there.get(name)!r} in the {what} and {here[name]!r} in the model")
     for name, title in (("kv_dtype", "keys and values"), ("compressed_dtype", "compressed keys")):
-        kept = [str(record.get(name, "auto")) for record in (there, here)]
-        if kept[0] != kept[1]:
+        kept = [str(record.get(name, record.get("dtype"))) for record in (there, here)]
+        if kept[0] != kept[1] and any(name in record for record in (there, here)):  # or dtype says it
             found.append(f"{title} are kept in {name} {kept[0]} in the {what} and {kept[1]} here")
     if found:
         if len(found) > _NAMED:

@@ -78,6 +78,11 @@ class Manifest:
     def num_bytes(self) -> int:
         return sum(s.size for s in self.segments) + sum(t.size for t in self.texts)
 
+    @property
+    def kv_dtype(self) -> str:
+        """In what its keys and values are kept."""
+        return str(self.identity.get("kv_dtype", self.identity.get("dtype")))
+
     def page_sources(self) -> list[tuple[int, int]]:
         """See `page_sources`."""
         return page_sources(self.segments)

@@ -76,6 +76,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "turns": [{"question": t.question, "answer": t.answer} for t in manifest.turns],
         "segments": len(manifest.segments),
         "dtype": identity.get("dtype"),
+        "kv_dtype": manifest.kv_dtype,
         "layers": identity.get("config", {}).get("num_hidden_layers"),
         "hidden_size": identity.get("config", {}).get("hidden_size"),
     }

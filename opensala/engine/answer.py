@@ -41,6 +41,7 @@ class Generation:
     model: str
     device: str
     dtype: str
+    kv_dtype: str
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     restored_tokens: int = 0
@@ -116,6 +117,7 @@ def generate(
         model=engine.name,
         device=str(engine.device),
         dtype=str(engine.dtype).removeprefix("torch."),
+        kv_dtype=str(engine.storage.kv_dtype).removeprefix("torch."),
         drafted_tokens=done.drafted,
         accepted_tokens=done.accepted,
         restored_tokens=done.reuse.restored,

@@ -22,7 +22,7 @@ from ..model.tiers import Allocate, Tiers
 from .choosing import ActiveRequest, Chooser, Outcome
 from .detokenize import Detokenizer
 from .grammar import Grammars
-from .options import EngineOptions, frames_on_gpu, kv_dtype_of, pool_sizes, snapshot_interval
+from .options import EngineOptions, frames_on_gpu, kept_dtype, pool_sizes, snapshot_interval
 from .request import (
     Completion,
     FinishReason,
@@ -75,9 +75,7 @@ class Engine:
         self.config: MiniCPMSALAConfig = model.config
         self.config.check()
         self.device, self.dtype = model.device, model.compute_dtype
-        self.kv_dtype = kv_dtype_of(self.options.kv_dtype)
-        if self.kv_dtype == self.dtype:
-            self.kv_dtype = None  # as they are anyway
+        self.kv_dtype = kept_dtype(self.options.kv_dtype, self.dtype)
         if self.kv_dtype is not None and self.device.type != "cpu":
             raise ValueError(
                 f"kv_dtype {self.options.kv_dtype} runs on a CPU only, and this model is on {self.device}: "

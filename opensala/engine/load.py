@@ -1,5 +1,6 @@
 """From the name of a checkpoint to an engine."""
 
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.auto_round import int4_kernel, use_auto_round
 from .engine import Engine
-from .options import EngineOptions
-from .precision import apply_precision, measured_precision, own_dtype
+from .options import KV_DTYPES, EngineOptions
+from .precision import apply_precision, choose_kv_dtype, measured_precision, own_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,6 +30,7 @@ def load_engine(
     attention_mode: str | None = None,
     block_search: str | None = None,
     options: EngineOptions | None = None,
+    context_kv_dtype: str | None = None,
 ) -> Engine:
     """Load a model with its tokenizer.
 
@@ -41,7 +43,10 @@ def load_engine(
             they are faster here (`engine/precision.py` measures and says so).
         attention_mode: `auto`, `dense` or `sparse`; None for what the checkpoint says.
         block_search: `exact` or `hierarchical`; None for what the checkpoint says.
-        options: bounds of the engine.
+        options: bounds of the engine. Its `kv_dtype` auto is on a CPU: what `context_kv_dtype` says; else
+            bfloat16, if `dtype` is auto and the checkpoint in bfloat16; else the dtype computed in.
+        context_kv_dtype: in what a context that is to be opened keeps keys and values
+            (`Manifest.kv_dtype`).
 
     Raises:
         ValueError: an unknown device or dtype, a checkpoint that is missing, broken or of another kind; a
@@ -62,8 +67,12 @@ def load_engine(
     if block_search is not None:
         config.block_search = block_search
     config.check()
+    options = options or EngineOptions()
+    if where.type == "cpu" and options.kv_dtype == "auto":
+        own = own_dtype(config) if dtype == "auto" else None
+        options = replace(options, kv_dtype=_kv_dtype(own, kind, context_kv_dtype))
     if where.type == "cpu" and dtype == "auto":
-        precision = measured_precision(config, own_dtype(config))
+        precision = measured_precision(config, own_dtype(config), options.kv_dtype)
         kind = precision.storage  # as it lies in the file, so that nothing is there twice
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -116,6 +125,14 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
+
+
+def _kv_dtype(own: torch.dtype | None, computed: torch.dtype, kept: str | None) -> str:
+    """What `kv_dtype` auto means on a CPU; `own` as for `choose_kv_dtype`, None if a dtype was asked for."""
+    found = KV_DTYPES.get(kept or "auto")
+    if kept is not None and found is not None and found.itemsize <= computed.itemsize:
+        return kept
+    return "auto" if own is None else choose_kv_dtype(own)
 
 
 def _config(name: str) -> MiniCPMSALAConfig:

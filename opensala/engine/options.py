@@ -9,7 +9,12 @@ from ..model.storage import CacheSizes, cache_sizes, compressed_bytes
 from ..model.tiers import Allocate
 from .memory import cache_budget
 
-KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
+KV_DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
 _ANSWER_PAGES = 16  # pages for the answer to the longest prompt
 
 
@@ -27,8 +32,9 @@ class EngineOptions:
             decide, 0 keeps those at the ends of documents and turns and where texts part only.
         min_shared: prompts that begin with so many equal tokens share the reading of them.
         speculate: tokens to draft at most by prompt lookup, for requests that do not say.
-        kv_dtype: `auto` keeps keys and values in the dtype that the model computes in; on a CPU `bfloat16`
-            keeps them in 16 bits and `int8` in eight, with compressed keys in 16.
+        kv_dtype: `auto` keeps keys and values in the dtype that the model computes in, unless `load_engine`
+            says otherwise; on a CPU `bfloat16` keeps them in 16 bits and `int8` in eight, with compressed
+            keys in 16; `float32` is for a model that computes in it.
         host_memory: bytes of keys and values in main memory, of those that also lie on disk.
         device_memory: bytes of keys and values on the GPU; the others lie in main memory and are copied up
             when blocks of them are chosen. None for all on the GPU.
@@ -69,6 +75,22 @@ def kv_dtype_of(name: str, field: str = "kv_dtype") -> torch.dtype | None:
         *others, last = KV_DTYPES
         raise ValueError(f"{field} must be {', '.join(others)} or {last}, got {name!r}")
     return KV_DTYPES[name]
+
+
+def kept_dtype(name: str, computed: torch.dtype, field: str = "kv_dtype") -> torch.dtype | None:
+    """The dtype of keys and values that a name stands for beside a model that computes in `computed`; None:
+    that one.
+
+    Raises:
+        ValueError: an unknown name, or more bits than the model computes in.
+    """
+    kept = kv_dtype_of(name, field)
+    if kept == computed:
+        return None
+    if kept is not None and kept.itemsize > computed.itemsize:
+        bits = str(computed).removeprefix("torch.")
+        raise ValueError(f"{field} {name} has more bits than {bits}, which the model computes in: use auto")
+    return kept
 
 
 def pool_sizes(

@@ -1,12 +1,15 @@
-"""In which dtype weights are stored and products computed on a CPU: chosen by what the machine is fast at.
+"""In which dtype a CPU stores weights, computes products and keeps keys and values.
 
-Two things are chosen apart. *Storage*: a checkpoint in a 16-bit dtype may keep its product weights in it;
-they are widened exactly as they are read, in the same order of sums, so every bit of the output stays what
-float32 storage would have given. *Products*: many rows at once may be rounded to that dtype and multiplied in
-it where the processor is faster so; that rounds activations to 16 bits, and a row's bits then depend on how
-the prompt was cut. Attention to keys and values that are kept in bfloat16 (`EngineOptions.kv_dtype`) is
-rounded with them. All else (norms, rotary positions, states, and by default attention, keys and values) is
-float32 either way.
+Two things are chosen apart, by what the machine is fast at. *Storage*: a checkpoint in a 16-bit dtype may
+keep its product weights in it; they are widened exactly as they are read, in the same order of sums, so every
+bit of the output stays what float32 storage would have given. *Products*: many rows at once may be rounded to
+that dtype and multiplied in it where the processor is faster so; that rounds activations to 16 bits, and a
+row's bits then depend on how the prompt was cut. Attention to keys and values that are kept in bfloat16
+(`EngineOptions.kv_dtype`) is rounded with them. All else (norms, rotary positions, states, attention
+otherwise) is float32 either way.
+
+Keys and values of a bfloat16 checkpoint are kept in bfloat16 on every CPU, as its own code keeps them: half
+the memory, and less to read in each step. What a context is bound to so does not depend on the machine.
 
 Nothing is ever rounded below what the checkpoint itself has: float32 weights stay float32.
 """
@@ -58,13 +61,21 @@ def choose_precision(own: torch.dtype, times: ProductTimes | None) -> Precision:
     return Precision(own, HALF_ROWS if faster else None)
 
 
-def measured_precision(config: MiniCPMSALAConfig, own: torch.dtype) -> Precision:
-    """`choose_precision` by products of the feed-forward's shape, which are most of a model's; said once."""
+def choose_kv_dtype(own: torch.dtype) -> str:
+    """What `kv_dtype` auto means for a checkpoint of dtype `own` that runs with `dtype` auto on a CPU."""
+    return "bfloat16" if own == torch.bfloat16 else "auto"
+
+
+def measured_precision(config: MiniCPMSALAConfig, own: torch.dtype, kv_dtype: str = "auto") -> Precision:
+    """`choose_precision` by products of the feed-forward's shape, which are most of a model's; said once,
+    with the dtype of keys and values if that is another one."""
     times = None
     if own in HALF:
         times = kept_times(config.hidden_size, config.intermediate_size, own)
     chosen = choose_precision(own, times)
     text = f"dtype auto on this CPU: {chosen}"
+    if kv_dtype != "auto":
+        text += f", {kv_dtype} keys and values"
     if times is not None:
         name = str(own).removeprefix("torch.")
         text += (

@@ -28,6 +28,7 @@ class OpenSALALM(TemplateLM):
         max_gen_toks: tokens to generate where a task does not say.
         chunk: tokens computed at a time.
         device, dtype, attention_mode, block_search: as for `load_engine`.
+        kv_dtype: as for `EngineOptions`.
 
     Raises:
         ValueError: a value out of range; see `load_engine` for the checkpoint.
@@ -43,6 +44,7 @@ class OpenSALALM(TemplateLM):
         chunk: int = CHUNK,
         device: str | None = "auto",
         dtype: str = "auto",
+        kv_dtype: str = "auto",
         attention_mode: str | None = None,
         block_search: str | None = None,
         max_batch_size: int | None = None,
@@ -60,7 +62,9 @@ class OpenSALALM(TemplateLM):
                 attention_mode=attention_mode,
                 block_search=block_search,
                 options=EngineOptions(
-                    max_running=self.batch_size, max_batch_tokens=_positive("chunk", chunk)
+                    max_running=self.batch_size,
+                    max_batch_tokens=_positive("chunk", chunk),
+                    kv_dtype=kv_dtype,
                 ),
             )
         self.engine = pretrained

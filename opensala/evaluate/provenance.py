@@ -41,6 +41,7 @@ def identity(engine: Engine, chat: bool) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(engine),
         "chat template": chat,
         "dtype": str(engine.dtype).removeprefix("torch."),
+        "keys and values": str(engine.storage.kv_dtype).removeprefix("torch."),
         "attention mode": engine.config.attention_mode,
         "block search": engine.config.block_search,
         "decoding": "greedy",

@@ -97,8 +97,8 @@ def _description(header: dict[str, Any], summary: dict[str, Any], folder: Path) 
     lines = [
         f"- model {identity.get('model')}, tokenizer {identity.get('tokenizer')}, "
         f"{run.get('parameters', 0):,} parameters",
-        f"- {identity.get('dtype')}, attention mode {identity.get('attention mode')}, block search "
-        f"{identity.get('block search')}, "
+        f"- {identity.get('dtype')}, keys and values in {identity.get('keys and values', 'the same')}, "
+        f"attention mode {identity.get('attention mode')}, block search {identity.get('block search')}, "
         f"{'chat template' if identity.get('chat template') else 'no chat template'}, "
         f"{identity.get('decoding')} decoding",
         f"- {run.get('machine')}, {run.get('device')}, torch {run.get('torch')}, transformers "

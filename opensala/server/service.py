@@ -86,7 +86,8 @@ class Service:
         self.gate = Gate(self.options)
         self.metrics = Metrics(lambda: self.loop.stats)
         self.created = int(time.time())
-        described = engine.config.to_json_string(use_diff=False) + str(engine.dtype)
+        described = engine.config.to_json_string(use_diff=False)
+        described += f"{engine.dtype} {engine.storage.kv_dtype}"
         self.fingerprint = f"fp_{hashlib.sha256(described.encode()).hexdigest()[:10]}"
         self.context = min(engine.capacity, engine.config.max_position_embeddings)
         self._encoders = Encoders(engine.tokenizer)  # the engine's own is used in its thread

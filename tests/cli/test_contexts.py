@@ -6,8 +6,12 @@ import json
 import sys
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from opensala.cli import main
+from opensala.engine import shipped_model
+from opensala.model import MiniCPMSALAForCausalLM
 
 FILLER = "Nothing of note happened on that day, and nobody wrote anything down.\n" * 60
 FACT = "The access code for blue-falcon is 48213."
@@ -58,6 +62,31 @@ def test_a_context_from_its_making_to_its_end(run):
     code, out, _ = run("contexts", "rm", "a.ctx", "b.ctx", "c.ctx")
     assert code == 0 and out.count("bytes removed") == 3
     assert run("contexts", "list")[:2] == (0, "")
+
+
+def test_a_context_is_opened_as_it_was_made(run, tmp_path):
+    """In whichever dtype its keys and values are, without being told; told another one, it is refused."""
+    shipped = MiniCPMSALAForCausalLM.from_pretrained(shipped_model(), dtype=torch.bfloat16)
+    shipped.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(shipped_model()).save_pretrained(tmp_path / "half")
+    given = ("--model", "half", "--quiet")
+    for kept, option in (
+        ("bfloat16", ()),
+        ("int8", ("--kv-dtype=int8",)),
+        ("float32", ("--kv-dtype=float32",)),
+    ):
+        path = f"{kept}.ctx"
+        assert run("ingest", "report.txt", "-o", path, *given, *option)[0] == 0
+        assert run("ingest", "report.txt", "-o", path, *given)[0] == 0  # whole already
+        code, out, _ = run("ask", path, "-q", QUESTION, "--json", *given)
+        assert code == 0 and json.loads(out)["kv_dtype"] == kept and json.loads(out)["answer"] == "48213"
+        assert run("chat", path, *given, stdin=QUESTION)[:2] == (0, "48213\n")
+        assert run("contexts", "extend", path, "more.txt", *given)[0] == 0
+        other = "bfloat16" if kept == "int8" else "int8"
+        code, out, err = run("ask", path, "-q", QUESTION, *given, "--kv-dtype", other)
+        assert (code, out) == (2, "")
+        assert f"keys and values are kept in kv_dtype {kept} in the context and {other} here" in err
+        assert f"and float32, keys and values in {kept}," in run("contexts", "info", path)[1]
 
 
 def test_a_conversation(run):

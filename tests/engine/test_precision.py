@@ -79,7 +79,7 @@ def test_auto_asks_the_machine_and_says_so_once(times, tmp_path, monkeypatch, ca
     with caplog.at_level(logging.WARNING, "opensala"):
         engines = [load_engine(str(tmp_path), device="cpu") for _ in range(2)]
     said = [r.getMessage() for r in caplog.records if "dtype auto" in r.getMessage()]
-    assert len(said) == 1 and "2.0x in those of one" in said[0]
+    assert len(said) == 1 and "2.0x in those of one" in said[0] and ", bfloat16 keys and values (" in said[0]
     assert ("bfloat16 products from" in said[0]) == (times is FASTER)
     for engine in engines:
         head = engine.model.lm_head

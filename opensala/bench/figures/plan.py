@@ -96,7 +96,7 @@ def _kernels(folder: Path) -> list[Measurement]:
         ),
         Measurement(
             "engine-hybrid",
-            _script("measure_engine.py", *engine, *hybrid, "--kv-dtype", "bfloat16"),
+            _script("measure_engine.py", *engine, *hybrid),
             _script("measure_engine.py", *engine, *hybrid, "--contexts", 100),
             6,
             needs=("hybrid",),
@@ -269,7 +269,7 @@ def _server(gguf: str) -> list[Measurement]:
 
 def _converted(folder: Path, gguf: str) -> list[Measurement]:
     beside = (HYBRID, "--teacher", BASE, "--rows", folder / "real_speed.csv")
-    every = ("--hybrids", "float32,auto,auto+bfloat16,auto+int8", "--dtypes", "float32,bfloat16")
+    every = ("--hybrids", "float32,auto+float32,auto+bfloat16,auto+int8", "--dtypes", "float32,bfloat16")
     few = ("--hybrids", "auto", "--dtypes", "bfloat16", "--lengths", "512", "--layers", 2)
     llama = ("compare_llama.py", "--gguf", gguf, "--model", HYBRID)
     tiny = _script("measure_real_speed.py", *beside, *few)
