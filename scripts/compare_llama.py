@@ -144,7 +144,7 @@ def hybrid(options: argparse.Namespace, text: str, folder: Path) -> Found:
     documents = [Document("text", text[: cut[options.tokens - 1][1]])]
 
     def new() -> Engine:
-        return Engine(engine.model, engine.tokenizer, bounds)
+        return Engine(engine.model, engine.tokenizer, engine.options)
 
     def answer(context: Context) -> tuple[str, float | None]:
         result = context.ask(QUESTION, params)
