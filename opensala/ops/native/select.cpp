@@ -60,7 +60,7 @@ class Tile : public Scorer {
     Walk<T> walk(keys, PANEL);
     if (few_) walk.advance(0, most);
     for (int64_t w = 0; w < most; w += PANEL) {
-      if (few_) multiply_few(walk, w + PANEL, most, W, 1);
+      if (few_) multiply_few(walk, w + PANEL, most, W, 1, products_.data);
       else pack_transposed(packable(keys), w, 1, int(std::min<int64_t>(PANEL, most - w)), PANEL, depth(), panel_.data, PANEL);
       for (int64_t row = 0; row < rows; row += CHUNK) {
         int count = int(std::min<int64_t>(CHUNK, rows - row));
@@ -106,7 +106,7 @@ class Tile : public Scorer {
     Walk<T> walk(keys1(), columns);
     if (few_) walk.advance(from * s_.ratio(), windows - from * s_.ratio());
     for (int64_t block = from; block < to; block += W) {
-      if (few_) multiply_few(walk, (block + W) * s_.ratio(), windows, 1, s_.ratio());
+      if (few_) multiply_few_blocks(walk, (block + W) * s_.ratio(), windows);
       else pack_panel(block, windows);
       for (int64_t t = 0; t < queries; t += together) {
         int64_t many = std::min(together, queries - t);

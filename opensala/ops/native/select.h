@@ -128,6 +128,7 @@ class Scorer {
         panel_(few ? 0 : s_.dim * std::max<int64_t>(widest, W * s_.ratio())), turned_(few ? s_.dim * ROWS : 0),
         narrowed_(narrow_ ? queries() * s_.group() * s_.dim / 2 : 0),
         products_((few ? ROWS : std::max<int64_t>(CHUNK, s_.group())) * std::max<int64_t>(widest, W * s_.ratio())),
+        in_order_(few && s_.ratio() % W == 0 ? queries() * s_.group() * W * s_.ratio() : 0),
         row_stride_(round_up(unit.blocks() + 1, W)), scores_(queries() * row_stride_), lse_(queries() * s_.group()),
         carry_(queries() * W), rows_(std::max<int64_t>(CHUNK, s_.group())) {
     auto wide = [&](int64_t r) { return wide_query(r); };
@@ -139,7 +140,7 @@ class Scorer {
   const Selection& s_;
   int64_t first_, last_, head_;  // the tile: queries first_ ... last_ - 1 of one kv head
   bool few_, narrow_;  // narrow_: queries and keys are pairs of bfloat16
-  Scratch panel_, turned_, narrowed_, products_;  // turned_: the rows of a tile with few, `[dim, rows]`
+  Scratch panel_, turned_, narrowed_, products_, in_order_;  // turned_: the rows of a tile with few, `[dim, rows]`
   int64_t row_stride_;
   Scratch scores_, lse_, carry_;
   std::vector<const float*> rows_;
@@ -168,11 +169,30 @@ class Scorer {
     else product<false>(at, count, depth(), panel_.data, columns, out, columns);
   }
 
-  // products_ = all rows of a tile with few times the windows that were next; then those from `next` on, before `end`, are.
+  // out = all rows of a tile with few times the windows that were next; then those from `next` on, before `end`, are.
   template <typename T>
-  void multiply_few(Walk<T>& walk, int64_t next, int64_t end, int64_t shift, int64_t by) {
+  void multiply_few(Walk<T>& walk, int64_t next, int64_t end, int64_t shift, int64_t by, float* out) {
     walk.advance(next, end - next);
-    product_few(turned_.data, int(queries() * s_.group()), s_.dim, walk, shift, by, products_.data);
+    product_few(turned_.data, int(queries() * s_.group()), s_.dim, walk, shift, by, out);
+  }
+
+  // The same for W blocks, into products_ as `pool` takes them. Keys whose distance is a power of two, as those of the same
+  // phase are, push one another out of the cache: they are multiplied in order, and the products turned.
+  template <typename T>
+  void multiply_few_blocks(Walk<T>& walk, int64_t next, int64_t end) {
+    int64_t ratio = s_.ratio();
+    if (ratio % W) return multiply_few(walk, next, end, 1, ratio, products_.data);
+    multiply_few(walk, next, end, W, 1, in_order_.data);
+    for (int64_t row = 0; row < queries() * s_.group(); ++row) {
+      const float* x = in_order_.data + row * W * ratio;
+      float* out = products_.data + row * W * ratio;
+      for (int64_t phase = 0; phase < ratio; phase += W) {
+        Vec v[W];
+        for (int i = 0; i < W; ++i) v[i] = load(x + i * ratio + phase);
+        transpose_square(v);
+        for (int i = 0; i < W; ++i) store(out + (phase + i) * W, v[i]);
+      }
+    }
   }
 
   void pack_panel(int64_t block, int64_t windows) {
