@@ -36,9 +36,12 @@ SPECS = {
     "fine windows": BlockSpec(4, 2, 64, 1, 128, 4),
 }
 # With wide windows, selection begins before the second level does.
-INVARIANT = {name: SPECS[name] for name in ("small", "windows wider than a block", "nothing a power of two")}
-# Query heads, kv heads, D, Dv: groups of 1, 2 and 16.
-HEADS = [(2, 2, 32, 32), (4, 2, 64, 20), (16, 1, 60, 64)]
+INVARIANT = {
+    name: SPECS[name]
+    for name in ("small", "windows wider than a block", "nothing a power of two", "fine windows")
+}
+# Query heads, kv heads, D, Dv: groups of 1, 2, 3 and 16.
+HEADS = [(2, 2, 32, 32), (4, 2, 64, 20), (6, 2, 64, 64), (16, 1, 60, 64)]
 
 
 @dataclass
