@@ -230,7 +230,10 @@ def _contexts(folder: Path) -> list[Measurement]:
 
 def _server(gguf: str) -> list[Measurement]:
     serve = f"{sys.executable} -m opensala serve --port {{port}} --max-new-tokens 200000"
-    cached, hybrid = "--max-cached-tokens 300000", f"{serve} --speculate 0 --max-cached-tokens 40000 {HYBRID}"
+    cached, hybrid = (
+        "--max-cached-tokens 300000",
+        f"{serve} --speculate 0 --max-cached-tokens 40000 --kv-dtype float32 {HYBRID}",
+    )
 
     def stall(name: str, command: str, *needs: str, long: bool = True, stream: int = 200_000) -> Measurement:
         start = ("measure_stall.py", "--name", name, "--start", command)
