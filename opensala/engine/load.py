@@ -11,7 +11,7 @@ from ..hub import checkpoint_folder
 from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.auto_round import int4_kernel, use_auto_round
 from .engine import Engine
-from .options import KV_DTYPES, EngineOptions
+from .options import EngineOptions
 from .precision import apply_precision, choose_kv_dtype, measured_precision, own_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,12 +67,11 @@ def load_engine(
     if block_search is not None:
         config.block_search = block_search
     config.check()
-    options = options or EngineOptions()
+    options, own = options or EngineOptions(), own_dtype(config) if dtype == "auto" else kind
     if where.type == "cpu" and options.kv_dtype == "auto":
-        own = own_dtype(config) if dtype == "auto" else None
-        options = replace(options, kv_dtype=_kv_dtype(own, kind, context_kv_dtype))
+        options = replace(options, kv_dtype=choose_kv_dtype(own, kind, context_kv_dtype))
     if where.type == "cpu" and dtype == "auto":
-        precision = measured_precision(config, own_dtype(config), options.kv_dtype)
+        precision = measured_precision(config, own, options.kv_dtype)
         kind = precision.storage  # as it lies in the file, so that nothing is there twice
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -125,14 +124,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[name]
-
-
-def _kv_dtype(own: torch.dtype | None, computed: torch.dtype, kept: str | None) -> str:
-    """What `kv_dtype` auto means on a CPU; `own` as for `choose_kv_dtype`, None if a dtype was asked for."""
-    found = KV_DTYPES.get(kept or "auto")
-    if kept is not None and found is not None and found.itemsize <= computed.itemsize:
-        return kept
-    return "auto" if own is None else choose_kv_dtype(own)
 
 
 def _config(name: str) -> MiniCPMSALAConfig:

@@ -23,6 +23,7 @@ from ..model import MiniCPMSALAConfig, MiniCPMSALAForCausalLM
 from ..model.layers import Embedding, Linear
 from ..model.quantised import QuantisedLinear, quantised_layers
 from ..ops.linear.speed import ProductTimes, kept_times
+from .options import KV_DTYPES
 
 logger = logging.getLogger("opensala")
 
@@ -61,8 +62,12 @@ def choose_precision(own: torch.dtype, times: ProductTimes | None) -> Precision:
     return Precision(own, HALF_ROWS if faster else None)
 
 
-def choose_kv_dtype(own: torch.dtype) -> str:
-    """What `kv_dtype` auto means for a checkpoint of dtype `own` that runs with `dtype` auto on a CPU."""
+def choose_kv_dtype(own: torch.dtype, computed: torch.dtype, context: str | None = None) -> str:
+    """What `kv_dtype` auto means on a CPU: that of a context to be opened, as far as a model that computes in
+    `computed` can have it; else what `own` says, the dtype of the checkpoint or the one asked for."""
+    kept = KV_DTYPES.get(context or "auto")
+    if context is not None and kept is not None and kept.itemsize <= computed.itemsize:
+        return context
     return "bfloat16" if own == torch.bfloat16 else "auto"
 
 

@@ -35,11 +35,10 @@ class Walk {
 };
 
 constexpr int STRIPS = W == 16 ? 2 : 1;  // vectors of sums a row that grow side by side: one chain alone waits for itself
-constexpr int SLIM = W == 16 ? 8 : W;    // numbers of 32 bits of a row that are turned at a time, where they are few
+constexpr int SLIM = W == 16 ? 8 : W;    // pairs of a row of bfloat16 that are turned at a time
 
-// v[i], lane j = number i of row b[j * by] from column k on, where a number has 32 bits: a float, or a pair of bfloat16.
-template <typename T>
-static inline void turn(const T* const* b, int64_t by, int64_t k, Vec* v) {
+// v[i], lane j = pair i, from column k on, of row b[j * by].
+static inline void turn_pairs(const BFloat16* const* b, int64_t by, int64_t k, Vec* v) {
 #if defined(__AVX512F__)
   auto half = [&](int row) { return _mm256_loadu_si256((const __m256i*)(b[row * by] + k)); };
   auto halves = [&](int low, int high) { return (Vec)_mm512_inserti64x4(_mm512_castsi256_si512(half(low)), half(high), 1); };
@@ -53,7 +52,7 @@ static inline void turn(const T* const* b, int64_t by, int64_t k, Vec* v) {
   }
 #else
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) std::memcpy(&v[i], b[i * by] + k, sizeof(Vec));
+  for (int i = 0; i < W; ++i) v[i] = load_pairs(b[i * by] + k);
   transpose_square(v);
 #endif
 }
@@ -85,26 +84,13 @@ static void product_turned(const float* a, int64_t depth, const T* const* b, int
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s) {
         Vec v[SLIM];
-        turn(b + s * shift, by, k, v);
+        turn_pairs(b + s * shift, by, k, v);
 #pragma GCC unroll 16
         for (int i = 0; i < SLIM; ++i) {
           add(s, k + 2 * i, first_of(v[i]));
           add(s, k + 2 * i + 1, second_of(v[i]));
         }
         ask(s, 2 * SLIM);
-        asm volatile("" ::: "memory");  // as below
-      }
-    }
-  // So are floats of a few rows, whose chains are short; one row waits for the moves alone, and more have enough to do.
-  if constexpr (std::is_same_v<T, float> && R >= 2 && R <= 4)
-    for (; k + SLIM <= depth; k += SLIM) {
-#pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) {
-        Vec v[SLIM];
-        turn(b + s * shift, by, k, v);
-#pragma GCC unroll 16
-        for (int i = 0; i < SLIM; ++i) add(s, k + i, v[i]);
-        ask(s, SLIM);
         asm volatile("" ::: "memory");  // as below
       }
     }
